@@ -1,0 +1,51 @@
+// Argument checks for op bindings. Every message names the op, the argument, what was expected and what came.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+
+#include "common/types.h"
+
+namespace vlmops {
+
+using torch::headeronly::IntHeaderOnlyArrayRef;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Streams `parts` into "vlmops.<op>: <argument>: <parts>" and throws; Python sees a RuntimeError.
+template <class... Parts>
+[[noreturn]] void fail(const char* op, const char* argument, const Parts&... parts) {
+  std::ostringstream message;
+  message << "vlmops." << op << ": " << argument << ": ";
+  (message << ... << parts);
+  throw std::runtime_error(message.str());
+}
+
+// "[2, 17, 128]"
+std::string describe(IntHeaderOnlyArrayRef sizes);
+// "float32", as torch prints it without "torch."
+const char* describe(ScalarType dtype);
+// "cpu", "cuda:0"
+std::string describe(const torch::stable::Device& device);
+
+// What a tensor is called in messages, and the tensor.
+struct Argument {
+  const char* op;
+  const char* name;
+  const Tensor& tensor;
+
+  void device_like(const Argument& other) const;
+  void shape(IntHeaderOnlyArrayRef expected, const char* meaning) const;
+  // The op's element type, or an error that lists the three.
+  DType floating() const;
+  IntType integer() const;
+  // For in-place ops: no two elements may share memory.
+  void no_internal_overlap() const;
+};
+
+}  // namespace vlmops

@@ -1,0 +1,16 @@
+// Compiled once per instruction set with -DVLMOPS_ISA=portable|avx2|avx512 and the matching -march.
+#include "common/cpu_kernels.h"
+
+#include "ops/mrope/mrope_cpu.h"
+
+#define VLMOPS_CONCAT_(a, b) a##b
+#define VLMOPS_CONCAT(a, b) VLMOPS_CONCAT_(a, b)
+#define VLMOPS_STRING_(a) #a
+#define VLMOPS_STRING(a) VLMOPS_STRING_(a)
+
+namespace vlmops {
+
+extern const CpuKernels VLMOPS_CONCAT(kernels_, VLMOPS_ISA);
+const CpuKernels VLMOPS_CONCAT(kernels_, VLMOPS_ISA) = {VLMOPS_STRING(VLMOPS_ISA), &mrope::run};
+
+}  // namespace vlmops

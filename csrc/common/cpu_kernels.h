@@ -1,0 +1,17 @@
+// The CPU kernels of every op, one table per instruction set; chosen at run time.
+#pragma once
+
+#include "ops/mrope/mrope.h"
+
+namespace vlmops {
+
+struct CpuKernels {
+  const char* isa;
+  mrope::CpuKernel mrope;
+};
+
+// The table in force: the best that this machine runs, capped by VLMOPS_CPU_ISA. Throws std::runtime_error
+// if that names no instruction set.
+const CpuKernels& cpu_kernels();
+
+}  // namespace vlmops

@@ -1,0 +1,44 @@
+// Parameters of M-RoPE: all that host, device and emulator code share.
+#pragma once
+
+#include "common/types.h"
+
+namespace vlmops::mrope {
+
+enum class Rotation : int { kHalf, kPairs };
+
+constexpr int64_t kMaxFrequencies = 1024;  // R: head_dim up to 2048 rotated channels
+constexpr int64_t kMaxAxes = 16;           // A
+constexpr int64_t kMaxId = 1 << 24;        // beyond it float32 cannot hold every integer
+
+// One of q, k. Strides in elements, order batch, token, head, channel. src == dst means in place.
+struct Rows {
+  const void* src;
+  void* dst;
+  int64_t heads;  // H
+  int64_t src_stride[4];
+  int64_t dst_stride[4];
+};
+
+struct Params {
+  Rows rows[2];          // q, k
+  DType dtype;           // of q and k
+  int64_t batch;         // B
+  int64_t tokens;        // S
+  int64_t head_dim;      // D
+  int64_t frequencies;   // R, 2R <= D
+  Rotation rotation;
+  const void* position_ids;  // [A, B, S]
+  IntType id_type;
+  int64_t id_stride[3];      // axis, batch, token
+  int64_t axes;              // A
+  const float* inv_freq;     // [R], radians per position
+  const int32_t* freq_axis;  // [R], in [0, A)
+  float scaling;             // multiplies cosine and sine
+  float sine_sign;           // +1 forward, -1 backward
+};
+
+// Rotates the tokens [begin, end) of the B * S tokens, b-major.
+using CpuKernel = void (*)(const Params&, int64_t begin, int64_t end);
+
+}  // namespace vlmops::mrope

@@ -1,0 +1,250 @@
+// M-RoPE on the CPU. Compiled once per instruction set (common/cpu_kernels.cpp).
+//
+// For every token and frequency j:  angle = float32(id[freq_axis[j]]) * inv_freq[j], c, s = scaling * (cos, sin),
+// and for every head   y[a] = x[a] c - x[b] s,   y[b] = x[b] c + x[a] s,
+// with (a, b) = (j, j + R) for rotation "half", (2j, 2j + 1) for "pairs". Backward is the same with -s.
+//
+// Bytes: (Hq + Hk) * D * sizeof(T) read and written per token; ids and frequencies are noise. c and s of a block
+// of tokens are computed once into L1 and shared by all heads of q and k, so a [A, B, S, D] tensor never exists.
+// sincos in float64 costs about 20 cycles per register of angles: under 5 % of the memory time of 32 heads.
+//
+// Arithmetic is float32 without FMA, in the order Hugging Face writes it; one rounding at the store. The loops run
+// along the channels with a ladder of vector widths (16, 8, 4, 1), so D = 72, 80, 88 need no masks.
+#pragma once
+
+#include "common/sincos.h"
+#include "ops/mrope/mrope.h"
+
+namespace vlmops::mrope {
+namespace {
+
+constexpr int64_t kTableFloats = 4096;  // 16 KiB: half of the smallest L1
+
+inline int64_t load_id(const Params& p, int64_t offset) {
+  switch (p.id_type) {
+    case IntType::kInt64: return static_cast<const int64_t*>(p.position_ids)[offset];
+    case IntType::kInt32: return static_cast<const int32_t*>(p.position_ids)[offset];
+    case IntType::kInt16: return static_cast<const int16_t*>(p.position_ids)[offset];
+    case IntType::kInt8: return static_cast<const int8_t*>(p.position_ids)[offset];
+    default: return static_cast<const uint8_t*>(p.position_ids)[offset];
+  }
+}
+
+// How a token's cosines lie in its row of the table; the sines follow in the same order.
+enum class Order {
+  kPlain,    // c0 c1 c2 ..
+  kEvenOdd,  // c0 c2 c4 .. | c1 c3 c5 ..
+  kDoubled,  // c0 c0 c1 c1 .., the sines -s0 s0 -s1 s1 ..
+};
+
+// bfloat16 is read two channels to a word (EvenOdd in simd.h), the others one by one.
+template <Rotation rotation, class T>
+constexpr Order kOrder = rotation == Rotation::kHalf ? Order::kPlain : Order::kDoubled;
+template <>
+constexpr Order kOrder<Rotation::kHalf, bfloat16> = Order::kEvenOdd;
+template <>
+constexpr Order kOrder<Rotation::kPairs, bfloat16> = Order::kPlain;
+
+// The table of a block of tokens, and the frequencies in its order.
+struct Table {
+  int64_t padded;  // R rounded up to 16, the granule of sincos
+  int64_t sine;    // offset of the sines
+  int64_t row;     // floats per token
+  float inv_freq[kMaxFrequencies];
+  int32_t freq_axis[kMaxFrequencies];
+  alignas(64) float rows[kTableFloats];
+};
+
+template <Order order>
+inline void init_table(const Params& p, Table& t) {
+  t.padded = (p.frequencies + 15) / 16 * 16;
+  t.sine = order == Order::kDoubled ? 2 * t.padded : t.padded;
+  t.row = 2 * t.sine;
+  for (int64_t j = 0; j < t.padded; ++j) {
+    const int64_t at = order == Order::kEvenOdd ? j / 2 + (j % 2) * (t.padded / 2) : j;
+    t.inv_freq[at] = j < p.frequencies ? p.inv_freq[j] : 0.0f;
+    t.freq_axis[at] = j < p.frequencies ? p.freq_axis[j] : 0;
+  }
+}
+
+// The angles of one token, where its cosines will be.
+inline void fill_angles(const Params& p, const Table& t, int64_t token, float* angle) {
+  float position[kMaxAxes];
+  const int64_t b = token / p.tokens, s = token % p.tokens;
+  for (int64_t axis = 0; axis < p.axes; ++axis) {
+    const int64_t offset = axis * p.id_stride[0] + b * p.id_stride[1] + s * p.id_stride[2];
+    position[axis] = static_cast<float>(load_id(p, offset));
+  }
+  for (int64_t j = 0; j < t.padded; ++j) angle[j] = position[t.freq_axis[j]] * t.inv_freq[j];
+}
+
+template <Order order>
+inline void angles_to_row(const Params& p, const Table& t, float* row) {
+  const float sine_scale = p.sine_sign * p.scaling;
+  float* sines = row + t.sine;
+  if constexpr (order == Order::kDoubled) {
+    float cosine[kMaxFrequencies], sine[kMaxFrequencies];
+    sincos(row, cosine, sine, t.padded);
+    for (int64_t j = 0; j < p.frequencies; ++j) {
+      row[2 * j] = row[2 * j + 1] = cosine[j] * p.scaling;
+      sines[2 * j] = -sine[j] * sine_scale;
+      sines[2 * j + 1] = sine[j] * sine_scale;
+    }
+  } else {
+    sincos(row, row, sines, t.padded);
+    for (int64_t j = 0; j < t.padded; ++j) row[j] *= p.scaling;
+    for (int64_t j = 0; j < t.padded; ++j) sines[j] *= sine_scale;
+  }
+}
+
+// All angles first: read back at once, their narrow stores would stall the wide loads of sincos.
+template <Order order>
+inline void fill_table(const Params& p, Table& t, int64_t first, int64_t last) {
+  for (int64_t i = first; i < last; ++i) fill_angles(p, t, i, t.rows + (i - first) * t.row);
+  for (int64_t i = first; i < last; ++i) angles_to_row<order>(p, t, t.rows + (i - first) * t.row);
+}
+
+// The rotations below do N vector lanes at a time from channel i on and return the first channel not done.
+
+// x[j], x[R + j] for j in [i, R); c, s plain.
+template <int N, class T>
+inline int64_t half(const T* x, T* y, const float* c, const float* s, int64_t i, int64_t r) {
+  for (; i + N <= r; i += N) {
+    const auto a = load<N>(x + i), b = load<N>(x + r + i);
+    const auto cosine = load<N>(c + i), sine = load<N>(s + i);
+    store<N>(y + i, a * cosine - b * sine);
+    store<N>(y + r + i, b * cosine + a * sine);
+  }
+  return i;
+}
+
+// The same for bfloat16; c, s even before odd, `odd` floats apart.
+template <int N>
+inline int64_t half(const bfloat16* x, bfloat16* y, const float* c, const float* s, int64_t i, int64_t r,
+                    int64_t odd) {
+  for (; i + 2 * N <= r; i += 2 * N) {
+    const auto a = load_even_odd<N>(x + i), b = load_even_odd<N>(x + r + i);
+    const auto c0 = load<N>(c + i / 2), c1 = load<N>(c + odd + i / 2);
+    const auto s0 = load<N>(s + i / 2), s1 = load<N>(s + odd + i / 2);
+    store_even_odd<N>(y + i, a.even * c0 - b.even * s0, a.odd * c1 - b.odd * s1);
+    store_even_odd<N>(y + r + i, b.even * c0 + a.even * s0, b.odd * c1 + a.odd * s1);
+  }
+  return i;
+}
+
+// x[2j], x[2j + 1] for channels in [i, 2R); c, s doubled.
+template <int N, class T>
+inline int64_t pairs(const T* x, T* y, const float* c, const float* s, int64_t i, int64_t r) {
+  for (; i + N <= 2 * r; i += N) {
+    const auto v = load<N>(x + i);
+    store<N>(y + i, v * load<N>(c + i) + swap_neighbours<N>(v) * load<N>(s + i));
+  }
+  return i;
+}
+
+// The same for bfloat16; c, s plain.
+template <int N>
+inline int64_t pairs(const bfloat16* x, bfloat16* y, const float* c, const float* s, int64_t i, int64_t r) {
+  for (; i + 2 * N <= 2 * r; i += 2 * N) {
+    const auto v = load_even_odd<N>(x + i);
+    const auto cosine = load<N>(c + i / 2), sine = load<N>(s + i / 2);
+    store_even_odd<N>(y + i, v.even * cosine - v.odd * sine, v.odd * cosine + v.even * sine);
+  }
+  return i;
+}
+
+// Calls f(lanes, i) -> i for the machine's vector width and every narrower one down to kNarrowest.
+template <int kNarrowest, class F>
+inline int64_t widths(const F& f) {
+  int64_t i = 0;
+  if constexpr (kFloats >= 16) i = f(Lanes<16>{}, i);
+  if constexpr (kFloats >= 8) i = f(Lanes<8>{}, i);
+  i = f(Lanes<4>{}, i);
+  return f(Lanes<kNarrowest>{}, i);
+}
+
+template <Rotation rotation, class T>
+inline void rotate_head(const T* x, T* y, const float* c, const float* s, int64_t r, const Table& t) {
+  if constexpr (kOrder<rotation, T> == Order::kEvenOdd) {
+    const int64_t odd = t.padded / 2;
+    const int64_t i = widths<1>([&](auto n, int64_t i) { return half<n.value>(x, y, c, s, i, r, odd); });
+    if (i < r) half<1, T>(x, y, c - i / 2, s - i / 2, i, r);  // an odd R leaves one even channel
+  } else if constexpr (rotation == Rotation::kHalf) {
+    widths<1>([&](auto n, int64_t i) { return half<n.value>(x, y, c, s, i, r); });
+  } else {
+    constexpr int kNarrowest = kOrder<rotation, T> == Order::kDoubled ? 2 : 1;
+    widths<kNarrowest>([&](auto n, int64_t i) { return pairs<n.value>(x, y, c, s, i, r); });
+  }
+}
+
+// One head whose channels are not adjacent in memory: through a buffer.
+template <Rotation rotation, class T>
+inline void rotate_strided_head(const T* x, int64_t x_stride, T* y, int64_t y_stride, const float* c,
+                                const float* s, int64_t r, const Table& t) {
+  T buffer[2 * kMaxFrequencies];
+  for (int64_t i = 0; i < 2 * r; ++i) buffer[i] = x[i * x_stride];
+  rotate_head<rotation>(buffer, buffer, c, s, r, t);
+  for (int64_t i = 0; i < 2 * r; ++i) y[i * y_stride] = buffer[i];
+}
+
+template <Rotation rotation, class T>
+inline void rotate_one(const Params& p, const Rows& rows, int64_t token, int64_t head, const float* row,
+                       const Table& t) {
+  const int64_t b = token / p.tokens, s = token % p.tokens;
+  const int64_t* xs = rows.src_stride;
+  const int64_t* ys = rows.dst_stride;
+  const T* x = static_cast<const T*>(rows.src) + b * xs[0] + s * xs[1] + head * xs[2];
+  T* y = static_cast<T*>(rows.dst) + b * ys[0] + s * ys[1] + head * ys[2];
+  if (xs[3] == 1 && ys[3] == 1) {
+    rotate_head<rotation>(x, y, row, row + t.sine, p.frequencies, t);
+  } else {
+    rotate_strided_head<rotation>(x, xs[3], y, ys[3], row, row + t.sine, p.frequencies, t);
+  }
+  if (rows.src != rows.dst) {
+    for (int64_t i = 2 * p.frequencies; i < p.head_dim; ++i) y[i * ys[3]] = x[i * xs[3]];
+  }
+}
+
+template <Rotation rotation, class T>
+void run_typed(const Params& p, int64_t begin, int64_t end) {
+  constexpr Order order = kOrder<rotation, T>;
+  Table table;
+  init_table<order>(p, table);
+  const int64_t block = kTableFloats / table.row;
+  for (int64_t first = begin; first < end; first += block) {
+    const int64_t last = first + block < end ? first + block : end;
+    fill_table<order>(p, table, first, last);
+    for (const Rows& rows : p.rows) {
+      // Walk memory in its own order: [B, H, S, D] storage wants tokens innermost, [B, S, H, D] heads.
+      const bool tokens_inner = rows.src_stride[1] < rows.src_stride[2];
+      const int64_t outer = tokens_inner ? rows.heads : last - first;
+      const int64_t inner = tokens_inner ? last - first : rows.heads;
+      for (int64_t i = 0; i < outer; ++i) {
+        for (int64_t j = 0; j < inner; ++j) {
+          const int64_t t = tokens_inner ? j : i, head = tokens_inner ? i : j;
+          rotate_one<rotation, T>(p, rows, first + t, head, table.rows + t * table.row, table);
+        }
+      }
+    }
+  }
+}
+
+template <class T>
+void run_rotation(const Params& p, int64_t begin, int64_t end) {
+  if (p.rotation == Rotation::kHalf) {
+    run_typed<Rotation::kHalf, T>(p, begin, end);
+  } else {
+    run_typed<Rotation::kPairs, T>(p, begin, end);
+  }
+}
+
+void run(const Params& p, int64_t begin, int64_t end) {
+  switch (p.dtype) {
+    case DType::kFloat32: return run_rotation<float>(p, begin, end);
+    case DType::kBFloat16: return run_rotation<bfloat16>(p, begin, end);
+    case DType::kFloat16: return run_rotation<float16>(p, begin, end);
+  }
+}
+
+}  // namespace
+}  // namespace vlmops::mrope
