@@ -57,7 +57,7 @@ struct Table {
 
 template <Order order>
 inline void init_table(const Params& p, Table& t) {
-  t.padded = (p.frequencies + 15) / 16 * 16;
+  t.padded = p.frequencies == 0 ? 16 : (p.frequencies + 15) / 16 * 16;
   t.sine = order == Order::kDoubled ? 2 * t.padded : t.padded;
   t.row = 2 * t.sine;
   for (int64_t j = 0; j < t.padded; ++j) {

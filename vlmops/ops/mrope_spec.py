@@ -1,0 +1,277 @@
+"""Cases, benchmark shapes and bad calls of `vlmops.mrope`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlmops.ops.mrope import Rotation, mrope, mrope_, mrope_freq_axis, reference
+from vlmops.ops.spec import Arguments, BadCall, BenchCase, Case, Spec
+
+
+def _empty(shape: tuple[int, ...], layout: str, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """q or k of ``shape`` with the strides that ``layout`` names; the contents are drawn later."""
+    new = {"dtype": dtype, "device": device}
+    if layout == "view":  # Hugging Face: [B, H, S, D] seen through a transpose of [B, S, H, D]
+        b, h, s, d = shape
+        return torch.empty(b, s, h, d, **new).transpose(1, 2)
+    if layout == "fused":  # towers: [N, H, D], every third block of a fused qkv
+        n, h, d = shape
+        return torch.empty(n, 3, h, d, **new).unbind(1)[1]
+    if layout == "channels":  # neighbouring channels do not lie side by side
+        return torch.empty(*shape[:-1], 2 * shape[-1], **new)[..., ::2]
+    if layout == "expanded":  # one head seen as many
+        return torch.empty(shape[0], 1, *shape[2:], **new).expand(shape)
+    return torch.empty(shape, **new)
+
+
+def _inputs(
+    batch: int | None = 2,
+    tokens: int = 17,
+    heads: tuple[int, int] = (4, 2),
+    head_dim: int = 128,
+    sections: tuple[int, ...] = (16, 24, 24),
+    interleaved: bool = False,
+    rotation: Rotation = "half",
+    scaling: float = 1.0,
+    head_axis: int = 1,
+    layout: str = "view",
+    ids: Callable[..., Tensor] | None = None,
+    max_id: int = 5000,
+    id_dtype: torch.dtype = torch.int64,
+    freq_dtype: torch.dtype = torch.float32,
+) -> Callable[[torch.dtype, torch.device], Arguments]:
+    """``batch=None`` gives the packed form ``[N, H, D]``."""
+
+    def make(dtype: torch.dtype, device: torch.device) -> Arguments:
+        def rows(h: int) -> Tensor:
+            if batch is None:
+                shape: tuple[int, ...] = (tokens, h, head_dim)
+            elif head_axis == 1:
+                shape = (batch, h, tokens, head_dim)
+            else:
+                shape = (batch, tokens, h, head_dim)
+            x = _empty(shape, layout, dtype, device)
+            if layout == "expanded":
+                x._base.normal_()  # type: ignore[union-attr]
+                return x
+            return x.normal_()
+
+        frequencies = sum(sections)
+        shape = (len(sections), tokens) if batch is None else (len(sections), batch, tokens)
+        position_ids = torch.randint(max_id + 1, shape) if ids is None else ids(shape)
+        inv_freq = 10000.0 ** -(torch.arange(frequencies) / max(frequencies, 1))
+        return {
+            "q": rows(heads[0]),
+            "k": rows(heads[1]),
+            "position_ids": position_ids.to(device=device, dtype=id_dtype),
+            "inv_freq": inv_freq.to(device=device, dtype=freq_dtype),
+            "freq_axis": mrope_freq_axis(sections, interleaved).to(device),
+            "rotation": rotation,
+            "scaling": scaling,
+            "head_axis": head_axis,
+        }
+
+    return make
+
+
+def _text_ids(shape: tuple[int, ...]) -> Tensor:
+    """Text: all axes count alike, one row of memory seen as many."""
+    return torch.arange(shape[-1]).expand(shape)
+
+
+def _transposed_ids(shape: tuple[int, ...]) -> Tensor:
+    return torch.randint(5000, shape[::-1]).permute(*reversed(range(len(shape))))
+
+
+def _negative_ids(shape: tuple[int, ...]) -> Tensor:
+    return torch.randint(-5000, 5000, shape)
+
+
+CASES = [
+    Case("qwen2vl_s17", _inputs()),
+    Case("qwen2vl_s1", _inputs(tokens=1, heads=(28, 4))),
+    Case("qwen2vl_threads_s131", _inputs(tokens=131, heads=(28, 4))),
+    Case("qwen2vl_text_s67", _inputs(tokens=67, ids=_text_ids)),
+    Case("qwen3vl_interleaved_s33", _inputs(tokens=33, sections=(24, 20, 20), interleaved=True)),
+    Case("glm4v_pairs_partial", _inputs(sections=(8, 12, 12), rotation="pairs")),
+    Case("tower_d80_fused", _inputs(batch=None, tokens=50, heads=(16, 16), head_dim=80,
+                                    sections=(20, 20), layout="fused", max_id=64)),
+    Case("tower_d72_fused", _inputs(batch=None, heads=(3, 3), head_dim=72, sections=(18, 18),
+                                    layout="fused", max_id=64)),
+    Case("tower_d88_pairs", _inputs(batch=None, heads=(2, 2), head_dim=88, sections=(22, 22),
+                                    rotation="pairs", layout="contiguous")),
+    Case("llama_one_axis", _inputs(sections=(64,), layout="contiguous")),
+    Case("partial_half_d256_r32", _inputs(head_dim=256, sections=(32,))),
+    Case("one_head", _inputs(heads=(1, 1))),
+    Case("no_k_heads", _inputs(heads=(4, 0))),
+    Case("bshd", _inputs(head_axis=2, layout="contiguous")),
+    Case("bshd_strided", _inputs(head_axis=2, layout="view", heads=(5, 3))),
+    Case("odd_r3_half", _inputs(head_dim=6, sections=(1, 1, 1))),
+    Case("odd_r23_half", _inputs(head_dim=46, sections=(11, 6, 6))),
+    Case("odd_r23_pairs", _inputs(head_dim=50, sections=(11, 6, 6), rotation="pairs")),
+    Case("one_channel_pair", _inputs(head_dim=2, sections=(1,))),
+    Case("no_frequencies", _inputs(sections=(0,))),
+    Case("scaled_yarn", _inputs(scaling=1.3)),
+    Case("channels_strided", _inputs(layout="channels")),
+    Case("channels_strided_pairs", _inputs(layout="channels", rotation="pairs", head_dim=40,
+                                           sections=(7, 6, 6))),
+    Case("expanded_heads", _inputs(layout="expanded")),
+    Case("ids_to_1e6", _inputs(max_id=10**6, tokens=41)),
+    Case("ids_to_2p24", _inputs(max_id=2**24, tokens=41, layout="contiguous")),
+    Case("ids_negative", _inputs(ids=_negative_ids)),
+    Case("ids_transposed", _inputs(ids=_transposed_ids)),
+    Case("ids_int32", _inputs(id_dtype=torch.int32)),
+    Case("ids_uint8", _inputs(id_dtype=torch.uint8, max_id=255)),
+    Case("inv_freq_bf16", _inputs(freq_dtype=torch.bfloat16)),
+    Case("empty_sequence", _inputs(tokens=0)),
+    Case("empty_batch", _inputs(batch=0)),
+    Case("empty_packed", _inputs(batch=None, tokens=0, layout="contiguous")),
+]  # fmt: skip
+
+
+def _moved(args: Arguments) -> list[Tensor]:
+    return [args["q"], args["k"]]
+
+
+def _flops(args: Arguments) -> float:
+    rows = (args["q"].numel() + args["k"].numel()) / args["q"].shape[-1]
+    return 6.0 * rows * len(args["inv_freq"])  # per pair of channels 4 products, 2 sums
+
+
+def _bench(name: str, **kwargs: Any) -> BenchCase:
+    return BenchCase(name, _inputs(heads=(28, 4), max_id=4096, **kwargs), _moved, _flops)
+
+
+BENCH = {
+    case.name: case
+    for case in [
+        _bench("decode_b1", batch=1, tokens=1),
+        _bench("decode_b16", batch=16, tokens=1),
+        _bench("s1024", batch=1, tokens=1024),
+        _bench("s4096", batch=1, tokens=4096),
+        _bench("s16384", batch=1, tokens=16384),
+    ]
+}
+
+
+def eager(
+    q: Tensor,
+    k: Tensor,
+    position_ids: Tensor,
+    inv_freq: Tensor,
+    freq_axis: Tensor,
+    *,
+    rotation: Rotation = "half",
+    scaling: float = 1.0,
+    head_axis: int = 1,
+) -> tuple[Tensor, Tensor]:
+    """The steps of Hugging Face's Qwen2-VL in their order and dtypes, for every layout.
+
+    Angles for all axes, cosine and sine in float32, recomposed, cast to the dtype of q, then
+    ``q * cos + rotate_half(q) * sin``.
+    """
+    angles = position_ids[..., None].float() * inv_freq.float()  # [A, *tokens, R]
+    pick = freq_axis.long().expand(1, *angles.shape[1:])
+
+    def recompose(table: Tensor) -> Tensor:
+        table = (table * scaling).gather(0, pick)[0]
+        doubled = torch.cat((table, table), -1) if rotation == "half" else table.repeat_interleave(2, -1)
+        return doubled.to(q.dtype).unsqueeze(head_axis)
+
+    cos, sin = recompose(angles.cos()), recompose(angles.sin())
+
+    def rotate(x: Tensor) -> Tensor:
+        head, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
+        if rotation == "half":
+            a, b = head.chunk(2, dim=-1)
+            turned = torch.cat((-b, a), dim=-1)
+        else:
+            turned = torch.stack((-head[..., 1::2], head[..., 0::2]), dim=-1).flatten(-2)
+        head = head * cos + turned * sin
+        return torch.cat((head, rest), dim=-1) if rest.shape[-1] else head
+
+    return rotate(q), rotate(k)
+
+
+def _with(**changes: Any) -> Callable[[Arguments], Arguments]:
+    return lambda args: {**args, **changes}
+
+
+def _each(*names: str, change: Callable[[Tensor], Tensor]) -> Callable[[Arguments], Arguments]:
+    return lambda args: {**args, **{name: change(args[name]) for name in names}}
+
+
+def _id_beyond(value: int) -> Callable[[Arguments], Arguments]:
+    def change(args: Arguments) -> Arguments:
+        ids = args["position_ids"].clone()
+        ids[1, 1, 3] = value
+        return {**args, "position_ids": ids}
+
+    return change
+
+
+ERRORS = [
+    BadCall("freq_axis_length", _each("freq_axis", change=lambda t: t[:-1]),
+            r"freq_axis: expected shape \[64\].*got \[63\]"),
+    BadCall("freq_axis_names_no_axis", _each("freq_axis", change=lambda t: t + 1),
+            r"freq_axis: expected axes in \[0, 3\).*got 3 at index 40"),
+    BadCall("freq_axis_negative", _each("freq_axis", change=lambda t: t - 1),
+            r"freq_axis: expected axes in \[0, 3\).*got -1 at index 0"),
+    BadCall("freq_axis_float", _each("freq_axis", change=Tensor.float),
+            r"freq_axis: expected an integer dtype.*got float32"),
+    BadCall("odd_head_dim", _each("q", "k", change=lambda t: t[..., :-1]),
+            r"q: expected an even head_dim, got shape \[2, 4, 17, 127\]"),
+    BadCall("too_many_frequencies", _each("q", "k", change=lambda t: t[..., :64]),
+            r"inv_freq: expected at most head_dim / 2 = 32 frequencies, got 64"),
+    BadCall("inv_freq_rank", _each("inv_freq", change=lambda t: t[None]),
+            r"inv_freq: expected shape \[R\], got \[1, 64\]"),
+    BadCall("inv_freq_integer", _each("inv_freq", change=Tensor.long),
+            r"inv_freq: expected a floating dtype, got int64"),
+    BadCall("q_rank", _each("q", change=lambda t: t[None]),
+            r"q: expected \[B, H, S, D\].*got shape \[1, 2, 4, 17, 128\]"),
+    BadCall("k_rank", _each("k", change=lambda t: t[0]), r"k: expected shape.*got \[2, 17, 128\]"),
+    BadCall("k_head_dim", _each("k", change=lambda t: t[..., :64]),
+            r"k: expected shape \[2, 2, 17, 128\].*got \[2, 2, 17, 64\]"),
+    BadCall("k_length", _each("k", change=lambda t: t[:, :, 1:]),
+            r"k: expected shape \[2, 2, 17, 128\].*got \[2, 2, 16, 128\]"),
+    BadCall("k_dtype", _each("k", change=Tensor.double),
+            r"k: expected dtype (float32|bfloat16|float16), that of q, got float64"),
+    BadCall("float64", _each("q", "k", change=Tensor.double),
+            r"q: expected dtype float32, bfloat16 or float16, got float64"),
+    BadCall("ids_float", _each("position_ids", change=Tensor.float),
+            r"position_ids: expected an integer dtype.*got float32"),
+    BadCall("ids_bool", _each("position_ids", change=Tensor.bool),
+            r"position_ids: expected an integer dtype.*got bool"),
+    BadCall("ids_rank", _each("position_ids", change=lambda t: t[:, 0]),
+            r"position_ids: expected shape \[A, B, S\].*got \[3, 17\]"),
+    BadCall("ids_batch", _each("position_ids", change=lambda t: t[:, :1]),
+            r"position_ids: expected shape \[3, 2, 17\].*got \[3, 1, 17\]"),
+    BadCall("ids_length", _each("position_ids", change=lambda t: t[:, :, 1:]),
+            r"position_ids: expected shape \[3, 2, 17\].*got \[3, 2, 16\]"),
+    BadCall("ids_no_axis", _each("position_ids", change=lambda t: t[:0]),
+            r"position_ids: expected 1 to 16 axes.*got shape \[0, 2, 17\]"),
+    BadCall("ids_beyond_2p24", _id_beyond(2**24 + 1),
+            r"position_ids: expected ids within \+-2\^24.*got 16777217 at axis 1, batch 1, token 3"),
+    BadCall("ids_beyond_minus_2p24", _id_beyond(-(2**24) - 1), r"position_ids: .*got -16777217"),
+    BadCall("devices", _each("position_ids", change=lambda t: t.to("meta")), r"expected.* on .*got"),
+    BadCall("rotation", _with(rotation="quarter"),
+            r"rotation: expected 'half' or 'pairs', got 'quarter'"),
+    BadCall("head_axis", _with(head_axis=3), r"head_axis: expected 1.*or 2.*got 3"),
+]  # fmt: skip
+
+
+SPEC = Spec(
+    op="mrope",
+    function=mrope,
+    in_place=mrope_,
+    reference=reference,
+    eager=eager,
+    differentiable=("q", "k"),
+    cases=CASES,
+    bench=BENCH,
+    errors=ERRORS,
+)

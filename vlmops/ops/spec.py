@@ -1,0 +1,62 @@
+"""What an op's ``<op>_spec.py`` says about it.
+
+Contract tests, benchmarks and tables are generated from these.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Arguments = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One set of inputs. ``make`` draws them for a dtype on a device from torch's global seed."""
+
+    name: str
+    make: Callable[[torch.dtype, torch.device], Arguments]
+
+
+@dataclasses.dataclass(frozen=True)
+class BadCall:
+    """A call that must raise: the arguments replaced in a good call, and what the message says."""
+
+    name: str
+    change: Callable[[Arguments], Arguments]
+    pattern: str
+    exception: type[Exception] = RuntimeError
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchCase:
+    """A real model's shape, and what the op must move and compute there."""
+
+    name: str
+    make: Callable[[torch.dtype, torch.device], Arguments]
+    moved: Callable[[Arguments], list[Tensor]]
+    """The tensors that any implementation reads and writes once: what the copy floor copies."""
+    flops: Callable[[Arguments], float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """One op. All callables take the op's arguments by name."""
+
+    op: str
+    function: Callable[..., Any]
+    in_place: Callable[..., Any] | None
+    reference: Callable[..., Any]
+    """Exact, in float64."""
+    eager: Callable[..., Any]
+    """What Hugging Face runs, in the inputs' dtype: the yardstick for errors and speed."""
+    differentiable: Sequence[str]
+    """Arguments that get gradients; in_place writes over them."""
+    cases: Sequence[Case]
+    bench: Mapping[str, BenchCase]
+    errors: Sequence[BadCall]
