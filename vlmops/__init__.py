@@ -1,8 +1,19 @@
 """Hand-written kernels that speed up Hugging Face vision-language models, as torch custom ops."""
 
 from vlmops._library import cpu_isa
+from vlmops.hf.patch import patch, patched, unpatch
+from vlmops.hf.report import PatchReport
 from vlmops.ops.mrope import mrope, mrope_, mrope_freq_axis
 
 __version__ = "0.1.0"
 
-__all__ = ["cpu_isa", "mrope", "mrope_", "mrope_freq_axis"]
+__all__ = [
+    "PatchReport",
+    "cpu_isa",
+    "mrope",
+    "mrope_",
+    "mrope_freq_axis",
+    "patch",
+    "patched",
+    "unpatch",
+]

@@ -1,0 +1,318 @@
+"""What every op promises (README, "The contract"), generated from every SPEC.
+
+No op is named here. A test's id is op, backend, dtype, case.
+"""
+
+import itertools
+
+import pytest
+import torch
+from conftest import TESTED_ISAS
+from dispatch import CountOps
+from torch.autograd import forward_ad
+
+import vlmops.ops
+from vlmops.ops.compare import mismatch
+
+SPECS = [vlmops.ops.spec(op) for op in vlmops.ops.__all__]
+BACKENDS = [f"cpu_{isa}" for isa in TESTED_ISAS]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+CPU = torch.device("cpu")
+
+
+class Subject:
+    """One op on one backend with one case's inputs, and what the clauses do with them."""
+
+    def __init__(self, spec, case, dtype):
+        self.spec, self.dtype, self.case = spec, dtype, case
+        self.args = case.make(dtype, CPU)
+
+    def tensors(self):
+        return {n: t for n, t in self.args.items() if isinstance(t, torch.Tensor)}
+
+    def with_grad(self, change=lambda t: t, names=None):
+        """The arguments, the differentiable ones (or `names`) as leaves that keep their strides."""
+        leaves = {
+            name: change(self.args[name]).detach().requires_grad_()
+            for name in (self.spec.differentiable if names is None else names)
+        }
+        return {**self.args, **leaves}, leaves
+
+    def forward(self, function):
+        return list(function(**self.args))
+
+    def backward(self, function, upstream, change=lambda t: t):
+        args, leaves = self.with_grad(change)
+        outputs = function(**args)
+        return list(torch.autograd.grad(outputs, list(leaves.values()), upstream))
+
+    def upstream(self):
+        """Random, and strided as no kernel expects: the transpose of a contiguous tensor."""
+        outputs = self.spec.reference(**self.args)
+        flipped = [torch.randn(o.shape[::-1]).to(self.dtype) for o in outputs]
+        return [t.permute(*reversed(range(t.dim()))) for t in flipped]
+
+
+def assert_correct(got, exact, yardstick):
+    problems = [mismatch(*three) for three in zip(got, exact, yardstick, strict=True)]
+    assert not any(problems), f"per output: {problems}"
+
+
+def assert_bit_equal(got, expected, what):
+    for g, e in zip(got, expected, strict=True):
+        assert g.dtype == e.dtype and g.shape == e.shape, what
+        bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[g.element_size()]
+        differ = g.contiguous().view(bits) != e.contiguous().view(bits)
+        assert not differ.any(), f"{what}: differs at {differ.nonzero()[:3].tolist()} and so on"
+
+
+def subjects(dtypes=DTYPES, cases=None, backends=BACKENDS, where=lambda spec, case: True):
+    """Parametrises a test over spec, backend, dtype and case."""
+    rows = [
+        pytest.param(backend, (spec, case, dtype), id=f"{spec.op}-{backend}-{name}-{case.name}")
+        for spec in SPECS
+        for backend, (name, dtype), case in itertools.product(
+            backends, dtypes.items(), spec.cases[:cases]
+        )
+        if where(spec, case)
+    ]
+    return pytest.mark.parametrize(("backend", "subject"), rows, indirect=True)
+
+
+def can_be_in_place(spec, case):
+    """Elements that share memory cannot be written in place; SPEC.errors holds the refusal."""
+    args = case.make(torch.float32, CPU)
+    tensors = [args[n] for n in spec.differentiable]
+    return spec.in_place is not None and not any(t.numel() and 0 in t.stride() for t in tensors)
+
+
+ONE_DTYPE = {"fp32": torch.float32}
+
+
+@pytest.fixture
+def backend(request, use_cpu_isa):
+    use_cpu_isa(request.param.removeprefix("cpu_"))
+    return request.param
+
+
+@pytest.fixture
+def subject(request, backend):
+    return Subject(*request.param)
+
+
+# 1. Correct forward and backward.
+
+
+@subjects()
+def test_forward_is_correct(subject):
+    spec = subject.spec
+    got = subject.forward(spec.function)
+    assert_correct(got, subject.forward(spec.reference), subject.forward(spec.eager))
+    for output, name in zip(got, spec.differentiable, strict=True):
+        assert output.stride() == torch.empty_like(subject.args[name]).stride()
+
+
+@subjects()
+def test_backward_is_correct(subject):
+    spec, upstream = subject.spec, subject.upstream()
+    exact = subject.backward(spec.reference, [u.double() for u in upstream], torch.Tensor.double)
+    eager = subject.backward(spec.eager, upstream)
+    assert_correct(subject.backward(spec.function, upstream), exact, eager)
+
+
+# 2. The schema tells the truth on mutation.
+
+
+@subjects()
+def test_nothing_of_the_callers_is_written(subject):
+    upstream = subject.upstream()
+    watched = [*subject.tensors().values(), *upstream]
+    before = [t.clone() for t in watched]
+    versions = [t._version for t in watched]
+    subject.backward(subject.spec.function, upstream)
+    assert_bit_equal(watched, before, "inputs and upstream gradients")
+    assert [t._version for t in watched] == versions
+
+
+@subjects(where=can_be_in_place)
+def test_in_place_writes_what_it_says_and_equals_out_of_place(subject):
+    spec, names = subject.spec, subject.spec.differentiable
+    written = {n: subject.args[n] for n in names}
+    expected = subject.forward(spec.function)
+    untouched = {n: t.clone() for n, t in subject.tensors().items() if n not in names}
+    versions = {n: t._version for n, t in written.items()}
+    pointers = {n: t.data_ptr() for n, t in written.items()}
+    results = subject.forward(spec.in_place)
+    assert_bit_equal(written.values(), expected, "in place")
+    assert all(r is w for r, w in zip(results, written.values(), strict=True))
+    assert {n: t.data_ptr() for n, t in written.items()} == pointers
+    assert all(t._version > versions[n] for n, t in written.items())
+    assert_bit_equal([subject.args[n] for n in untouched], untouched.values(), "other arguments")
+
+
+# 3. Dtypes, strides, sizes: by the cases. Determinism:
+
+
+@subjects()
+def test_runs_and_thread_counts_agree_bit_for_bit(subject):
+    first = subject.forward(subject.spec.function)
+    threads = torch.get_num_threads()
+    for n in (1, 2, threads, threads):
+        torch.set_num_threads(n)
+        assert_bit_equal(subject.forward(subject.spec.function), first, f"{n} threads")
+
+
+# 4. opcheck, compile, export, autocast.
+
+
+@subjects(ONE_DTYPE, backends=BACKENDS[-1:])
+def test_opcheck(subject):
+    spec = subject.spec
+    args, _ = subject.with_grad()
+    torch.library.opcheck(getattr(torch.ops.vlmops, spec.op).default, (), args)
+    backward = getattr(torch.ops.vlmops, f"{spec.op}_backward").default
+    renamed = {f"grad_{n}" if n in spec.differentiable else n: t for n, t in args.items()}
+    torch.library.opcheck(backward, (), renamed)
+    if can_be_in_place(spec, subject.case):
+        torch.library.opcheck(getattr(torch.ops.vlmops, f"{spec.op}_").default, (), subject.args)
+
+
+@subjects(cases=1)
+def test_compiles_to_one_graph_forward_and_backward(subject):
+    spec, upstream = subject.spec, subject.upstream()
+    compiled = torch.compile(spec.function, fullgraph=True, backend="aot_eager")
+    assert_bit_equal(subject.forward(compiled), subject.forward(spec.function), "compiled")
+    expected = subject.backward(spec.function, upstream)
+    assert_bit_equal(subject.backward(compiled, upstream), expected, "compiled backward")
+
+
+@subjects(ONE_DTYPE, cases=1, where=can_be_in_place)
+def test_compiles_with_inductor_and_in_place(subject):
+    expected = subject.forward(subject.spec.function)
+
+    @torch.compile(fullgraph=True)
+    def scaled_in_place(args):
+        doubled = {n: args[n] * 2 for n in subject.spec.differentiable}
+        return [t / 2 for t in subject.spec.in_place(**{**args, **doubled})]
+
+    assert_bit_equal(scaled_in_place(subject.args), expected, "compiled in place")
+
+
+@subjects(ONE_DTYPE, cases=1)
+def test_exports(subject):
+    class Module(torch.nn.Module):
+        def forward(self, **tensors):
+            return subject.spec.function(**{**subject.args, **tensors})
+
+    program = torch.export.export(Module(), (), subject.tensors())
+    names = [str(node.target) for node in program.graph.nodes]
+    assert f"vlmops.{subject.spec.op}.default" in names
+    exported = program.module()(**subject.tensors())
+    assert_bit_equal(exported, subject.forward(subject.spec.function), "exported")
+
+
+@subjects(cases=1)
+def test_autocast_keeps_the_dtype_and_the_bits(subject):
+    expected = subject.forward(subject.spec.function)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_bit_equal(subject.forward(subject.spec.function), expected, "under autocast")
+
+
+# 5. Bad input raises and says what is wrong.
+
+BAD_CALLS = [
+    pytest.param(spec, bad, id=f"{spec.op}-{bad.name}") for spec in SPECS for bad in spec.errors
+]
+
+
+@pytest.mark.parametrize(("spec", "bad"), BAD_CALLS)
+def test_bad_call_raises(spec, bad):
+    good = spec.cases[0].make(torch.float32, CPU)
+    args = bad.change(good)
+    with pytest.raises(bad.exception, match=bad.pattern):
+        spec.function(**args)
+    if spec.in_place is not None:
+        before = [good[n].clone() for n in spec.differentiable]
+        with pytest.raises(bad.exception, match=bad.pattern):
+            spec.in_place(**args)
+        assert_bit_equal([good[n] for n in spec.differentiable], before, "after the error")
+
+
+# 6. Outputs are written in full: conftest.py poisons what is allocated, and here is the proof.
+
+
+def test_memory_is_poisoned():
+    assert torch.empty(64).isnan().all()
+    assert torch.empty(64, dtype=torch.bfloat16).isnan().all()
+
+
+# 7. Angles are the float32 product: `reference` forms them so, and clause 1 compares with it.
+
+# 8. No value is read back to the host.
+
+
+@subjects(ONE_DTYPE, cases=2)
+def test_reads_no_value_back(subject):
+    upstream = subject.upstream()
+    with CountOps() as ran:
+        subject.backward(subject.spec.function, upstream)
+    assert ran.counts["aten::_local_scalar_dense"] == 0
+    assert ran.counts[f"vlmops::{subject.spec.op}"] == 1
+    assert ran.counts[f"vlmops::{subject.spec.op}_backward"] == 1
+
+
+# 9. Derivatives: skipped where not needed, of second order, forward mode, vmap.
+
+
+@subjects(ONE_DTYPE, cases=2)
+def test_frozen_inputs_cost_nothing(subject):
+    spec = subject.spec
+    outputs = spec.function(**subject.args)
+    assert not any(o.requires_grad for o in outputs)
+    for name in spec.differentiable:
+        args, leaves = subject.with_grad(names=[name])
+        upstream = subject.upstream()
+        total = sum((o * u).sum() for o, u in zip(spec.function(**args), upstream, strict=True))
+        total.backward()
+        expected = subject.backward(spec.function, upstream)[spec.differentiable.index(name)]
+        assert_bit_equal([leaves[name].grad], [expected], name)
+        others = [args[n] for n in spec.differentiable if n != name]
+        assert all(t.grad is None for t in others)
+
+
+@subjects(ONE_DTYPE, cases=2)
+def test_double_backward(subject):
+    args, leaves = subject.with_grad()
+    upstream = [u.clone().requires_grad_() for u in subject.upstream()]
+    exact_args, exact_leaves = subject.with_grad(torch.Tensor.double)
+    results = []
+    for function, a, inputs, cast in (
+        (subject.spec.function, args, leaves, torch.Tensor.float),
+        (subject.spec.reference, exact_args, exact_leaves, torch.Tensor.double),
+    ):
+        ups = [cast(u.detach()).requires_grad_() for u in upstream]
+        grads = torch.autograd.grad(function(**a), list(inputs.values()), ups, create_graph=True)
+        second = torch.autograd.grad(grads, ups, [g.detach().cos() for g in grads])
+        results.append(second)
+    for got, exact in zip(*results, strict=True):
+        torch.testing.assert_close(got.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+@subjects(ONE_DTYPE, cases=2)
+def test_forward_mode_and_vmap(subject):
+    spec, name = subject.spec, subject.spec.differentiable[0]
+    tangent = torch.randn_like(subject.args[name])
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(subject.args[name], tangent)
+        output = spec.function(**{**subject.args, name: dual})[0]
+        got = forward_ad.unpack_dual(output).tangent
+    x = subject.args[name].double()
+    _, exact = torch.func.jvp(
+        lambda t: spec.reference(**{**subject.args, name: t})[0], (x,), (tangent.double(),)
+    )
+    torch.testing.assert_close(got.double(), exact, rtol=1e-5, atol=1e-5)
+
+    stacked = torch.stack([subject.args[name], tangent])
+    mapped = torch.vmap(lambda t: spec.function(**{**subject.args, name: t})[0])(stacked)
+    each = [spec.function(**{**subject.args, name: t})[0] for t in stacked]
+    assert_bit_equal([mapped], [torch.stack(each)], "vmap")

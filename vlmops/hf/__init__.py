@@ -1,0 +1,1 @@
+"""Patching of Hugging Face models: `vlmops.patch`, `vlmops.unpatch`, `vlmops.patched`."""

@@ -1,0 +1,193 @@
+"""`patch`, `unpatch` and `patched`: the one path by which ops get into models."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import nn
+
+from vlmops import _library
+from vlmops.hf.rebind import original_class
+from vlmops.hf.report import PatchReport, Row
+from vlmops.hf.sites import AlreadyPatched, Refused, Site, all_sites
+from vlmops.hf.targets import Expected, expected_places
+
+_MINIMUM_TRANSFORMERS = (5, 17)
+
+
+def patch(model: nn.Module, ops: Sequence[str] | None = None, verify: bool = True) -> PatchReport:
+    """Replaces what a Hugging Face model does slowly by vlmops' kernels, in this model alone.
+
+    Weights, ``state_dict``, outputs and gradients stay what they were; another model of the same
+    class is not touched. Patching twice does nothing more.
+
+    Args:
+        model: A transformers model, or any module that contains one (PEFT, compiled, ...).
+        ops: Names of ops, e.g. ``["mrope"]``; None for all of them.
+        verify: Compare every replacement with the model's own code on a tiny input, and leave
+            alone what differs.
+
+    Returns:
+        What was replaced, by which kernel, and what was left alone and why; printable.
+
+    Raises:
+        TypeError: model is not a torch.nn.Module, or ops is a string.
+        ValueError: ops names an unknown op, or one that has no site in this model.
+        ImportError: transformers is missing or older than 5.17, or the library is not loaded.
+
+    Example:
+        >>> from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+        >>> text = {"hidden_size": 256, "num_hidden_layers": 2, "num_attention_heads": 2,
+        ...     "num_key_value_heads": 1, "intermediate_size": 64, "vocab_size": 99}
+        >>> config = Qwen2VLConfig(text_config=text, vision_config={"depth": 1})
+        >>> model = Qwen2VLForConditionalGeneration(config)
+        >>> vlmops.patch(model).counts
+        {'mrope': 2}
+    """
+    return _patch(model, ops, verify)[0]
+
+
+def unpatch(model: nn.Module) -> int:
+    """Gives every module that `patch` changed its own class back.
+
+    Args:
+        model: A patched model, or a copy of one.
+
+    Returns:
+        The number of modules that were restored; 0 if the model was not patched.
+
+    Raises:
+        TypeError: model is not a torch.nn.Module.
+    """
+    _require_module(model)
+    return _restore([m for m in model.modules() if original_class(m) is not None])
+
+
+@contextlib.contextmanager
+def patched(
+    model: nn.Module, ops: Sequence[str] | None = None, verify: bool = True
+) -> Iterator[PatchReport]:
+    """`patch` for the length of a ``with`` block; what was patched before stays patched.
+
+    Args: see `patch`. Yields its report.
+
+    Raises:
+        As `patch`.
+    """
+    report, changed = _patch(model, ops, verify)
+    try:
+        yield report
+    finally:
+        _restore(changed)
+
+
+def _patch(
+    model: nn.Module, ops: Sequence[str] | None, verify: bool
+) -> tuple[PatchReport, list[nn.Module]]:
+    _require_module(model)
+    _require_transformers()
+    _library.require()
+    sites = all_sites()
+    rows: list[Row] = []
+    changed: list[nn.Module] = []
+    for op in _requested(ops, sites):
+        found, modules = _patch_site(model, sites[op], verify)
+        rows += found or [Row(op, "", "", 0, "", "not present")]
+        changed += modules
+    rows += _missing(model, rows)
+    report = PatchReport(type(model).__name__, tuple(rows))
+    for op in ops or ():
+        if report.counts[op] == 0:
+            raise ValueError(f"ops: {op!r} has no site that can be patched in this model\n{report}")
+    return report, changed
+
+
+def _patch_site(model: nn.Module, site: Site, verify: bool) -> tuple[list[Row], list[nn.Module]]:
+    rows, changed = [], []
+    # Listed before anything changes: find walks the modules that adapt alters.
+    for found in list(site.find(model)):
+        place = found if not isinstance(found, Refused | AlreadyPatched) else found.place
+        described = (site.op, place.module, place.path, place.sites)
+        if isinstance(found, AlreadyPatched):
+            rows.append(Row(*described, _backend(), "already patched"))
+            continue
+        reason = found.reason if isinstance(found, Refused) else None
+        if reason is None and verify:
+            reason = site.check(place)
+        if reason is not None:
+            rows.append(Row(*described, "", "refused", reason))
+            continue
+        for module, new_class in site.adapt(place).items():
+            module.__class__ = new_class
+            changed.append(module)
+        rows.append(Row(*described, _backend(), "patched"))
+    return rows, changed
+
+
+def _backend() -> str:
+    return f"cpu ({_library.cpu_isa()})"
+
+
+def _missing(model: nn.Module, rows: list[Row]) -> list[Row]:
+    """Places that the model's family is known to have and that no site found."""
+    config = getattr(model, "config", None)
+    ops = {row.op for row in rows}
+
+    def found(expected: Expected) -> bool:  # below whatever wraps the model
+        return any(r.op == expected.op and r.path.endswith(expected.path) for r in rows)
+
+    return [
+        Row(
+            expected.op,
+            "",
+            expected.path,
+            0,
+            "",
+            "refused",
+            f"expected in {config.model_type} and not found: this transformers is built "
+            "differently; please report it with the version",
+        )
+        for expected in expected_places(getattr(config, "model_type", ""))
+        if expected.op in ops and not found(expected)
+    ]
+
+
+def _restore(modules: list[nn.Module]) -> int:
+    for module in modules:
+        original = original_class(module)
+        if original is not None:
+            module.__class__ = original
+    return len(modules)
+
+
+def _requested(ops: Sequence[str] | None, sites: dict[str, Site]) -> list[str]:
+    if ops is None:
+        return list(sites)
+    if isinstance(ops, str):
+        raise TypeError(f"ops: expected a list of names, got the string {ops!r}: write [{ops!r}]")
+    for op in ops:
+        if op not in sites:
+            raise ValueError(f"ops: expected names among {', '.join(sites)}, got {op!r}")
+    return list(dict.fromkeys(ops))
+
+
+def _require_module(model: nn.Module) -> None:
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+
+
+def _require_transformers() -> None:
+    minimum = ".".join(map(str, _MINIMUM_TRANSFORMERS))
+    remedy = f"pip install -U 'transformers>={minimum}'"
+    try:
+        import transformers
+    except ImportError as error:
+        raise ImportError(f"vlmops.patch needs transformers {minimum} or later: {remedy}") from error
+    version = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+    if version < _MINIMUM_TRANSFORMERS:
+        raise ImportError(
+            f"vlmops.patch needs transformers {minimum} or later, found "
+            f"{transformers.__version__}: {remedy}"
+        )

@@ -1,0 +1,89 @@
+"""The mechanism of patching: modules change class, functions are rebuilt over other globals.
+
+A Hugging Face ``forward`` calls helpers through its module's globals. To replace one helper for one
+model, the function is rebuilt over a synthetic module (Dynamo looks globals up in ``sys.modules``;
+a plain dict crashes it) and made the ``forward`` of a subclass; the module's ``__class__`` becomes
+that subclass. No forward is copied, parameters, buffers, hooks and state_dict stay as they are, and
+another model of the same class sees nothing.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+import types
+from collections.abc import Callable, Hashable
+from typing import Any
+
+from torch import nn
+
+_ORIGINAL = "_vlmops_original_class"
+_subclasses: dict[tuple[type, Hashable], type] = {}
+
+
+def rebind(function: types.FunctionType, label: str, **globals_: Any) -> types.FunctionType:
+    """The same code, with some of the global names it looks up replaced.
+
+    Args:
+        function: A plain Python function.
+        label: Tells apart rebuilds of one function with different globals.
+        globals_: The replaced names.
+    """
+    name = f"vlmops._rebound.{function.__module__}.{function.__qualname__}.{label}"
+    module = sys.modules[name] = types.ModuleType(name)
+    module.__dict__.update({**function.__globals__, **globals_, "__name__": name})
+    rebuilt = types.FunctionType(
+        function.__code__,
+        module.__dict__,
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )
+    rebuilt.__kwdefaults__ = function.__kwdefaults__
+    rebuilt.__annotations__ = function.__annotations__
+    return rebuilt
+
+
+def subclass(
+    original: type[nn.Module],
+    key: Hashable,
+    make_forward: Callable[[str], Callable[..., Any]],
+) -> type[nn.Module]:
+    """A subclass of the same name with another ``forward``; one per (original, key).
+
+    Args:
+        original: The class of the module to patch.
+        key: Whatever the new forward depends on.
+        make_forward: Called once with a label, unique to the subclass, and returns the forward.
+    """
+    cached = _subclasses.get((original, key))
+    if cached is None:
+        body = {
+            "__module__": original.__module__,
+            "__qualname__": original.__qualname__,
+            "__doc__": original.__doc__,
+            "__reduce_ex__": _reduce_to_original,
+            "__deepcopy__": _deepcopy,
+            _ORIGINAL: original,
+            "forward": make_forward(str(len(_subclasses))),
+        }
+        cached = _subclasses[original, key] = type(original.__name__, (original,), body)
+    return cached
+
+
+def original_class(module: nn.Module) -> type[nn.Module] | None:
+    """The class that a patched module had, or None if the module is not patched."""
+    return getattr(type(module), _ORIGINAL, None)
+
+
+def _reduce_to_original(self: nn.Module, protocol: Any) -> Any:
+    # What is pickled loads without vlmops.
+    constructor, (_, *rest), *state = object.__reduce_ex__(self, max(int(protocol), 2))
+    return (constructor, (original_class(self), *rest), *state)
+
+
+def _deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    # A copy of a patched model is patched.
+    twin = memo[id(self)] = type(self).__new__(type(self))
+    twin.__setstate__(copy.deepcopy(self.__dict__, memo))
+    return twin

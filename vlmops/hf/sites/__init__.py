@@ -1,0 +1,55 @@
+"""Sites: where in a model an op belongs. Found by structure, adapted, and checked numerically."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import nn
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Modules that change together, found by a site."""
+
+    path: str
+    module: str
+    """Class name of the modules that call the op."""
+    sites: int
+    details: Any = None
+    """What the site's own adapt and check need."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Refused:
+    """A place that looks right and cannot be patched."""
+
+    place: Place
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class AlreadyPatched:
+    """A place whose modules carry our classes."""
+
+    place: Place
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """How one op gets into models."""
+
+    op: str
+    find: Callable[[nn.Module], Iterator[Place | Refused | AlreadyPatched]]
+    adapt: Callable[[Place], dict[nn.Module, type[nn.Module]]]
+    """The class that each module gets."""
+    check: Callable[[Place], str | None]
+    """Compares with the model's own code on a tiny input; the reason if they differ."""
+
+
+def all_sites() -> dict[str, Site]:
+    """Op -> site."""
+    from vlmops.hf.sites import mrope
+
+    return {site.op: site for site in (mrope.SITE,)}

@@ -1,0 +1,28 @@
+"""Families: what is expected where, so that a site that rots is noticed.
+
+Nothing is patched because it stands here; sites find their places by structure.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Expected:
+    """One place that a family's models have."""
+
+    op: str
+    path: str
+    """As in ``model.named_modules()`` of the ``...ForConditionalGeneration``."""
+    sites: Callable[[Any], int]
+    """Number of calls in one forward pass, from the model's config."""
+
+
+def expected_places(model_type: str) -> tuple[Expected, ...]:
+    """What is expected in a model of this ``config.model_type``; empty for unknown families."""
+    from vlmops.hf.targets import qwen_vl
+
+    return qwen_vl.EXPECTED.get(model_type, ())
