@@ -1,0 +1,16 @@
+"""``vlmops bench``: what an op costs on this machine, against eager, torch.compile and memory.
+
+Everything about an op comes from its SPEC. ``runner`` starts one process per environment, since
+thread binding and torch's allocator are settled when a process starts; ``measure`` runs in them,
+with ``gate`` before ``timer``; ``report`` prints.
+"""
+
+from __future__ import annotations
+
+
+class BenchError(Exception):
+    """Ends a benchmark without numbers: one line for the user, and the exit code."""
+
+    def __init__(self, message: str, code: int = 2):
+        super().__init__(message)
+        self.code = code

@@ -1,0 +1,174 @@
+"""Runs the measurement in processes of their own and puts their results together."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import vlmops
+from vlmops import _library, ops
+from vlmops.bench import BenchError
+from vlmops.bench.measure import Request
+
+SCHEMA = 1
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+# What makes torch run as on a machine with no better instruction set.
+TORCH_CAPS: Mapping[str, Mapping[str, str]] = {
+    "portable": {
+        "ATEN_CPU_CAPABILITY": "default",
+        "ONEDNN_MAX_CPU_ISA": "SSE41",
+        "MKL_ENABLE_INSTRUCTIONS": "SSE4_2",
+    },
+    "avx2": {
+        "ATEN_CPU_CAPABILITY": "avx2",
+        "ONEDNN_MAX_CPU_ISA": "AVX2",
+        "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+    },
+    "avx512": {"ATEN_CPU_CAPABILITY": "avx512"},
+}
+
+
+def request(
+    op: str,
+    cases: Sequence[str] | None = None,
+    dtypes: Sequence[str] | None = None,
+    isa: str | None = None,
+    compile: bool = True,
+    quick: bool = False,
+) -> Request:
+    """A request whose every name exists; all cases, float32 and bfloat16 by default.
+
+    Raises:
+        BenchError: a name does not exist; the message lists those that do.
+    """
+    try:
+        known = ops.spec(op).bench
+    except ValueError as error:
+        raise BenchError(str(error)) from None
+    cases, dtypes = cases or list(known), dtypes or ["float32", "bfloat16"]
+    for option, names, allowed in (
+        ("--case", cases, list(known)),
+        ("--dtype", dtypes, DTYPES),
+        ("--isa", [isa] if isa else [], list(TORCH_CAPS)),
+    ):
+        for name in names:
+            if name not in allowed:
+                raise BenchError(f"{option}: expected one of {', '.join(allowed)}, got {name!r}")
+    return Request(op, cases, dtypes, isa, compile, quick)
+
+
+def run(request: Request, threads: int | None = None) -> dict[str, Any]:
+    """Measures without and with huge pages in torch's allocator: the report, ready for JSON.
+
+    Args:
+        request: What to measure.
+        threads: Threads of torch, each bound to a core; all cores by default.
+
+    Raises:
+        BenchError: a wrong result (code 1), an impossible request (2), or a process that died.
+    """
+    cpus = os.sched_getaffinity(0)
+    if threads is not None and not 1 <= threads <= len(cpus):
+        raise BenchError(
+            f"--threads: expected 1 to {len(cpus)}, the CPUs this process may use, got {threads}"
+        )
+    try:
+        _library.require()
+    except ImportError as error:
+        raise BenchError(str(error)) from None
+    env = _environment(request.isa, threads or _cores(cpus))
+    results = [_measure(request, {**env, "THP_MEM_ALLOC_ENABLE": value}) for value in "01"]
+    return {
+        "schema": SCHEMA,
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "op": request.op,
+        "quick": request.quick,
+        **_commit(),
+        **results[0],
+        "rows": [row for result in results for row in result["rows"]],
+    }
+
+
+def _environment(isa: str | None, threads: int) -> dict[str, str]:
+    env = {
+        **os.environ,
+        "OMP_NUM_THREADS": str(threads),
+        "MKL_NUM_THREADS": str(threads),
+        "OMP_PROC_BIND": "true",
+        "OMP_PLACES": "cores",
+        "TORCHINDUCTOR_COMPILE_THREADS": "1",  # a pool of idle workers would share our cores
+    }
+    if isa is not None:
+        env |= {"VLMOPS_CPU_ISA": isa, **TORCH_CAPS[isa]}
+    return env
+
+
+def _cores(cpus: set[int]) -> int:
+    """Physical cores: two threads on one core share its bandwidth."""
+    siblings = (Path(f"/sys/devices/system/cpu/cpu{n}/topology/thread_siblings_list") for n in cpus)
+    with contextlib.suppress(OSError):
+        return len({path.read_text() for path in siblings})
+    return len(cpus)
+
+
+def _measure(request: Request, env: dict[str, str]) -> dict[str, Any]:
+    print(
+        f"vlmops bench: {request.op}, THP_MEM_ALLOC_ENABLE={env['THP_MEM_ALLOC_ENABLE']}",
+        file=sys.stderr,
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "result.json"
+        arguments = [json.dumps(dataclasses.asdict(request)), str(output)]
+        # From the folder of this very package: `-m` looks there first.
+        code = subprocess.run(
+            [sys.executable, "-m", "vlmops.bench.measure", *arguments],
+            env=env,
+            cwd=_package().parent,
+            check=False,
+        ).returncode
+        if code != 0:
+            raise BenchError(_death(code), code=1)
+        result: dict[str, Any] = json.loads(output.read_text())
+    if "error" in result:
+        raise BenchError(result["error"], result["code"])
+    return result
+
+
+def _death(code: int) -> str:
+    if code < 0:
+        return (
+            f"the measuring process was ended by signal {-code}; if memory ran out, choose smaller "
+            "shapes with --case"
+        )
+    return f"the measuring process failed with code {code}, for the reason above; please report it"
+
+
+def _package() -> Path:
+    return Path(vlmops.__file__).resolve().parent
+
+
+def _commit() -> dict[str, str | bool | None]:
+    """The commit that this package belongs to; an installed one belongs to none."""
+
+    def git(*args: str) -> str:
+        return subprocess.run(
+            ["git", *args], cwd=_package(), capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", "__init__.py")
+        changes = git("status", "--porcelain", "--untracked-files=no")
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(changes)}
+    except (OSError, subprocess.CalledProcessError):
+        return {"commit": None, "dirty": None}
