@@ -7,6 +7,7 @@ so one build serves every torch from 2.11 and every CPython.
 from __future__ import annotations
 
 import importlib.metadata
+import os
 from pathlib import Path
 
 import torch
@@ -17,6 +18,8 @@ _NAME = "libvlmops.so"
 
 
 def _candidates() -> list[Path]:
+    if os.environ.get("VLMOPS_LIBRARY"):  # a build to test: sanitized, broken on purpose
+        return [Path(os.environ["VLMOPS_LIBRARY"])]
     # Beside the Python files, or, in an editable install, where the build was put.
     found = [Path(root) / _NAME for root in vlmops.__path__]
     try:
@@ -39,8 +42,8 @@ def _load() -> tuple[Path | None, str | None]:
                 )
             return path, None
     return None, (
-        f"{_NAME} was not found in {', '.join(vlmops.__path__)}: this looks like a source tree that "
-        "was not built. Run 'pip install .' in it (in a checkout: 'make setup')"
+        f"no compiled library at {' or '.join(map(str, _candidates()))}: this looks like a source "
+        "tree that was not built. Run 'pip install .' in it (in a checkout: 'make setup')"
     )
 
 

@@ -10,6 +10,7 @@ another model of the same class sees nothing.
 from __future__ import annotations
 
 import copy
+import copyreg
 import sys
 import types
 from collections.abc import Callable, Hashable
@@ -77,13 +78,12 @@ def original_class(module: nn.Module) -> type[nn.Module] | None:
 
 
 def _reduce_to_original(self: nn.Module, protocol: Any) -> Any:
-    # What is pickled loads without vlmops.
-    constructor, (_, *rest), *state = object.__reduce_ex__(self, max(int(protocol), 2))
-    return (constructor, (original_class(self), *rest), *state)
+    # What is pickled loads without vlmops, as a module of the original class.
+    return copyreg._reconstructor, (original_class(self), object, None), self.__dict__  # type: ignore[attr-defined]
 
 
 def _deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
     # A copy of a patched model is patched.
     twin = memo[id(self)] = type(self).__new__(type(self))
-    twin.__setstate__(copy.deepcopy(self.__dict__, memo))
+    twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
     return twin

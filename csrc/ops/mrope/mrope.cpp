@@ -132,7 +132,7 @@ Params check(const Options& o, const Argument& q, const Argument& k, const Argum
   } else {
     fail(o.op, "rotation", "expected 'half' or 'pairs', got '", o.rotation, "'");
   }
-  p.scaling = static_cast<float>(o.scaling);
+  p.scaling = o.scaling == o.scaling ? static_cast<float>(o.scaling) : __builtin_nanf("");
   p.sine_sign = o.sine_sign;
 
   const IntType axis_type = freq_axis.integer();

@@ -34,7 +34,7 @@ struct Params {
   int64_t axes;              // A
   const float* inv_freq;     // [R], radians per position
   const int32_t* freq_axis;  // [R], in [0, A)
-  float scaling;             // multiplies cosine and sine
+  float scaling;             // multiplies cosine and sine; if NaN, canonical (simd.h)
   float sine_sign;           // +1 forward, -1 backward
 };
 

@@ -8,8 +8,7 @@
 // of tokens are computed once into L1 and shared by all heads of q and k, so a [A, B, S, D] tensor never exists.
 // sincos in float64 costs about 20 cycles per register of angles: under 5 % of the memory time of 32 heads.
 //
-// Arithmetic is float32 without FMA, in the order Hugging Face writes it; one rounding at the store. The loops run
-// along the channels with a ladder of vector widths (16, 8, 4, 1), so D = 72, 80, 88 need no masks.
+// Arithmetic is float32 with one rounding to T at the store. The loops run along the channels with a ladder of vector widths (16, 8, 4, 1), so D = 72, 80, 88 need no masks.
 #pragma once
 
 #include "common/sincos.h"

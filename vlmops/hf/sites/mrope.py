@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import inspect
+import sys
 import types
 from collections.abc import Callable, Hashable, Iterator
 from typing import Any
@@ -222,7 +223,9 @@ def adapt(place: Place) -> dict[nn.Module, type[nn.Module]]:
     layout = details.layout
 
     def rotary_forward(_: str) -> Callable[..., Any]:
-        return _make_rotary_forward(layout.scaling)
+        forward = _make_rotary_forward(layout.scaling)
+        forward.__signature__ = inspect.signature(type(details.rotary).forward)  # type: ignore[attr-defined]
+        return forward
 
     def attention_class(attention: nn.Module) -> type[nn.Module]:
         def forward(label: str) -> Callable[..., Any]:
@@ -283,17 +286,35 @@ def _make_apply(layout: Layout) -> Callable[..., tuple[Tensor, Tensor]]:
 
 
 def _may_overwrite(x: Tensor) -> bool:
-    """Whether nobody but the caller can see x change: no graph, hook, buffer or other view.
-
-    Whoever keeps a tensor on x's memory, a forward hook that recorded it for one, counts as a user
-    of its storage. Expected are x, the tensor that x is a view of, and the handle we ask with.
-    """
+    """Whether nobody but the caller can see x change: no graph, hook, buffer or other view."""
     if torch.compiler.is_compiling() or type(x) is not Tensor:
         return False
-    if (torch.is_grad_enabled() and x.requires_grad) or torch._C._functorch.is_functorch_wrapped_tensor(x):
+    if torch._C._functorch.is_functorch_wrapped_tensor(x):
         return False
-    users: int = torch._C._storage_Use_Count(x.untyped_storage()._cdata)
-    return users == 2 + (x._base is not None)
+    return not (torch.is_grad_enabled() and x.requires_grad) and _users(x) in _UNSHARED
 
+
+def _users(x: Tensor) -> tuple[int, ...]:
+    """Counts of what can reach x's memory: whoever keeps a tensor on it raises one of them.
+
+    Users of the storage (a forward hook that recorded a view, a buffer handed out), and of the
+    tensor that x is a view of (a hook that recorded the projection's output itself).
+    """
+    storage: int = torch._C._storage_Use_Count(x.untyped_storage()._cdata)
+    base = x._base
+    if base is None:
+        return (storage,)
+    return storage, base._use_count(), sys.getrefcount(base)
+
+
+def _unshared() -> set[tuple[int, ...]]:
+    """The counts of fresh tensors, seen through a view as Hugging Face does, as this Python and
+    this torch give them."""
+    with torch.inference_mode():
+        inference = _users(torch.zeros(2).view(2, 1).transpose(0, 1))
+    return {inference, _users(torch.zeros(2).view(2, 1).transpose(0, 1))}
+
+
+_UNSHARED = _unshared()
 
 SITE = Site("mrope", find, adapt, check)

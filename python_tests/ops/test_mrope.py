@@ -1,0 +1,339 @@
+"""What is special to M-RoPE; the contract's clauses are in test_contract.py."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch._dynamo.testing
+from conftest import TESTED_ISAS
+from torch import nn
+
+import vlmops
+from vlmops.ops.mrope import reference
+from vlmops.ops.mrope_spec import SPEC
+
+CASES = {case.name: case for case in SPEC.cases}
+CPU = torch.device("cpu")
+every_isa = pytest.mark.parametrize("isa", TESTED_ISAS)
+sixteen_bits = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+
+
+def case(name, dtype=torch.float32):
+    return CASES[name].make(dtype, CPU)
+
+
+def cos_sin(ids, inv_freq):
+    """What the kernel computes: q of ones and zeros turns into cosines and sines."""
+    ids, inv_freq = torch.as_tensor(ids), torch.as_tensor(inv_freq, dtype=torch.float32)
+    q = torch.cat((torch.ones(len(ids), 1, len(inv_freq)), torch.zeros(1).expand(
+        len(ids), 1, len(inv_freq))), dim=-1)
+    axis = torch.zeros(len(inv_freq), dtype=torch.int32)
+    turned, _ = vlmops.mrope(q, q[:, :0], ids[None], inv_freq, axis)
+    return turned[:, 0].chunk(2, dim=-1)
+
+
+@every_isa
+@pytest.mark.parametrize("max_id", [1, 5000, 10**6, 2**24])
+def test_sine_and_cosine_are_right_to_float32(isa, use_cpu_isa, max_id):
+    use_cpu_isa(isa)
+    ids = torch.randint(-max_id, max_id + 1, (4096,))
+    inv_freq = 1e6 ** -(torch.arange(64) / 64)
+    angle = (ids.float()[:, None] * inv_freq).double()
+    for got, exact in zip(cos_sin(ids, inv_freq), (angle.cos(), angle.sin()), strict=True):
+        ulp = torch.finfo(torch.float32).eps * 2.0 ** exact.abs().log2().floor().clamp_min(-60)
+        # Half an ulp is perfect; the polynomials add less than a hundredth.
+        assert ((got.double() - exact).abs() / ulp).max() < 0.51
+
+
+@every_isa
+def test_angles_beyond_the_fast_range(isa, use_cpu_isa):
+    use_cpu_isa(isa)
+    ids, inv_freq = torch.tensor([2**24, 3, 0]), torch.tensor([100.0, 3e30, 1.0])
+    angle = (ids.float()[:, None] * inv_freq).double()
+    cos, sin = cos_sin(ids, inv_freq)
+    assert torch.equal(cos, angle.cos().float())
+    assert torch.equal(sin, angle.sin().float())
+
+
+@every_isa
+@sixteen_bits
+def test_frequencies_that_are_no_numbers_give_nan(isa, use_cpu_isa, dtype):
+    use_cpu_isa(isa)
+    all_ones = torch.tensor([0x7FFFFFFF], dtype=torch.int32).view(torch.float32).item()
+    args = case("qwen2vl_s17", dtype)
+    args["inv_freq"][:4] = torch.tensor([torch.nan, torch.inf, -torch.inf, all_ones])
+    q, _ = vlmops.mrope(**args)
+    assert q[..., :4].isnan().all()
+    assert q[..., 64:68].isnan().all()
+    assert q[..., 4:64].isfinite().all()
+    q, _ = vlmops.mrope(**{**case("qwen2vl_s17", dtype), "scaling": all_ones})
+    assert q.isnan().all()
+
+
+@every_isa
+@sixteen_bits
+@pytest.mark.parametrize("rotation", ["half", "pairs"])
+def test_every_value_of_16_bits_survives_position_zero(isa, use_cpu_isa, dtype, rotation):
+    """x * 1 - y * 0 is x: conversions there and back lose nothing, NaN stays NaN."""
+    use_cpu_isa(isa)
+    x = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
+    x = torch.stack((x, torch.zeros_like(x)), dim=-1).flatten()
+    x = x.view(-1, 1, 64) if rotation == "pairs" else x.view(-1, 1, 2).repeat_interleave(32, dim=-1)
+    ids = torch.zeros(1, len(x), dtype=torch.long)
+    axis = torch.zeros(32, dtype=torch.int32)
+    turned, _ = vlmops.mrope(x, x[:, :0], ids, torch.ones(32), axis, rotation=rotation)
+    finite = x.isfinite() & turned.isfinite()
+    assert torch.equal(turned[finite], x[finite])
+    assert torch.equal(turned[x.isnan()].isnan(), torch.ones_like(x[x.isnan()], dtype=torch.bool))
+    infinite = turned[x.isinf()]
+    assert (infinite.isinf() | infinite.isnan()).all()
+
+
+@every_isa
+@sixteen_bits
+def test_rounding_is_to_nearest_even(isa, use_cpu_isa, dtype):
+    """Scaling scales before the one rounding, so it lets us choose the float32 that is rounded."""
+    use_cpu_isa(isa)
+    x = torch.randn(64, 1, 64).to(dtype)
+    x[:8] *= 2.0**-20  # float16: subnormal
+    x[8:12] *= 2.0**14  # float16: near and beyond the largest
+    ids, axis = torch.zeros(1, 64, dtype=torch.long), torch.zeros(32, dtype=torch.int32)
+    for scaling in (1.0 + 2.0**-9, 1.0 + 2.0**-12, 0.7, 3.1):
+        turned, _ = vlmops.mrope(x, x[:, :0], ids, torch.ones(32), axis, scaling=scaling)
+        assert torch.equal(turned, (x.float() * torch.tensor(scaling).float()).to(dtype))
+
+
+def test_vector_instruction_sets_agree_bit_for_bit():
+    if len(TESTED_ISAS) < 3:
+        assert "avx512" not in TESTED_ISAS
+        return
+    previous = vlmops.cpu_isa()
+    for name in ("qwen2vl_s17", "tower_d88_pairs", "odd_r23_half"):
+        results = []
+        for isa in ("avx2", "avx512"):
+            torch.ops.vlmops.set_cpu_isa(isa)
+            torch.manual_seed(0)
+            results.append(vlmops.mrope(**case(name))[0])
+        assert torch.equal(*results)
+    torch.ops.vlmops.set_cpu_isa(previous)
+
+
+@every_isa
+@pytest.mark.parametrize("name", ["glm4v_pairs_partial", "partial_half_d256_r32", "no_frequencies"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_channels_beyond_the_frequencies_are_copied_bit_for_bit(isa, use_cpu_isa, name, dtype):
+    use_cpu_isa(isa)
+    args = case(name, dtype)
+    args["q"][0, 0, 0, -1] = torch.nan
+    width = 2 * len(args["inv_freq"])
+    q, _ = vlmops.mrope(**args)
+    bits = torch.int32 if dtype == torch.float32 else torch.int16
+    kept, original = (t[..., width:].contiguous().view(bits) for t in (q, args["q"]))
+    assert torch.equal(kept, original)
+
+
+@every_isa
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_offsets_beyond_2_to_31(isa, use_cpu_isa, dtype):
+    """Rows 2^31 elements apart: only the pages that are touched become memory."""
+    use_cpu_isa(isa)
+    far = 2**31 + 7
+    args = case("qwen2vl_s17", dtype)
+    tokens, heads, head_dim = 3, 2, 128
+    torch.use_deterministic_algorithms(False)  # the poison would make 17 GB real
+    memory = torch.empty(far * 2 + 4096, dtype=dtype)
+    x = memory.as_strided((1, heads, tokens, head_dim), (0, 384, far, 1), 0)
+    x.copy_(torch.randn(x.shape))
+    small = x.clone(memory_format=torch.contiguous_format)
+    rest = {**args, "position_ids": torch.randint(999, (3, 1, tokens))}
+    expected, _ = vlmops.mrope(**{**rest, "q": small, "k": small[:, :0]})
+    got, _ = vlmops.mrope(**{**rest, "q": x, "k": small[:, :0]})
+    assert torch.equal(got, expected)
+    vlmops.mrope_(**{**rest, "q": x, "k": small[:, :0]})
+    assert torch.equal(x, expected)
+
+
+def test_position_ids_beyond_2_to_31_elements():
+    args = case("one_head")
+    torch.use_deterministic_algorithms(False)
+    memory = torch.empty(2**31 * 2 + 64, dtype=torch.uint8)
+    ids = memory.as_strided((3, 2, 17), (2**31 + 5, 17, 1))
+    ids.copy_(torch.randint(200, (3, 2, 17)))
+    far, _ = vlmops.mrope(**{**args, "position_ids": ids})
+    near, _ = vlmops.mrope(**{**args, "position_ids": ids.clone()})
+    assert torch.equal(far, near)
+
+
+def _peak_rss():
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024
+
+
+def _extra_memory(function):
+    """Growth of the peak resident size, and the largest single allocation, while function runs."""
+    function()  # threads and libraries have theirs
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+    before = _peak_rss()
+    with torch.autograd.profiler.profile(profile_memory=True, use_kineto=True) as profile:
+        result = function()
+    grown = _peak_rss() - before
+    del result
+    events = profile.kineto_results.events()
+    sizes = [e.nbytes() for e in events if e.name() == "[memory]"]
+    return grown, max(sizes, default=0)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads Linux's /proc")
+@pytest.mark.parametrize(
+    ("dtype", "shape"), [(torch.float32, "s4096"), (torch.bfloat16, "s16384")]
+)
+def test_no_memory_beyond_the_outputs(dtype, shape):
+    torch.use_deterministic_algorithms(False)
+    args = SPEC.bench[shape].make(dtype, CPU)  # large enough that malloc keeps nothing back
+    sizes = [args[n].numel() * args[n].element_size() for n in ("q", "k")]
+    slack = 2**20  # code pages, the profiler
+    grown, largest = _extra_memory(lambda: vlmops.mrope(**args))
+    assert largest == max(sizes)
+    assert grown < sum(sizes) + slack
+    grown, largest = _extra_memory(lambda: vlmops.mrope_(**args))
+    assert largest == 0
+    assert grown < slack
+    eager_grown, _ = _extra_memory(lambda: SPEC.eager(**args))
+    assert eager_grown > 2 * sum(sizes)  # the measurement sees what eager allocates
+
+
+def test_saves_positions_never_cosines():
+    args = case("qwen2vl_threads_s131")
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(saved.append, lambda t: t):
+        vlmops.mrope(**{**args, "q": args["q"].requires_grad_()})
+    assert {t.data_ptr() for t in saved} == {
+        args[n].data_ptr() for n in ("position_ids", "inv_freq", "freq_axis")
+    }
+
+
+def test_gradient_through_views_of_a_projection():
+    """As in attention: q and k are views of Linear outputs, and their gradients reach its weight."""
+    args = case("qwen2vl_s17")
+    x = torch.randn(2, 17, 32)
+    project = nn.Linear(32, 6 * 128)
+
+    def loss(rotate, module, x):
+        q, k = module(x).view(2, 17, 6, 128).transpose(1, 2).split((4, 2), dim=1)
+        q, k = rotate(**{**args, "q": q, "k": k})
+        return (q.sin().sum() + (k * k.detach().cos()).sum()).to(x.dtype)
+
+    loss(vlmops.mrope, project, x).backward()
+    got = project.weight.grad.double()
+    project.zero_grad()
+    project.double()
+    loss(reference, project, x.double()).backward()
+    torch.testing.assert_close(got, project.weight.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_no_recompile_storm():
+    """One compilation for the first length, one with a dynamic length, none after that."""
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(vlmops.mrope, fullgraph=True, backend=counter)
+    args = case("qwen2vl_s17")
+    for tokens in (17, 33, 64, 5, 131, 16):
+        q, k = torch.randn(2, 4, tokens, 128), torch.randn(2, 2, tokens, 128)
+        changed = {**args, "q": q, "k": k, "position_ids": torch.randint(9, (3, 2, tokens))}
+        for got, expected in zip(compiled(**changed), vlmops.mrope(**changed), strict=True):
+            assert torch.equal(got, expected)
+    assert counter.frame_count <= 2
+
+
+def test_in_place_refuses_what_requires_grad():
+    args = case("qwen2vl_s17")
+    args["k"].requires_grad_()
+    with pytest.raises(RuntimeError, match=r"require no grad.*use vlmops.mrope"):
+        vlmops.mrope_(**args)
+    with pytest.raises(RuntimeError, match=r"require no grad.*use vlmops.mrope"):
+        torch.ops.vlmops.mrope_(*args.values())
+    with torch.no_grad():
+        vlmops.mrope_(**args)
+
+
+def test_in_place_refuses_shared_memory():
+    args = case("expanded_heads")
+    with pytest.raises(RuntimeError, match=r"mrope_: q: expected a tensor whose elements do not "):
+        vlmops.mrope_(**args)
+    args = case("qwen2vl_s17")
+    args["k"] = args["q"]
+    with pytest.raises(RuntimeError, match=r"mrope_: k: expected memory of its own"):
+        vlmops.mrope_(**args)
+
+
+def test_the_registered_ops_are_differentiable_too():
+    args = case("qwen2vl_s17")
+    q = args["q"].detach().clone().requires_grad_()
+    out, _ = torch.ops.vlmops.mrope(*{**args, "q": q}.values())
+    (via_op,) = torch.autograd.grad(out.cos().sum(), q)
+    out, _ = vlmops.mrope(**{**args, "q": q})
+    (via_function,) = torch.autograd.grad(out.cos().sum(), q)
+    assert torch.equal(via_op, via_function)
+
+
+@pytest.mark.parametrize(
+    ("section", "interleaved", "expected"),
+    [
+        ([16, 24, 24], False, [0] * 16 + [1] * 24 + [2] * 24),
+        ([24, 20, 20], True, [0, 1, 2] * 20 + [0] * 4),
+        ([4], False, [0] * 4),
+        ([2, 0, 1], False, [0, 0, 2]),
+        ([3, 1], True, [0, 1, 0, 0]),
+    ],
+)
+def test_freq_axis(section, interleaved, expected):
+    freq_axis = vlmops.mrope_freq_axis(section, interleaved)
+    assert freq_axis.dtype == torch.int32
+    assert freq_axis.tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("section", "interleaved", "message"),
+    [
+        ([], False, "mrope_section: expected counts"),
+        ([4, -1], False, "mrope_section: expected counts"),
+        ([2, 8, 8], True, "expected axis 1's 8 frequencies to fit"),
+    ],
+)
+def test_freq_axis_refuses(section, interleaved, message):
+    with pytest.raises(ValueError, match=message):
+        vlmops.mrope_freq_axis(section, interleaved)
+
+
+def _child(code, **env):
+    command = [sys.executable, "-c", f"import vlmops; {code}"]
+    return subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+
+
+@every_isa
+def test_isa_is_capped_by_the_environment(isa):
+    assert _child("print(vlmops.cpu_isa())", VLMOPS_CPU_ISA=isa).stdout.strip() == isa
+
+
+def test_isa_that_does_not_exist():
+    child = _child("vlmops.cpu_isa()", VLMOPS_CPU_ISA="sse9")
+    assert child.returncode == 1
+    assert "VLMOPS_CPU_ISA: expected one of avx512, avx2, portable, got 'sse9'" in child.stderr
+
+
+def test_library_that_is_not_there_is_said_on_first_use():
+    child = _child("print('imported'); vlmops.cpu_isa()", VLMOPS_LIBRARY="/nowhere/lib.so")
+    assert child.stdout.strip() == "imported"
+    assert "ImportError: vlmops: no compiled library at /nowhere/lib.so" in child.stderr
+    assert "pip install" in child.stderr
+
+
+def test_library_that_does_not_load_is_said_on_first_use(tmp_path):
+    broken = tmp_path / "libvlmops.so"
+    broken.write_text("not a library")
+    child = _child("print('imported'); vlmops.cpu_isa()", VLMOPS_LIBRARY=str(broken))
+    assert child.stdout.strip() == "imported"
+    assert "does not load into torch" in child.stderr
+    assert "reinstall" in child.stderr
