@@ -1,0 +1,122 @@
+"""Breaks the kernels on purpose and shows the contract suite go red each time.
+
+Every mutation is made in a scratch copy of csrc/, built there, and the contract suite is run with
+VLMOPS_LIBRARY pointing at it, up to its first failure. Exits 1 if a mutation goes unnoticed or no
+longer applies. Not part of `make test`: run `make mutants` after changing a kernel or the suite.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+# name -> (file below csrc/, text, replacement)
+MUTATIONS = {
+    "unchanged": ("ops/mrope/mrope_cpu.h", "#pragma once", "#pragma once"),
+    "flip a sign (half)": (
+        "ops/mrope/mrope_cpu.h", "a * cosine - b * sine", "a * cosine + b * sine"),
+    "flip a sign (half, bfloat16, odd channels)": (
+        "ops/mrope/mrope_cpu.h", "b.odd * c1 + a.odd * s1", "b.odd * c1 - a.odd * s1"),
+    "flip a sign (pairs, bfloat16)": (
+        "ops/mrope/mrope_cpu.h", "v.even * cosine - v.odd * sine", "v.even * cosine + v.odd * sine"),
+    "flip a sign (pairs)": (
+        "ops/mrope/mrope_cpu.h", "sines[2 * j] = -sine[j]", "sines[2 * j] = sine[j]"),
+    "backward rotates forward": (
+        "ops/mrope/mrope.cpp", "{op, rotation, scaling, head_axis, -1.0f}",
+        "{op, rotation, scaling, head_axis, 1.0f}"),
+    "drop the tail of the channels": (
+        "ops/mrope/mrope_cpu.h", "return f(Lanes<kNarrowest>{}, i);", "return i;"),
+    "drop the odd last channel (bfloat16)": (
+        "ops/mrope/mrope_cpu.h", "if (i < r) half<1, T>", "if (false) half<1, T>"),
+    "skip the last head": (
+        "ops/mrope/mrope_cpu.h", "tokens_inner ? last - first : rows.heads;",
+        "tokens_inner ? last - first : rows.heads - (rows.heads > 1);"),
+    "skip the last token of a block": (
+        "ops/mrope/mrope_cpu.h", "const int64_t outer = tokens_inner ? rows.heads : last - first;",
+        "const int64_t outer = tokens_inner ? rows.heads : last - first - (last - first > 1);"),
+    "use a neighbour's position": (
+        "ops/mrope/mrope_cpu.h", "s = token % p.tokens;\n  for",
+        "s = (token + 1) % p.tokens;\n  for"),
+    "use the first batch's positions": (
+        "ops/mrope/mrope_cpu.h", "b * p.id_stride[1] + s * p.id_stride[2]",
+        "s * p.id_stride[2]"),
+    "use one axis for all": (
+        "ops/mrope/mrope_cpu.h", "position[t.freq_axis[j]]", "position[0]"),
+    "do not copy the rest": (
+        "ops/mrope/mrope_cpu.h", "i < p.head_dim; ++i) y[i", "i < p.head_dim - 1; ++i) y[i"),
+    "ignore the scaling of sines": (
+        "ops/mrope/mrope_cpu.h", "sines[j] *= sine_scale", "sines[j] *= p.sine_sign"),
+    "reduce angles in two parts": (
+        "common/sincos.h", " - turns * 0x1.4c4c662p-59", ""),
+    "reduce angles by a rounded pi/2": (
+        "common/sincos.h", " - turns * 0x1.10b4611p-30", ""),
+    "sine of the wrong quadrant": (
+        "common/sincos.h", "si ^ ((quadrant & 2) << 62)", "si ^ ((quadrant & 1) << 63)"),
+    "round bfloat16 towards zero": (
+        "common/simd.h", "(e + 0x7fffu + ((e >> 16) & 1u)) >> 16", "e >> 16"),
+    "write q's input": (
+        "ops/mrope/mrope.cpp", "rows.dst = dst.mutable_data_ptr();",
+        "rows.dst = src.numel() == 272 ? src.mutable_data_ptr() : dst.mutable_data_ptr();"),
+    "let ids beyond 2^24 through": (
+        "ops/mrope/mrope.cpp", "if (id >= -kMaxId && id <= kMaxId) continue;", "continue;"),
+}  # fmt: skip
+
+
+def build(source, build_dir):
+    configure = ["cmake", "-S", source, "-B", build_dir, "-G", "Ninja",
+                 f"-DPython3_EXECUTABLE={sys.executable}"]  # fmt: skip
+    for command in (configure, ["cmake", "--build", build_dir]):
+        subprocess.run(command, check=True, capture_output=True)
+    return build_dir / "libvlmops.so"
+
+
+def first_failure(library):
+    """The first test that fails with this library, or None."""
+    tests = [ROOT / "python_tests/test_contract.py", ROOT / "python_tests/ops"]
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", *map(str, tests)],
+        cwd=ROOT,
+        env={**os.environ, "VLMOPS_LIBRARY": str(library)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if run.returncode == 0:
+        return None
+    failed = [line for line in run.stdout.splitlines() if line.startswith("FAILED")]
+    return failed[0].removeprefix("FAILED ").split(" - ")[0] if failed else "the suite crashed"
+
+
+def main():
+    unnoticed = []
+    with tempfile.TemporaryDirectory() as scratch:
+        source = Path(scratch) / "source"
+        for name, (file, old, new) in MUTATIONS.items():
+            shutil.rmtree(source / "csrc", ignore_errors=True)
+            # Fresh times, or the build would keep what the previous mutation left.
+            shutil.copytree(ROOT / "csrc", source / "csrc", copy_function=shutil.copyfile)
+            shutil.copy(ROOT / "CMakeLists.txt", source)
+            path = source / "csrc" / file
+            text = path.read_text()
+            if old not in text:
+                sys.exit(f"{name}: {file} no longer contains {old!r}; mend MUTATIONS")
+            path.write_text(text.replace(old, new))
+            start = time.monotonic()
+            failure = first_failure(build(source, Path(scratch) / "build"))
+            seconds = time.monotonic() - start
+            expected = (failure is None) == (name == "unchanged")
+            verdict = f"red: {failure}" if failure else "green"
+            print(f"{'ok ' if expected else 'BAD'} {name}: {verdict} ({seconds:.0f} s)", flush=True)
+            if not expected:
+                unnoticed.append(name)
+    print(f"{len(MUTATIONS) - 1} mutations, {len(unnoticed)} unexpected")
+    return 1 if unnoticed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,81 @@
+"""The built library keeps its promises: stable ABI, no Python, no OpenMP, old enough C libraries."""
+
+import importlib.metadata
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+import vlmops
+from vlmops import _library
+
+ROOT = Path(__file__).parent.parent
+# What Debian 12's compiler asks for; a release wheel is built on an older system.
+NEWEST = {"GLIBC": (2, 32), "GLIBCXX": (3, 4, 26), "CXXABI": (1, 3, 9)}
+
+
+def dynamic(*flags):
+    tool = {"nm": ["nm", "-D", "-C"], "readelf": ["readelf", "-d"]}[flags[0]]
+    command = [*tool, *flags[1:], str(_library.path)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+@pytest.fixture(scope="module")
+def undefined():
+    return [line.split(maxsplit=1)[1] for line in dynamic("nm", "--undefined-only").splitlines()]
+
+
+def test_no_cpp_symbols_of_torch(undefined):
+    """What we take from torch is C functions of its stable shim."""
+    cpp = [s for s in undefined if "::" in s]
+    assert not [s for s in cpp if re.search(r"\b(at|c10|torch|caffe2|pybind11)::", s)]
+    assert not [s for s in cpp if not re.search(r"\bstd::|__cxxabiv1::", s)]
+    shim = [s for s in undefined if s.startswith(("aoti_torch_", "torch_"))]
+    assert "torch_parallel_for" in shim
+
+
+def test_no_python_and_no_openmp(undefined):
+    assert not [s for s in undefined if re.match(r"_?Py|GOMP_|omp_|__kmpc", s)]
+    needed = re.findall(r"NEEDED.*\[(.*)\]", dynamic("readelf"))
+    assert "libtorch.so" in needed
+    expected = r"libtorch\.so|lib(stdc\+\+|m|gcc_s|c|pthread|dl)\.so\.\d|ld-linux.*"
+    assert not [n for n in needed if not re.fullmatch(expected, n)]
+    assert "RPATH" not in dynamic("readelf")
+    assert "RUNPATH" not in dynamic("readelf")
+
+
+def test_defines_nothing_for_others_to_find():
+    """Symbols of one kernel library must not meet those of another."""
+    defined = dynamic("nm", "--defined-only").splitlines()
+    assert not [line for line in defined if "vlmops" in line]
+
+
+def test_c_library_versions(undefined):
+    for name, newest in NEWEST.items():
+        found = [tuple(map(int, v.split("."))) for s in undefined
+                 for v in re.findall(rf"@{name}_([\d.]+)", s)]
+        assert found
+        assert max(found) <= newest, f"{name}: {max(found)}"
+
+
+def test_wheel_tag_binds_to_no_cpython():
+    wheel = importlib.metadata.distribution("vlmops").read_text("WHEEL")
+    assert re.search(r"^Tag: py3-none-\w+$", wheel, re.MULTILINE)
+    assert "Root-Is-Purelib: false" in wheel
+
+
+def test_version_is_said_once():
+    assert vlmops.__version__ == importlib.metadata.version("vlmops")
+
+
+def test_every_op_is_in_every_room():
+    """The list of ops is the tree's: csrc/ops, the Python side, its SPEC, a bench script."""
+    ops = set(vlmops.ops.__all__)
+    assert ops == {p.name for p in (ROOT / "csrc/ops").iterdir()}
+    for op in ops:
+        assert op in vlmops.__all__
+        for room in ("csrc/ops/{0}/{0}.h", "csrc/ops/{0}/{0}_cpu.h", "csrc/ops/{0}/{0}.cpp",
+                     "vlmops/ops/{0}.py", "vlmops/ops/{0}_spec.py", "bench/{0}.py",
+                     "python_tests/ops/test_{0}.py"):
+            assert (ROOT / room.format(op)).exists(), room.format(op)
