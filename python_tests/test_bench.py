@@ -198,8 +198,8 @@ def test_bench_gate_refuses_wrong_results(spec, message, monkeypatch):
         (1024.0 + 2**-14, 0, 1, True),  # half a step off, as eager on the other side
         (1024.0 + 2**-14, 0, 2, True),  # 1.5 = 2 x 0.5 + one rounding
         (1024.0 + 2**-14, 0, 3, False),
-        (1024.0 + 2**-14, 1, -1, True),
-        (1024.0 + 2**-14, 1, -2, False),
+        (1024.0 + 2**-14, 2, -3, True),  # 3.5 = 2 x 1.5 + one rounding
+        (1024.0 + 2**-14, 2, -4, False),
     ],
 )
 def test_bench_gate_allows_twice_eagers_error_and_one_rounding(expected, eager, steps, passes):
@@ -370,6 +370,16 @@ def test_bench_refuses_an_instruction_set_the_machine_lacks(toy_bench, capsys):
     assert f"--isa: this machine has no {missing}; its best is" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("returncode", "says"), [(-9, "signal 9; if memory"), (3, "code 3")])
+def test_bench_says_that_the_measuring_process_died(returncode, says, monkeypatch, capsys):
+    died = types.SimpleNamespace(returncode=returncode)
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: died)
+    assert cli.main(["bench", "mrope"]) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert says in err
+
+
 def row(**changes):
     known = dict.fromkeys(("percent_of_copy", "percent_of_clone", "times_eager"))
     timed = {"median_ms": 1.0, "p25_ms": 1.0, "p75_ms": 1.0, "gb_per_s": 1.0}
@@ -380,11 +390,21 @@ def row(**changes):
 
 @pytest.mark.parametrize(("voided", "says"), [(2, False), (20, True)])
 def test_bench_says_when_the_machine_was_busy(voided, says):
-    message = report.busy({"threads": 2, "rows": [row(voided=voided), {"unavailable": "reason"}]})
+    message = report.busy([row(voided=voided), {"unavailable": "reason"}], threads=2)
     assert (message is not None) == says
     if message is not None:
         assert f"{voided} of {voided + 10} samples are void" in message
         assert "--threads 1" in message
+
+
+def test_bench_says_at_once_that_the_machine_is_busy(monkeypatch, capsys):
+    def all_void(calls, *_, **__):
+        return dict.fromkeys(calls, Timing(None, None, None, 0, voided=9, calls_per_sample=1))
+
+    monkeypatch.setattr(measure, "interleave", all_void)
+    rows = measure_toy(toy())
+    assert {row["unavailable"] for row in rows} == {measure.TOO_FEW}
+    assert "the machine is busy: 54 of 54 samples are void" in capsys.readouterr().err
 
 
 def test_bench_table_shortens_reasons():
@@ -440,7 +460,7 @@ def test_bench_measures_mrope_in_child_processes(capfd):
     code = cli.main(["bench", "mrope", *options, "--threads", "1"])
     out, err = capfd.readouterr()
     assert code == 0, err
-    assert "1 bound threads" in out
+    assert "threads: 1, bound;" in out
     assert "THP_MEM_ALLOC_ENABLE=0" in out
     assert "THP_MEM_ALLOC_ENABLE=1" in out
     for variant in ("copy", "clone", "vlmops", "vlmops in place", "eager"):

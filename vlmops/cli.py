@@ -70,7 +70,7 @@ def _bench(args: argparse.Namespace) -> int:
     print(report.table(measured))
     if args.json is not None:
         args.json.write_text(json.dumps(measured, indent=1) + "\n")
-    disturbed = report.busy(measured)
+    disturbed = report.busy(measured["rows"], measured["threads"])
     if disturbed is not None:
         print(f"vlmops bench: {disturbed}", file=sys.stderr)
     return 0

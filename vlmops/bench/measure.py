@@ -20,12 +20,13 @@ from torch import Tensor
 
 import vlmops
 from vlmops import ops
-from vlmops.bench import BenchError
+from vlmops.bench import BenchError, report
 from vlmops.bench.gate import Gate
 from vlmops.bench.timer import Timing, interleave
 from vlmops.ops.spec import Arguments, BenchCase, Spec
 
 COMPILED = "torch.compile"
+TOO_FEW = "the machine was busy: too few undisturbed samples"
 
 Call = Callable[[], Any]
 Key = tuple[str, str]
@@ -94,6 +95,9 @@ def measure_case(
         "flops": case.flops(args),
     }
     rows = list(_rows(head, timings))
+    disturbed = report.busy(rows, torch.get_num_threads())
+    if disturbed is not None:  # now, not when all cases were measured in vain
+        _progress(f"{name}: {disturbed}")
     return rows + [
         {**head, "direction": direction, "variant": variant, "unavailable": reason}
         for (direction, variant), reason in variants.unavailable.items()
@@ -208,7 +212,7 @@ def _rows(head: Row, timings: Mapping[Key, Timing]) -> Iterator[Row]:
             "calls_per_sample": timing.calls_per_sample,
         }
         if timing.median is None or timing.p25 is None or timing.p75 is None:
-            yield {**row, "unavailable": "the machine was busy: too few undisturbed samples"}
+            yield {**row, "unavailable": TOO_FEW}
             continue
         of_copy, of_clone = (ratio(("floor", floor), timing.median) for floor in ("copy", "clone"))
         eager = None if direction == "floor" else ratio((direction, "eager"), timing.median)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 BUSY = 0.2
@@ -36,13 +36,13 @@ def table(report: dict[str, Any]) -> str:
     return "\n".join([*lines, _NOTES])
 
 
-def busy(report: dict[str, Any]) -> str | None:
+def busy(rows: Sequence[dict[str, Any]], threads: int) -> str | None:
     """What to tell if other programs disturbed too much of the measurement."""
-    voided = sum(row.get("voided", 0) for row in report["rows"])
-    taken = voided + sum(row.get("samples", 0) for row in report["rows"])
+    voided = sum(row.get("voided", 0) for row in rows)
+    taken = voided + sum(row.get("samples", 0) for row in rows)
     if voided <= BUSY * taken:
         return None
-    fewer = max(1, report["threads"] - 1)
+    fewer = max(1, threads - 1)
     return (
         f"the machine is busy: {voided} of {taken} samples are void, as other programs held the "
         f"cores; stop them, or leave them a core with --threads {fewer}, and run again"
@@ -53,7 +53,7 @@ def _header(report: dict[str, Any]) -> Iterator[str]:
     versions, isa, commit = report["versions"], report["isa"], report["commit"]
     source = "no commit" if commit is None else f"commit {commit[:10]}"
     yield (
-        f"{report['op']} on {report['device']['name']}, {report['threads']} bound threads, "
+        f"{report['op']} on {report['device']['name']}, threads: {report['threads']}, bound; "
         f"{isa['vlmops']} (torch: {isa['torch']})"
     )
     yield (
