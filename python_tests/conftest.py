@@ -1,4 +1,4 @@
-"""Uninitialised memory is NaN in every test, so that an output that is not written in full shows."""
+"""Uninitialised memory is NaN in every test: an output that is not written in full shows."""
 
 import pytest
 import torch

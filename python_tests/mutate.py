@@ -23,7 +23,8 @@ MUTATIONS = {
     "flip a sign (half, bfloat16, odd channels)": (
         "ops/mrope/mrope_cpu.h", "b.odd * c1 + a.odd * s1", "b.odd * c1 - a.odd * s1"),
     "flip a sign (pairs, bfloat16)": (
-        "ops/mrope/mrope_cpu.h", "v.even * cosine - v.odd * sine", "v.even * cosine + v.odd * sine"),
+        "ops/mrope/mrope_cpu.h", "v.even * cosine - v.odd * sine",
+        "v.even * cosine + v.odd * sine"),
     "flip a sign (pairs)": (
         "ops/mrope/mrope_cpu.h", "sines[2 * j] = -sine[j]", "sines[2 * j] = sine[j]"),
     "backward rotates forward": (

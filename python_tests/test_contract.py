@@ -60,7 +60,7 @@ def assert_correct(got, exact, yardstick):
 
 def assert_bit_equal(got, expected, what):
     for g, e in zip(got, expected, strict=True):
-        assert g.dtype == e.dtype and g.shape == e.shape, what
+        assert (g.dtype, g.shape) == (e.dtype, e.shape), what
         bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[g.element_size()]
         differ = g.contiguous().view(bits) != e.contiguous().view(bits)
         assert not differ.any(), f"{what}: differs at {differ.nonzero()[:3].tolist()} and so on"

@@ -1,4 +1,4 @@
-"""The built library keeps its promises: stable ABI, no Python, no OpenMP, old enough C libraries."""
+"""The built library keeps its promises: stable ABI, no Python, no OpenMP, old C libraries."""
 
 import importlib.metadata
 import re
@@ -53,8 +53,11 @@ def test_defines_nothing_for_others_to_find():
 
 def test_c_library_versions(undefined):
     for name, newest in NEWEST.items():
-        found = [tuple(map(int, v.split("."))) for s in undefined
-                 for v in re.findall(rf"@{name}_([\d.]+)", s)]
+        found = [
+            tuple(map(int, v.split(".")))
+            for s in undefined
+            for v in re.findall(rf"@{name}_([\d.]+)", s)
+        ]
         assert found
         assert max(found) <= newest, f"{name}: {max(found)}"
 
@@ -75,7 +78,13 @@ def test_every_op_is_in_every_room():
     assert ops == {p.name for p in (ROOT / "csrc/ops").iterdir()}
     for op in ops:
         assert op in vlmops.__all__
-        for room in ("csrc/ops/{0}/{0}.h", "csrc/ops/{0}/{0}_cpu.h", "csrc/ops/{0}/{0}.cpp",
-                     "vlmops/ops/{0}.py", "vlmops/ops/{0}_spec.py", "bench/{0}.py",
-                     "python_tests/ops/test_{0}.py"):
+        for room in (
+            "csrc/ops/{0}/{0}.h",
+            "csrc/ops/{0}/{0}_cpu.h",
+            "csrc/ops/{0}/{0}.cpp",
+            "vlmops/ops/{0}.py",
+            "vlmops/ops/{0}_spec.py",
+            "bench/{0}.py",
+            "python_tests/ops/test_{0}.py",
+        ):
             assert (ROOT / room.format(op)).exists(), room.format(op)

@@ -47,6 +47,8 @@ def _load() -> tuple[Path | None, str | None]:
     )
 
 
+path: Path | None
+error: str | None
 path, error = _load()
 
 

@@ -1,4 +1,5 @@
-// Argument checks for op bindings. Every message names the op, the argument, what was expected and what came.
+// Argument checks for op bindings. Every message names the op, the argument, what was expected and
+// what came.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>

@@ -10,8 +10,8 @@ struct CpuKernels {
   mrope::CpuKernel mrope;
 };
 
-// The table in force: the best that this machine runs, capped by VLMOPS_CPU_ISA. Throws std::runtime_error
-// if that names no instruction set.
+// The table in force: the best that this machine runs, capped by VLMOPS_CPU_ISA. Throws
+// std::runtime_error if that names no instruction set.
 const CpuKernels& cpu_kernels();
 
 }  // namespace vlmops

@@ -1,8 +1,8 @@
 // SIMD on GCC/Clang vector extensions, compiled once per instruction set.
 //
-// Everything lives in an unnamed namespace, and nothing from the standard library's templates is used:
-// a template with external linkage would be emitted by every one of these translation units, and the
-// linker could hand the AVX-512 copy to a baseline caller.
+// Everything lives in an unnamed namespace, and nothing from the standard library's templates is
+// used: a template with external linkage would be emitted by every one of these translation units,
+// and the linker could hand the AVX-512 copy to a baseline caller.
 #pragma once
 
 #include <cstdint>
@@ -74,7 +74,8 @@ inline Vec<float, N> load(const float16* p) {
     return bit_cast<Vec<float, N>>(_mm256_cvtph_ps(half));
   }
 #endif
-  // Shifted into float32's fields a half is too small by 2^112; the product is exact, subnormals too.
+  // Shifted into float32's fields a half is too small by 2^112; the product is exact, subnormals
+  // too.
   const auto bits =
       __builtin_convertvector(*reinterpret_cast<const Vec<uint16_t, N>*>(p), Vec<uint32_t, N>);
   const auto magnitude = (bits & 0x7fffu) << 13;
@@ -119,8 +120,8 @@ inline void store(float16* p, Vec<float, N> v) {
   // Normal halves: rebias the exponent by -112 and round the 13 bits that fall off.
   const auto normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
   // Subnormal halves: one ulp of 0.5f is the smallest half, so the adder rounds for us.
-  const auto subnormal = bit_cast<Vec<uint32_t, N>>(bit_cast<Vec<float, N>>(magnitude) + 0.5f) -
-                         0x3f000000u;
+  const auto subnormal =
+      bit_cast<Vec<uint32_t, N>>(bit_cast<Vec<float, N>>(magnitude) + 0.5f) - 0x3f000000u;
   auto value = magnitude < 0x38800000u ? subnormal : normal;
   const Vec<uint32_t, N> infinity = value * 0u + 0x7c00u, quiet_nan = value * 0u + 0x7e00u;
   value = magnitude >= 0x47800000u ? infinity : value;
@@ -129,8 +130,8 @@ inline void store(float16* p, Vec<float, N> v) {
   *reinterpret_cast<Vec<uint16_t, N>*>(p) = __builtin_convertvector(value, Vec<uint16_t, N>);
 }
 
-// 2N bfloat16 values as those at even and at odd places: a shift and a mask, where widening in order needs
-// shuffles both ways (2.5x slower with AVX2).
+// 2N bfloat16 values as those at even and at odd places: a shift and a mask, where widening in
+// order needs shuffles both ways (2.5x slower with AVX2).
 template <int N>
 struct EvenOdd {
   Vec<float, N> even, odd;
@@ -142,8 +143,8 @@ inline EvenOdd<N> load_even_odd(const bfloat16* p) {
   return {bit_cast<Vec<float, N>>(words << 16), bit_cast<Vec<float, N>>(words & 0xffff0000u)};
 }
 
-// NaN must have come from bfloat16 or be canonical (0x7fc00000): then its low half is zero, the carry of rounding
-// stops there, and the test for NaN, a sixth of the instructions, is saved.
+// NaN must have come from bfloat16 or be canonical (0x7fc00000): then its low half is zero, the
+// carry of rounding stops there, and the test for NaN, a sixth of the instructions, is saved.
 template <int N>
 inline void store_even_odd(bfloat16* p, Vec<float, N> even, Vec<float, N> odd) {
   const auto e = bit_cast<Vec<uint32_t, N>>(even), o = bit_cast<Vec<uint32_t, N>>(odd);

@@ -11,10 +11,10 @@ import pytest
 import torch
 import transformers
 from dispatch import CountOps
+from hf.tiny import FAMILIES, build, inputs, run
 from torch import nn
 
 import vlmops
-from hf.tiny import FAMILIES, build, inputs, run
 from vlmops.hf import targets
 
 LAYERS = 3
@@ -100,9 +100,7 @@ def test_greedy_generation_agrees(family, name):
 
     def generate():
         model.model.rope_deltas = None
-        return model.generate(
-            **batch, **options, return_dict_in_generate=True, output_logits=True
-        )
+        return model.generate(**batch, **options, return_dict_in_generate=True, output_logits=True)
 
     expected = generate()
     report = vlmops.patch(model)
@@ -377,7 +375,7 @@ def test_model_without_a_site():
     report = vlmops.patch(model)
     assert report.counts == {"mrope": 0}
     assert "not present" in str(report)
-    with pytest.raises(ValueError, match="ops: 'mrope' has no site(.|\n)*not present"):
+    with pytest.raises(ValueError, match=r"ops: 'mrope' has no site(.|\n)*not present"):
         vlmops.patch(model, ops=["mrope"])
 
 
@@ -451,15 +449,20 @@ def test_scaling_that_changes_after_patching_is_noticed():
     model = build("qwen2_vl")
     vlmops.patch(model)
     model.model.language_model.rotary_emb.attention_scaling = 2.0
-    with pytest.raises(RuntimeError, match="attention_scaling .* was 1.0 .* is 2.0 now"):
+    with pytest.raises(RuntimeError, match=r"attention_scaling .* was 1.0 .* is 2.0 now"):
         run(model, batch_of("text"))
 
 
 def test_patched_restores_even_after_an_exception():
     model = build("qwen2_vl")
-    with pytest.raises(ZeroDivisionError), vlmops.patched(model) as report:
-        assert report.counts == {"mrope": 3}
-        raise ZeroDivisionError
+
+    def fail():
+        with vlmops.patched(model) as report:
+            assert report.counts == {"mrope": 3}
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
     assert vlmops.unpatch(model) == 0
     vlmops.patch(model)
     with vlmops.patched(model):

@@ -27,8 +27,10 @@ def case(name, dtype=torch.float32):
 def cos_sin(ids, inv_freq):
     """What the kernel computes: q of ones and zeros turns into cosines and sines."""
     ids, inv_freq = torch.as_tensor(ids), torch.as_tensor(inv_freq, dtype=torch.float32)
-    q = torch.cat((torch.ones(len(ids), 1, len(inv_freq)), torch.zeros(1).expand(
-        len(ids), 1, len(inv_freq))), dim=-1)
+    q = torch.cat(
+        (torch.ones(len(ids), 1, len(inv_freq)), torch.zeros(1).expand(len(ids), 1, len(inv_freq))),
+        dim=-1,
+    )
     axis = torch.zeros(len(inv_freq), dtype=torch.int32)
     turned, _ = vlmops.mrope(q, q[:, :0], ids[None], inv_freq, axis)
     return turned[:, 0].chunk(2, dim=-1)
@@ -186,9 +188,7 @@ def _extra_memory(function):
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads Linux's /proc")
-@pytest.mark.parametrize(
-    ("dtype", "shape"), [(torch.float32, "s4096"), (torch.bfloat16, "s16384")]
-)
+@pytest.mark.parametrize(("dtype", "shape"), [(torch.float32, "s4096"), (torch.bfloat16, "s16384")])
 def test_no_memory_beyond_the_outputs(dtype, shape):
     torch.use_deterministic_algorithms(False)
     args = SPEC.bench[shape].make(dtype, CPU)  # large enough that malloc keeps nothing back
@@ -215,7 +215,7 @@ def test_saves_positions_never_cosines():
 
 
 def test_gradient_through_views_of_a_projection():
-    """As in attention: q and k are views of Linear outputs, and their gradients reach its weight."""
+    """As in attention: q and k are views of Linear outputs, whose weight gets their gradients."""
     args = case("qwen2vl_s17")
     x = torch.randn(2, 17, 32)
     project = nn.Linear(32, 6 * 128)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -132,7 +133,7 @@ def _backend() -> str:
 
 def _missing(model: nn.Module, rows: list[Row]) -> list[Row]:
     """Places that the model's family is known to have and that no site found."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     ops = {row.op for row in rows}
 
     def found(expected: Expected) -> bool:  # below whatever wraps the model
@@ -184,7 +185,9 @@ def _require_transformers() -> None:
     try:
         import transformers
     except ImportError as error:
-        raise ImportError(f"vlmops.patch needs transformers {minimum} or later: {remedy}") from error
+        raise ImportError(
+            f"vlmops.patch needs transformers {minimum} or later: {remedy}"
+        ) from error
     version = tuple(int(part) for part in transformers.__version__.split(".")[:2])
     if version < _MINIMUM_TRANSFORMERS:
         raise ImportError(

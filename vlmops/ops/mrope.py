@@ -231,7 +231,9 @@ def _rotate(inverse: bool, q: Tensor, k: Tensor, *args: Any) -> tuple[Tensor, Te
     """Skips autograd's Python layer when no derivative can be asked for."""
     wants_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
     if wants_grad or forward_ad._current_level >= 0:
-        result: tuple[Tensor, Tensor] = _Rotate.apply(inverse, q, k, *args)
+        result: tuple[Tensor, Tensor] = _Rotate.apply(  # type: ignore[no-untyped-call]
+            inverse, q, k, *args
+        )
         return result
     return _call(inverse, q, k, *args)
 

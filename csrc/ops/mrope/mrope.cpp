@@ -28,10 +28,14 @@ float read_float(const Argument& a, int64_t i) {
   const void* p = a.tensor.const_data_ptr();
   const int64_t offset = i * a.tensor.stride(0);
   switch (a.tensor.scalar_type()) {
-    case ScalarType::Float: return static_cast<const float*>(p)[offset];
-    case ScalarType::Double: return static_cast<float>(static_cast<const double*>(p)[offset]);
-    case ScalarType::BFloat16: return static_cast<const torch::headeronly::BFloat16*>(p)[offset];
-    case ScalarType::Half: return static_cast<const torch::headeronly::Half*>(p)[offset];
+    case ScalarType::Float:
+      return static_cast<const float*>(p)[offset];
+    case ScalarType::Double:
+      return static_cast<float>(static_cast<const double*>(p)[offset]);
+    case ScalarType::BFloat16:
+      return static_cast<const torch::headeronly::BFloat16*>(p)[offset];
+    case ScalarType::Half:
+      return static_cast<const torch::headeronly::Half*>(p)[offset];
     default:
       fail(a.op, a.name, "expected a floating dtype, got ", describe(a.tensor.scalar_type()));
   }
@@ -39,11 +43,16 @@ float read_float(const Argument& a, int64_t i) {
 
 int64_t read_int(const void* p, IntType type, int64_t offset) {
   switch (type) {
-    case IntType::kInt64: return static_cast<const int64_t*>(p)[offset];
-    case IntType::kInt32: return static_cast<const int32_t*>(p)[offset];
-    case IntType::kInt16: return static_cast<const int16_t*>(p)[offset];
-    case IntType::kInt8: return static_cast<const int8_t*>(p)[offset];
-    default: return static_cast<const uint8_t*>(p)[offset];
+    case IntType::kInt64:
+      return static_cast<const int64_t*>(p)[offset];
+    case IntType::kInt32:
+      return static_cast<const int32_t*>(p)[offset];
+    case IntType::kInt16:
+      return static_cast<const int16_t*>(p)[offset];
+    case IntType::kInt8:
+      return static_cast<const int8_t*>(p)[offset];
+    default:
+      return static_cast<const uint8_t*>(p)[offset];
   }
 }
 
@@ -70,19 +79,21 @@ Params check(const Options& o, const Argument& q, const Argument& k, const Argum
   Params p{};
   p.dtype = q.floating();
   if (k.tensor.scalar_type() != q.tensor.scalar_type()) {
-    fail(o.op, k.name, "expected dtype ", describe(q.tensor.scalar_type()), ", that of ", q.name, ", got ",
-         describe(k.tensor.scalar_type()));
+    fail(o.op, k.name, "expected dtype ", describe(q.tensor.scalar_type()), ", that of ", q.name,
+         ", got ", describe(k.tensor.scalar_type()));
   }
   for (const Argument* a : {&k, &position_ids, &inv_freq, &freq_axis}) a->device_like(q);
 
   const int64_t rank = q.tensor.dim();
   if (rank != 3 && rank != 4) {
-    fail(o.op, q.name, "expected [B, H, S, D] (head_axis=1), [B, S, H, D] (head_axis=2) or [N, H, D], got shape ",
+    fail(o.op, q.name,
+         "expected [B, H, S, D] (head_axis=1), [B, S, H, D] (head_axis=2) or [N, H, D], got shape ",
          describe(q.tensor.sizes()));
   }
   if (o.head_axis != 1 && !(o.head_axis == 2 && rank == 4)) {
-    fail(o.op, "head_axis", "expected ", rank == 4 ? "1 for [B, H, S, D] or 2 for [B, S, H, D]" : "1 for [N, H, D]",
-         ", got ", o.head_axis);
+    fail(o.op, "head_axis", "expected ",
+         rank == 4 ? "1 for [B, H, S, D] or 2 for [B, S, H, D]" : "1 for [N, H, D]", ", got ",
+         o.head_axis);
   }
   std::vector<int64_t> expected(q.tensor.sizes().begin(), q.tensor.sizes().end());
   if (k.tensor.dim() == rank) expected[o.head_axis] = k.tensor.size(o.head_axis);
@@ -91,17 +102,20 @@ Params check(const Options& o, const Argument& q, const Argument& k, const Argum
   p.batch = rank == 4 ? q.tensor.size(0) : 1;
   p.tokens = rank == 4 ? q.tensor.size(3 - o.head_axis) : q.tensor.size(0);
   p.head_dim = q.tensor.size(rank - 1);
-  if (p.head_dim % 2 != 0) fail(o.op, q.name, "expected an even head_dim, got shape ", describe(q.tensor.sizes()));
+  if (p.head_dim % 2 != 0)
+    fail(o.op, q.name, "expected an even head_dim, got shape ", describe(q.tensor.sizes()));
 
   if (inv_freq.tensor.dim() != 1) {
     fail(o.op, inv_freq.name, "expected shape [R], got ", describe(inv_freq.tensor.sizes()));
   }
   p.frequencies = inv_freq.tensor.size(0);
   if (2 * p.frequencies > p.head_dim) {
-    fail(o.op, inv_freq.name, "expected at most head_dim / 2 = ", p.head_dim / 2, " frequencies, got ", p.frequencies);
+    fail(o.op, inv_freq.name, "expected at most head_dim / 2 = ", p.head_dim / 2,
+         " frequencies, got ", p.frequencies);
   }
   if (p.frequencies > kMaxFrequencies) {
-    fail(o.op, inv_freq.name, "expected at most ", kMaxFrequencies, " frequencies, got ", p.frequencies);
+    fail(o.op, inv_freq.name, "expected at most ", kMaxFrequencies, " frequencies, got ",
+         p.frequencies);
   }
   const int64_t r[] = {p.frequencies};
   freq_axis.shape({r, 1}, "[R] like inv_freq");
@@ -109,13 +123,14 @@ Params check(const Options& o, const Argument& q, const Argument& k, const Argum
   const int64_t position_rank = position_ids.tensor.dim();
   p.id_type = position_ids.integer();
   if (position_rank != rank - 1) {
-    fail(o.op, position_ids.name, "expected shape ", rank == 4 ? "[A, B, S]" : "[A, N]", " for q of shape ",
-         describe(q.tensor.sizes()), ", got ", describe(position_ids.tensor.sizes()));
+    fail(o.op, position_ids.name, "expected shape ", rank == 4 ? "[A, B, S]" : "[A, N]",
+         " for q of shape ", describe(q.tensor.sizes()), ", got ",
+         describe(position_ids.tensor.sizes()));
   }
   p.axes = position_ids.tensor.size(0);
   if (p.axes < 1 || p.axes > kMaxAxes) {
-    fail(o.op, position_ids.name, "expected 1 to ", kMaxAxes, " axes in its first dimension, got shape ",
-         describe(position_ids.tensor.sizes()));
+    fail(o.op, position_ids.name, "expected 1 to ", kMaxAxes,
+         " axes in its first dimension, got shape ", describe(position_ids.tensor.sizes()));
   }
   const int64_t tokens[] = {p.axes, rank == 4 ? p.batch : p.tokens, p.tokens};
   position_ids.shape({tokens, static_cast<size_t>(position_rank)},
@@ -137,10 +152,11 @@ Params check(const Options& o, const Argument& q, const Argument& k, const Argum
 
   const IntType axis_type = freq_axis.integer();
   for (int64_t j = 0; j < p.frequencies; ++j) {
-    const int64_t axis = read_int(freq_axis.tensor.const_data_ptr(), axis_type, j * freq_axis.tensor.stride(0));
+    const int64_t axis =
+        read_int(freq_axis.tensor.const_data_ptr(), axis_type, j * freq_axis.tensor.stride(0));
     if (axis < 0 || axis >= p.axes) {
-      fail(o.op, freq_axis.name, "expected axes in [0, ", p.axes, "), as position_ids has ", p.axes, ", got ", axis,
-           " at index ", j);
+      fail(o.op, freq_axis.name, "expected axes in [0, ", p.axes, "), as position_ids has ", p.axes,
+           ", got ", axis, " at index ", j);
     }
     frequencies.freq_axis[j] = static_cast<int32_t>(axis);
     frequencies.inv_freq[j] = read_float(inv_freq, j);
@@ -159,8 +175,9 @@ void check_ids(const Params& p, const Argument& position_ids) {
       for (int64_t s = 0; s < p.tokens; ++s) {
         const int64_t id = read_int(p.position_ids, p.id_type, row + s * p.id_stride[2]);
         if (id >= -kMaxId && id <= kMaxId) continue;
-        fail(position_ids.op, position_ids.name, "expected ids within +-2^24, the integers that float32 holds, got ",
-             id, " at axis ", axis, ", batch ", b, ", token ", s);
+        fail(position_ids.op, position_ids.name,
+             "expected ids within +-2^24, the integers that float32 holds, got ", id, " at axis ",
+             axis, ", batch ", b, ", token ", s);
       }
     }
   }
@@ -174,7 +191,8 @@ void launch_cpu(const Params& p) {
   // About 32k elements are 5 us of work, the price of waking a thread.
   const int64_t grain = std::max<int64_t>(1, 32768 / elements);
   if (tokens <= grain) return kernel(p, 0, tokens);
-  torch::stable::parallel_for(0, tokens, grain, [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
+  torch::stable::parallel_for(0, tokens, grain,
+                              [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
 }
 
 std::tuple<Tensor, Tensor> out_of_place(const Options& o, const Argument& q, const Argument& k,
@@ -191,33 +209,37 @@ std::tuple<Tensor, Tensor> out_of_place(const Options& o, const Argument& q, con
 }
 
 std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tensor& position_ids,
-                                   const Tensor& inv_freq, const Tensor& freq_axis, std::string rotation,
-                                   double scaling, int64_t head_axis) {
+                                   const Tensor& inv_freq, const Tensor& freq_axis,
+                                   std::string rotation, double scaling, int64_t head_axis) {
   const char* op = "mrope";
   return out_of_place({op, rotation, scaling, head_axis, 1.0f}, {op, "q", q}, {op, "k", k},
-                      {op, "position_ids", position_ids}, {op, "inv_freq", inv_freq}, {op, "freq_axis", freq_axis});
+                      {op, "position_ids", position_ids}, {op, "inv_freq", inv_freq},
+                      {op, "freq_axis", freq_axis});
 }
 
-std::tuple<Tensor, Tensor> backward(const Tensor& grad_q, const Tensor& grad_k, const Tensor& position_ids,
-                                    const Tensor& inv_freq, const Tensor& freq_axis, std::string rotation,
-                                    double scaling, int64_t head_axis) {
+std::tuple<Tensor, Tensor> backward(const Tensor& grad_q, const Tensor& grad_k,
+                                    const Tensor& position_ids, const Tensor& inv_freq,
+                                    const Tensor& freq_axis, std::string rotation, double scaling,
+                                    int64_t head_axis) {
   const char* op = "mrope_backward";
-  return out_of_place({op, rotation, scaling, head_axis, -1.0f}, {op, "grad_q", grad_q}, {op, "grad_k", grad_k},
-                      {op, "position_ids", position_ids}, {op, "inv_freq", inv_freq}, {op, "freq_axis", freq_axis});
+  return out_of_place({op, rotation, scaling, head_axis, -1.0f}, {op, "grad_q", grad_q},
+                      {op, "grad_k", grad_k}, {op, "position_ids", position_ids},
+                      {op, "inv_freq", inv_freq}, {op, "freq_axis", freq_axis});
 }
 
-void in_place(Tensor q, Tensor k, const Tensor& position_ids, const Tensor& inv_freq, const Tensor& freq_axis,
-              std::string rotation, double scaling, int64_t head_axis) {
+void in_place(Tensor q, Tensor k, const Tensor& position_ids, const Tensor& inv_freq,
+              const Tensor& freq_axis, std::string rotation, double scaling, int64_t head_axis) {
   const char* op = "mrope_";
   const Argument q_arg{op, "q", q}, k_arg{op, "k", k}, ids_arg{op, "position_ids", position_ids};
   Frequencies frequencies;
-  Params p = check({op, rotation, scaling, head_axis, 1.0f}, q_arg, k_arg, ids_arg, {op, "inv_freq", inv_freq},
-                   {op, "freq_axis", freq_axis}, frequencies);
+  Params p = check({op, rotation, scaling, head_axis, 1.0f}, q_arg, k_arg, ids_arg,
+                   {op, "inv_freq", inv_freq}, {op, "freq_axis", freq_axis}, frequencies);
   check_ids(p, ids_arg);
   q_arg.no_internal_overlap();
   k_arg.no_internal_overlap();
   if (q.numel() > 0 && k.numel() > 0 && q.const_data_ptr() == k.const_data_ptr()) {
-    fail(op, "k", "expected memory of its own, since q and k are written in place, got the memory of q");
+    fail(op, "k",
+         "expected memory of its own, since q and k are written in place, got the memory of q");
   }
   p.rows[0] = rows_of(q, q, head_axis);
   p.rows[1] = rows_of(k, k, head_axis);
@@ -227,13 +249,15 @@ void in_place(Tensor q, Tensor k, const Tensor& position_ids, const Tensor& inv_
 }  // namespace
 }  // namespace vlmops::mrope
 
-#define VLMOPS_MROPE_OPTIONS \
-  "Tensor position_ids, Tensor inv_freq, Tensor freq_axis, str rotation=\"half\", float scaling=1.0, int head_axis=1"
+#define VLMOPS_MROPE_OPTIONS                                                              \
+  "Tensor position_ids, Tensor inv_freq, Tensor freq_axis, str rotation=\"half\", float " \
+  "scaling=1.0, int head_axis=1"
 
 STABLE_TORCH_LIBRARY_FRAGMENT(vlmops, m) {
   m.def("mrope(Tensor q, Tensor k, " VLMOPS_MROPE_OPTIONS ") -> (Tensor, Tensor)");
   m.def("mrope_(Tensor(a!) q, Tensor(b!) k, " VLMOPS_MROPE_OPTIONS ") -> ()");
-  m.def("mrope_backward(Tensor grad_q, Tensor grad_k, " VLMOPS_MROPE_OPTIONS ") -> (Tensor, Tensor)");
+  m.def("mrope_backward(Tensor grad_q, Tensor grad_k, " VLMOPS_MROPE_OPTIONS
+        ") -> (Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(vlmops, CPU, m) {

@@ -21,12 +21,12 @@ struct Rows {
 };
 
 struct Params {
-  Rows rows[2];          // q, k
-  DType dtype;           // of q and k
-  int64_t batch;         // B
-  int64_t tokens;        // S
-  int64_t head_dim;      // D
-  int64_t frequencies;   // R, 2R <= D
+  Rows rows[2];         // q, k
+  DType dtype;          // of q and k
+  int64_t batch;        // B
+  int64_t tokens;       // S
+  int64_t head_dim;     // D
+  int64_t frequencies;  // R, 2R <= D
   Rotation rotation;
   const void* position_ids;  // [A, B, S]
   IntType id_type;

@@ -1,14 +1,16 @@
 // M-RoPE on the CPU. Compiled once per instruction set (common/cpu_kernels.cpp).
 //
-// For every token and frequency j:  angle = float32(id[freq_axis[j]]) * inv_freq[j], c, s = scaling * (cos, sin),
-// and for every head   y[a] = x[a] c - x[b] s,   y[b] = x[b] c + x[a] s,
-// with (a, b) = (j, j + R) for rotation "half", (2j, 2j + 1) for "pairs". Backward is the same with -s.
+// For every token and frequency j:  angle = float32(id[freq_axis[j]]) * inv_freq[j], c, s = scaling
+// * (cos, sin), and for every head   y[a] = x[a] c - x[b] s,   y[b] = x[b] c + x[a] s, with (a, b)
+// = (j, j + R) for rotation "half", (2j, 2j + 1) for "pairs". Backward is the same with -s.
 //
-// Bytes: (Hq + Hk) * D * sizeof(T) read and written per token; ids and frequencies are noise. c and s of a block
-// of tokens are computed once into L1 and shared by all heads of q and k, so a [A, B, S, D] tensor never exists.
-// sincos in float64 costs about 20 cycles per register of angles: under 5 % of the memory time of 32 heads.
+// Bytes: (Hq + Hk) * D * sizeof(T) read and written per token; ids and frequencies are noise. c and
+// s of a block of tokens are computed once into L1 and shared by all heads of q and k, so a [A, B,
+// S, D] tensor never exists. sincos in float64 costs about 20 cycles per register of angles: under
+// 5 % of the memory time of 32 heads.
 //
-// Arithmetic is float32 with one rounding to T at the store. The loops run along the channels with a ladder of vector widths (16, 8, 4, 1), so D = 72, 80, 88 need no masks.
+// Arithmetic is float32 with one rounding to T at the store. The loops run along the channels with
+// a ladder of vector widths (16, 8, 4, 1), so D = 72, 80, 88 need no masks.
 #pragma once
 
 #include "common/sincos.h"
@@ -21,11 +23,16 @@ constexpr int64_t kTableFloats = 4096;  // 16 KiB: half of the smallest L1
 
 inline int64_t load_id(const Params& p, int64_t offset) {
   switch (p.id_type) {
-    case IntType::kInt64: return static_cast<const int64_t*>(p.position_ids)[offset];
-    case IntType::kInt32: return static_cast<const int32_t*>(p.position_ids)[offset];
-    case IntType::kInt16: return static_cast<const int16_t*>(p.position_ids)[offset];
-    case IntType::kInt8: return static_cast<const int8_t*>(p.position_ids)[offset];
-    default: return static_cast<const uint8_t*>(p.position_ids)[offset];
+    case IntType::kInt64:
+      return static_cast<const int64_t*>(p.position_ids)[offset];
+    case IntType::kInt32:
+      return static_cast<const int32_t*>(p.position_ids)[offset];
+    case IntType::kInt16:
+      return static_cast<const int16_t*>(p.position_ids)[offset];
+    case IntType::kInt8:
+      return static_cast<const int8_t*>(p.position_ids)[offset];
+    default:
+      return static_cast<const uint8_t*>(p.position_ids)[offset];
   }
 }
 
@@ -103,7 +110,8 @@ inline void fill_table(const Params& p, Table& t, int64_t first, int64_t last) {
   for (int64_t i = first; i < last; ++i) angles_to_row<order>(p, t, t.rows + (i - first) * t.row);
 }
 
-// The rotations below do N vector lanes at a time from channel i on and return the first channel not done.
+// The rotations below do N vector lanes at a time from channel i on and return the first channel
+// not done.
 
 // x[j], x[R + j] for j in [i, R); c, s plain.
 template <int N, class T>
@@ -119,8 +127,8 @@ inline int64_t half(const T* x, T* y, const float* c, const float* s, int64_t i,
 
 // The same for bfloat16; c, s even before odd, `odd` floats apart.
 template <int N>
-inline int64_t half(const bfloat16* x, bfloat16* y, const float* c, const float* s, int64_t i, int64_t r,
-                    int64_t odd) {
+inline int64_t half(const bfloat16* x, bfloat16* y, const float* c, const float* s, int64_t i,
+                    int64_t r, int64_t odd) {
   for (; i + 2 * N <= r; i += 2 * N) {
     const auto a = load_even_odd<N>(x + i), b = load_even_odd<N>(x + r + i);
     const auto c0 = load<N>(c + i / 2), c1 = load<N>(c + odd + i / 2);
@@ -143,7 +151,8 @@ inline int64_t pairs(const T* x, T* y, const float* c, const float* s, int64_t i
 
 // The same for bfloat16; c, s plain.
 template <int N>
-inline int64_t pairs(const bfloat16* x, bfloat16* y, const float* c, const float* s, int64_t i, int64_t r) {
+inline int64_t pairs(const bfloat16* x, bfloat16* y, const float* c, const float* s, int64_t i,
+                     int64_t r) {
   for (; i + 2 * N <= 2 * r; i += 2 * N) {
     const auto v = load_even_odd<N>(x + i);
     const auto cosine = load<N>(c + i / 2), sine = load<N>(s + i / 2);
@@ -163,10 +172,12 @@ inline int64_t widths(const F& f) {
 }
 
 template <Rotation rotation, class T>
-inline void rotate_head(const T* x, T* y, const float* c, const float* s, int64_t r, const Table& t) {
+inline void rotate_head(const T* x, T* y, const float* c, const float* s, int64_t r,
+                        const Table& t) {
   if constexpr (kOrder<rotation, T> == Order::kEvenOdd) {
     const int64_t odd = t.padded / 2;
-    const int64_t i = widths<1>([&](auto n, int64_t i) { return half<n.value>(x, y, c, s, i, r, odd); });
+    const int64_t i =
+        widths<1>([&](auto n, int64_t i) { return half<n.value>(x, y, c, s, i, r, odd); });
     if (i < r) half<1, T>(x, y, c - i / 2, s - i / 2, i, r);  // an odd R leaves one even channel
   } else if constexpr (rotation == Rotation::kHalf) {
     widths<1>([&](auto n, int64_t i) { return half<n.value>(x, y, c, s, i, r); });
@@ -178,8 +189,8 @@ inline void rotate_head(const T* x, T* y, const float* c, const float* s, int64_
 
 // One head whose channels are not adjacent in memory: through a buffer.
 template <Rotation rotation, class T>
-inline void rotate_strided_head(const T* x, int64_t x_stride, T* y, int64_t y_stride, const float* c,
-                                const float* s, int64_t r, const Table& t) {
+inline void rotate_strided_head(const T* x, int64_t x_stride, T* y, int64_t y_stride,
+                                const float* c, const float* s, int64_t r, const Table& t) {
   T buffer[2 * kMaxFrequencies];
   for (int64_t i = 0; i < 2 * r; ++i) buffer[i] = x[i * x_stride];
   rotate_head<rotation>(buffer, buffer, c, s, r, t);
@@ -187,8 +198,8 @@ inline void rotate_strided_head(const T* x, int64_t x_stride, T* y, int64_t y_st
 }
 
 template <Rotation rotation, class T>
-inline void rotate_one(const Params& p, const Rows& rows, int64_t token, int64_t head, const float* row,
-                       const Table& t) {
+inline void rotate_one(const Params& p, const Rows& rows, int64_t token, int64_t head,
+                       const float* row, const Table& t) {
   const int64_t b = token / p.tokens, s = token % p.tokens;
   const int64_t* xs = rows.src_stride;
   const int64_t* ys = rows.dst_stride;
@@ -214,7 +225,8 @@ void run_typed(const Params& p, int64_t begin, int64_t end) {
     const int64_t last = first + block < end ? first + block : end;
     fill_table<order>(p, table, first, last);
     for (const Rows& rows : p.rows) {
-      // Walk memory in its own order: [B, H, S, D] storage wants tokens innermost, [B, S, H, D] heads.
+      // Walk memory in its own order: [B, H, S, D] storage wants tokens innermost, [B, S, H, D]
+      // heads.
       const bool tokens_inner = rows.src_stride[1] < rows.src_stride[2];
       const int64_t outer = tokens_inner ? rows.heads : last - first;
       const int64_t inner = tokens_inner ? last - first : rows.heads;
@@ -239,9 +251,12 @@ void run_rotation(const Params& p, int64_t begin, int64_t end) {
 
 void run(const Params& p, int64_t begin, int64_t end) {
   switch (p.dtype) {
-    case DType::kFloat32: return run_rotation<float>(p, begin, end);
-    case DType::kBFloat16: return run_rotation<bfloat16>(p, begin, end);
-    case DType::kFloat16: return run_rotation<float16>(p, begin, end);
+    case DType::kFloat32:
+      return run_rotation<float>(p, begin, end);
+    case DType::kBFloat16:
+      return run_rotation<bfloat16>(p, begin, end);
+    case DType::kFloat16:
+      return run_rotation<float16>(p, begin, end);
   }
 }
 

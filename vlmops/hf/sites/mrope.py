@@ -74,6 +74,8 @@ def _callers(layer: nn.Module) -> list[tuple[nn.Module, str]]:
     found = []
     for module in layer.modules():
         forward = inspect.unwrap(type(module).forward)
+        if not inspect.isfunction(forward):  # TorchScript, C++
+            continue
         for name in forward.__code__.co_names:
             function = forward.__globals__.get(name)
             if (
@@ -84,7 +86,9 @@ def _callers(layer: nn.Module) -> list[tuple[nn.Module, str]]:
     return found
 
 
-def _examine(rotary: nn.Module, callers: list[list[tuple[nn.Module, str]]]) -> _Details | str | None:
+def _examine(
+    rotary: nn.Module, callers: list[list[tuple[nn.Module, str]]]
+) -> _Details | str | None:
     """The details of a place; why it is refused; or None if it has no multi-axis rotary at all."""
     if not _takes_axes(rotary):
         return None
@@ -156,7 +160,7 @@ def _on_cpu(rotary: nn.Module) -> nn.Module:
     return copy.deepcopy(rotary, memo).to("cpu")
 
 
-def _probe(rotary: nn.Module, function: Callable[..., Any]) -> Layout | str:
+def _probe(rotary: Any, function: Callable[..., Any]) -> Layout | str:
     """Reads a model's layout off its own code.
 
     One-hot positions show which axis drives each frequency: token 0 is at position 0 on every axis,
@@ -196,9 +200,13 @@ def check(place: Place) -> str | None:
     key = (type(details.rotary), details.apply, details.layout)
     if key not in _checked:
         error = _largest_difference(details)
-        _checked[key] = None if error <= _TOLERANCE else (
-            f"the numeric check failed: rotated q and k differ by {error:.3g} from "
-            f"{details.apply_name}"
+        _checked[key] = (
+            None
+            if error <= _TOLERANCE
+            else (
+                f"the numeric check failed: rotated q and k differ by {error:.3g} from "
+                f"{details.apply_name}"
+            )
         )
     return _checked[key]
 
@@ -233,19 +241,17 @@ def adapt(place: Place) -> dict[nn.Module, type[nn.Module]]:
 
         return subclass(type(attention), ("mrope", layout), forward)
 
-    rotary_class = subclass(
-        type(details.rotary), ("mrope", layout.scaling), rotary_forward
-    )
+    rotary_class = subclass(type(details.rotary), ("mrope", layout.scaling), rotary_forward)
     classes = {attention: attention_class(attention) for attention in details.attentions}
     return {details.rotary: rotary_class, **classes}
 
 
-def _make_rotary_forward(scaling: float) -> Callable[..., Any]:
+def _make_rotary_forward(scaling: float) -> Callable[..., tuple[Tensor, Tensor]]:
     from transformers.modeling_rope_utils import dynamic_rope_update
 
     @torch.no_grad()
-    @dynamic_rope_update
-    def forward(self: nn.Module, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+    @dynamic_rope_update  # type: ignore[untyped-decorator]
+    def forward(self: Any, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         if getattr(self, "attention_scaling", 1.0) != scaling:
             raise RuntimeError(
                 f"attention_scaling of {type(self).__name__} was {scaling} when vlmops patched the "
@@ -256,7 +262,8 @@ def _make_rotary_forward(scaling: float) -> Callable[..., Any]:
         inv_freq = self.inv_freq.to(device=x.device, dtype=torch.float32, copy=True)
         return position_ids.expand(_AXES, -1, -1), inv_freq.view(torch.int32)
 
-    return forward
+    rotary_forward: Callable[..., tuple[Tensor, Tensor]] = forward
+    return rotary_forward
 
 
 def _make_apply(layout: Layout) -> Callable[..., tuple[Tensor, Tensor]]:
@@ -304,12 +311,12 @@ def _users(x: Tensor) -> tuple[int, ...]:
     base = x._base
     if base is None:
         return (storage,)
-    return storage, base._use_count(), sys.getrefcount(base)
+    tensor: int = base._use_count()  # type: ignore[attr-defined]
+    return storage, tensor, sys.getrefcount(base)
 
 
 def _unshared() -> set[tuple[int, ...]]:
-    """The counts of fresh tensors, seen through a view as Hugging Face does, as this Python and
-    this torch give them."""
+    """The counts that this Python and this torch give for fresh tensors seen through views."""
     with torch.inference_mode():
         inference = _users(torch.zeros(2).view(2, 1).transpose(0, 1))
     return {inference, _users(torch.zeros(2).view(2, 1).transpose(0, 1))}
