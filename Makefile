@@ -1,0 +1,48 @@
+# make setup, make demo, make test; make bench and make mutants take longer and are not in CI.
+PYTHON ?= python3
+# Pinned here, since the package itself takes every torch from 2.11 on. Its version is the one that
+# the numbers in bench/results come from.
+TORCH ?= torch==2.13.0
+BIN = .venv/bin
+SOURCES = CMakeLists.txt $(shell find csrc -type f)
+PYTHON_FILES = vlmops python_tests bench csrc
+
+.PHONY: setup demo test lint bench mutants clean
+
+setup: .venv/built
+
+.venv/installed: pyproject.toml Makefile
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check "$(TORCH)" scikit-build-core cmake ninja
+	touch $@
+
+# Editable: Python files are used where they are, only the library is built.
+.venv/built: .venv/installed $(SOURCES)
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation -e ".[dev,demo]"
+	touch $@
+
+demo: setup
+	$(BIN)/vlmops demo
+
+# Suite and seconds that it may take on two slow cores; .ci/suite says what it took.
+test: setup
+	.ci/suite lint 60 $(MAKE) --no-print-directory lint
+	.ci/suite contract 240 $(BIN)/python -m pytest -q python_tests/test_contract.py python_tests/ops
+	.ci/suite hf 300 $(BIN)/python -m pytest -q python_tests/hf
+	.ci/suite tools 180 $(BIN)/python -m pytest -q --ignore=python_tests/ops \
+	  --ignore=python_tests/hf --ignore=python_tests/test_contract.py
+
+lint: setup
+	$(BIN)/ruff check $(PYTHON_FILES)
+	$(BIN)/ruff format --check $(PYTHON_FILES)
+	$(BIN)/clang-format --dry-run --Werror $$(find csrc -name '*.h' -o -name '*.cpp' -o -name '*.c')
+	$(BIN)/mypy
+
+bench: setup
+	$(BIN)/vlmops bench mrope
+
+mutants: setup
+	$(BIN)/python python_tests/mutate.py
+
+clean:
+	rm -rf .venv build
