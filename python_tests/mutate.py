@@ -35,11 +35,11 @@ MUTATIONS = {
     "drop the odd last channel (bfloat16)": (
         "ops/mrope/mrope_cpu.h", "if (i < r) half<1, T>", "if (false) half<1, T>"),
     "skip the last head": (
-        "ops/mrope/mrope_cpu.h", "tokens_inner ? last - first : rows.heads;",
-        "tokens_inner ? last - first : rows.heads - (rows.heads > 1);"),
+        "ops/mrope/mrope_cpu.h", "inner = tokens_inner ? last - first : rows.heads;",
+        "inner = tokens_inner ? last - first : rows.heads - (rows.heads > 1);"),
     "skip the last token of a block": (
-        "ops/mrope/mrope_cpu.h", "const int64_t outer = tokens_inner ? rows.heads : last - first;",
-        "const int64_t outer = tokens_inner ? rows.heads : last - first - (last - first > 1);"),
+        "ops/mrope/mrope_cpu.h", "outer = tokens_inner ? rows.heads : last - first;",
+        "outer = tokens_inner ? rows.heads : last - first - (last - first > 1);"),
     "use a neighbour's position": (
         "ops/mrope/mrope_cpu.h", "s = token % p.tokens;\n  for",
         "s = (token + 1) % p.tokens;\n  for"),

@@ -130,6 +130,17 @@ inline void store(float16* p, Vec<float, N> v) {
   *reinterpret_cast<Vec<uint16_t, N>*>(p) = __builtin_convertvector(value, Vec<uint16_t, N>);
 }
 
+// kDoubles float32 values, widened. GCC widens halves one by one where there is an instruction.
+inline Vec<double, kDoubles> load_doubles(const float* p) {
+#if defined(__AVX512F__)
+  return bit_cast<Vec<double, kDoubles>>(_mm512_maskz_cvtps_pd(0xff, _mm256_loadu_ps(p)));
+#elif defined(__AVX2__)
+  return bit_cast<Vec<double, kDoubles>>(_mm256_cvtps_pd(_mm_loadu_ps(p)));
+#else
+  return __builtin_convertvector(load<kDoubles>(p), Vec<double, kDoubles>);
+#endif
+}
+
 // 2N bfloat16 values as those at even and at odd places: a shift and a mask, where widening in
 // order needs shuffles both ways (2.5x slower with AVX2).
 template <int N>

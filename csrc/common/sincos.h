@@ -44,7 +44,7 @@ inline void sincos(const float* angle, float* cosine, float* sine, int64_t n) {
       0x1.8p52;  // adding it rounds to an integer, left in the low bits
   if (!all_fast(angle, n)) return sincos_slow(angle, cosine, sine, n);
   for (int64_t i = 0; i < n; i += kDoubles) {
-    const D x = __builtin_convertvector(load<kDoubles>(angle + i), D);
+    const D x = load_doubles(angle + i);
     const D shifted = x * 0x1.45f306dc9c883p-1 + kRoundingMagic;  // 2/pi
     const I quadrant = bit_cast<I>(shifted);
     const D turns = shifted - kRoundingMagic;

@@ -20,6 +20,7 @@ namespace vlmops::mrope {
 namespace {
 
 constexpr int64_t kTableFloats = 4096;  // 16 KiB: half of the smallest L1
+constexpr int64_t kMinRow = 2 * 16;     // floats of a token with the fewest frequencies
 
 inline int64_t load_id(const Params& p, int64_t offset) {
   switch (p.id_type) {
@@ -198,20 +199,43 @@ inline void rotate_strided_head(const T* x, int64_t x_stride, T* y, int64_t y_st
 }
 
 template <Rotation rotation, class T>
-inline void rotate_one(const Params& p, const Rows& rows, int64_t token, int64_t head,
+inline void rotate_one(const Params& p, const T* x, int64_t x_stride, T* y, int64_t y_stride,
                        const float* row, const Table& t) {
-  const int64_t b = token / p.tokens, s = token % p.tokens;
-  const int64_t* xs = rows.src_stride;
-  const int64_t* ys = rows.dst_stride;
-  const T* x = static_cast<const T*>(rows.src) + b * xs[0] + s * xs[1] + head * xs[2];
-  T* y = static_cast<T*>(rows.dst) + b * ys[0] + s * ys[1] + head * ys[2];
-  if (xs[3] == 1 && ys[3] == 1) {
+  if (x_stride == 1 && y_stride == 1) {
     rotate_head<rotation>(x, y, row, row + t.sine, p.frequencies, t);
   } else {
-    rotate_strided_head<rotation>(x, xs[3], y, ys[3], row, row + t.sine, p.frequencies, t);
+    rotate_strided_head<rotation>(x, x_stride, y, y_stride, row, row + t.sine, p.frequencies, t);
   }
-  if (rows.src != rows.dst) {
-    for (int64_t i = 2 * p.frequencies; i < p.head_dim; ++i) y[i * ys[3]] = x[i * xs[3]];
+  if (x != y) {
+    for (int64_t i = 2 * p.frequencies; i < p.head_dim; ++i) y[i * y_stride] = x[i * x_stride];
+  }
+}
+
+// The tokens [first, last), whose table is filled, in the order of memory: storage [B, H, S, D]
+// wants tokens innermost, [B, S, H, D] heads.
+template <Rotation rotation, class T>
+inline void rotate_rows(const Params& p, const Rows& rows, const Table& t, int64_t first,
+                        int64_t last) {
+  const int64_t* xs = rows.src_stride;
+  const int64_t* ys = rows.dst_stride;
+  const bool tokens_inner = xs[1] < xs[2];
+  // Offsets of the tokens, so that no division is left in the loop over heads.
+  int64_t x_token[kTableFloats / kMinRow], y_token[kTableFloats / kMinRow];
+  for (int64_t i = 0; i < last - first; ++i) {
+    const int64_t b = (first + i) / p.tokens, s = (first + i) % p.tokens;
+    x_token[i] = b * xs[0] + s * xs[1];
+    y_token[i] = b * ys[0] + s * ys[1];
+  }
+  const T* src = static_cast<const T*>(rows.src);
+  T* dst = static_cast<T*>(rows.dst);
+  const int64_t outer = tokens_inner ? rows.heads : last - first;
+  const int64_t inner = tokens_inner ? last - first : rows.heads;
+  for (int64_t i = 0; i < outer; ++i) {
+    for (int64_t j = 0; j < inner; ++j) {
+      const int64_t token = tokens_inner ? j : i, head = tokens_inner ? i : j;
+      rotate_one<rotation>(p, src + x_token[token] + head * xs[2], xs[3],
+                           dst + y_token[token] + head * ys[2], ys[3], t.rows + token * t.row, t);
+    }
   }
 }
 
@@ -224,19 +248,7 @@ void run_typed(const Params& p, int64_t begin, int64_t end) {
   for (int64_t first = begin; first < end; first += block) {
     const int64_t last = first + block < end ? first + block : end;
     fill_table<order>(p, table, first, last);
-    for (const Rows& rows : p.rows) {
-      // Walk memory in its own order: [B, H, S, D] storage wants tokens innermost, [B, S, H, D]
-      // heads.
-      const bool tokens_inner = rows.src_stride[1] < rows.src_stride[2];
-      const int64_t outer = tokens_inner ? rows.heads : last - first;
-      const int64_t inner = tokens_inner ? last - first : rows.heads;
-      for (int64_t i = 0; i < outer; ++i) {
-        for (int64_t j = 0; j < inner; ++j) {
-          const int64_t t = tokens_inner ? j : i, head = tokens_inner ? i : j;
-          rotate_one<rotation, T>(p, rows, first + t, head, table.rows + t * table.row, table);
-        }
-      }
-    }
+    for (const Rows& rows : p.rows) rotate_rows<rotation, T>(p, rows, table, first, last);
   }
 }
 
