@@ -7,7 +7,7 @@ BIN = .venv/bin
 SOURCES = CMakeLists.txt $(shell find csrc -type f)
 PYTHON_FILES = vlmops python_tests bench csrc
 
-.PHONY: setup demo test lint bench mutants clean
+.PHONY: setup demo test lint bench mutants clean FORCE
 
 setup: .venv/built
 
@@ -16,8 +16,13 @@ setup: .venv/built
 	$(BIN)/pip install --quiet --disable-pip-version-check "$(TORCH)" scikit-build-core cmake ninja
 	touch $@
 
-# Editable: Python files are used where they are, only the library is built.
-.venv/built: .venv/installed $(SOURCES)
+# An editable install knows its modules by name: it is renewed when one comes or goes.
+.venv/modules: .venv/installed FORCE
+	@find vlmops -name '*.py' | sort > $@.new
+	@cmp -s $@.new $@ && rm $@.new || mv $@.new $@
+
+# Python files are used where they are, only the library is built.
+.venv/built: .venv/modules $(SOURCES)
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation -e ".[dev,demo]"
 	touch $@
 

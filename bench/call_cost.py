@@ -115,4 +115,3 @@ torch.library.register_autograd("vlmops::mrope", backward, setup_context=setup_c
 row("register_autograd", op, *rest)
 row("the same, skipped by a guard without grad", below_autograd, *rest, train=False)
 row("eager, cosine and sine given", eager, *torch.randn(2, 1, 1, 128).unbind())
-

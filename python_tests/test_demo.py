@@ -8,13 +8,11 @@ import re
 
 import pytest
 import torch
+from PIL import Image
 
 import vlmops
-from vlmops import _demo_inputs, _demo_measure, cli, demo
-
-pytest.importorskip("transformers", minversion="5.17")
-pytest.importorskip("skimage")
-Image = pytest.importorskip("PIL.Image")
+from vlmops import cli, demo
+from vlmops.demo import inputs, measure
 
 BYTES = 256
 SPECIAL = ["<|vision_start|>", "<|vision_end|>", "<|video_pad|>", "<|image_pad|>"]
@@ -69,8 +67,8 @@ def checkpoint(tmp_path, config):
     fast.chat_template = TEMPLATE
     path = tmp_path / "checkpoint"
     fast.save_pretrained(path)
-    _demo_inputs._qwen2_vl_processor()().save_pretrained(path)
-    _demo_inputs._random_model(config, torch.float32).save_pretrained(path)
+    inputs._qwen2_vl_processor()().save_pretrained(path)
+    inputs._random_model(config, torch.float32).save_pretrained(path)
     return path
 
 
@@ -137,12 +135,12 @@ def test_demo_tokens_come_from_both_codes(config, monkeypatch):
         return original(*args, **kwargs)
 
     monkeypatch.setattr(vlmops.hf.sites.mrope, "mrope_", spy)
-    shown = _demo_inputs.pictures([], 84)
-    subject = _demo_inputs.random_subject(shown, 1, 1, torch.float32, config)
-    _demo_measure.generate(subject, 3)
+    shown = inputs.pictures([], 84)
+    subject = inputs.random_subject(shown, 1, 1, torch.float32, config)
+    measure.generate(subject, 3)
     assert not ran
     with vlmops.patched(subject.model):
-        _demo_measure.generate(subject, 3)
+        measure.generate(subject, 3)
     assert len(ran) == 3
 
 
@@ -262,24 +260,24 @@ def test_demo_bad_option_is_one_line_and_exit_code_2(capsys, argv, message):
 
 def _generation(tokens, logits):
     zero = (0.0, 0.0)
-    return _demo_measure.Generation(tokens, torch.tensor(logits), 1.0, 0.5, zero, zero, 1)
+    return measure.Generation(tokens, torch.tensor(logits), 1.0, 0.5, zero, zero, 1)
 
 
 def test_demo_compares_up_to_the_first_difference():
     before = _generation([0, 1, 1], [[1.0, 0.0], [0.0, 0.01], [0.0, 1.0]])
     after = _generation([0, 0, 0], [[1.0, 0.0], [0.01, 0.0], [9.0, 0.0]])
 
-    tie = _demo_measure.compare(before, after, tolerance=0.02)
+    tie = measure.compare(before, after, tolerance=0.02)
     assert (tie.first_difference, tie.steps, tie.argmax, tie.equal_tokens) == (1, 2, 1, 1)
     assert tie.worst == pytest.approx(0.01)
     assert tie.margin == pytest.approx(0.01)
     assert tie.agree
     assert not dataclasses.replace(tie, margin=0.05).agree
-    assert not _demo_measure.compare(before, after, tolerance=0.005).agree
+    assert not measure.compare(before, after, tolerance=0.005).agree
 
 
 def test_demo_random_model_has_no_uninitialised_weight(config):
-    model = _demo_inputs._random_model(config, torch.float32)
+    model = inputs._random_model(config, torch.float32)
 
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         assert tensor.isfinite().all(), name

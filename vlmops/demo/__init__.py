@@ -17,7 +17,7 @@ import torch
 
 import vlmops
 from vlmops import _library
-from vlmops._demo_inputs import (
+from vlmops.demo.inputs import (
     DemoError,
     Subject,
     checkpoint_subject,
@@ -26,7 +26,7 @@ from vlmops._demo_inputs import (
     pictures,
     random_subject,
 )
-from vlmops._demo_measure import Agreement, Generation, compare, generate, measure, tolerance
+from vlmops.demo.measure import Agreement, Generation, compare, generate, measure, tolerance
 
 _BUSY = 40  # involuntary switches a second and thread; 20 to 25 on an idle machine, from the kernel
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import vlmops
-from vlmops._demo_inputs import DemoError, Subject, first_line
+from vlmops.demo.inputs import DemoError, Subject, first_line
 
 _SECONDS_OF_TIMING = 24.0
 _TOWERS = {"visual", "vision_tower", "vision_model", "image_tower"}
