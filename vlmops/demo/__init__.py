@@ -26,7 +26,7 @@ from vlmops.demo.inputs import (
     pictures,
     random_subject,
 )
-from vlmops.demo.measure import Agreement, Generation, compare, generate, measure, tolerance
+from vlmops.demo.measure import Agreement, Generation, compare, generate, time_stages, tolerance
 
 _BUSY = 40  # involuntary switches a second and thread; 20 to 25 on an idle machine, from the kernel
 
@@ -129,7 +129,7 @@ def _run(options: argparse.Namespace, config: Any, progress: _Progress) -> int:
 
     results = _results(subject, options, agreement, report)
     if agreement.agree:
-        times = measure(subject, options.new_tokens, options.repeat, after, progress)
+        times = time_stages(subject, options.new_tokens, options.repeat, after, progress)
         times |= {"preprocessing": subject.preprocessing, "patching": patching}
         _print_times(times)
         results |= times

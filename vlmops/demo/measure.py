@@ -292,7 +292,7 @@ def _attention_of(config: Any) -> dict[str, str]:
     return {"": config._attn_implementation, **chosen}
 
 
-def measure(
+def time_stages(
     subject: Subject,
     new_tokens: int,
     repeats: int | None,
