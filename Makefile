@@ -27,7 +27,7 @@ setup: .venv/built
 	touch $@
 
 demo: setup
-	$(BIN)/vlmops demo
+	OMP_PROC_BIND=true OMP_PLACES=cores $(BIN)/vlmops demo
 
 # Suite and seconds that it may take on two slow cores; .ci/suite says what it took.
 test: setup
