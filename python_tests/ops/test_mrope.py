@@ -1,5 +1,6 @@
 """What is special to M-RoPE; the contract's clauses are in test_contract.py."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -309,6 +310,7 @@ def test_freq_axis_refuses(section, interleaved, message):
 
 def _child(code, **env):
     command = [sys.executable, "-c", f"import vlmops; {code}"]
+    env = {**os.environ, **env}
     return subprocess.run(command, env=env, capture_output=True, text=True, check=False)
 
 
