@@ -3,6 +3,8 @@
 import importlib.metadata
 import re
 import subprocess
+import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -66,6 +68,17 @@ def test_wheel_tag_binds_to_no_cpython():
     wheel = importlib.metadata.distribution("vlmops").read_text("WHEEL")
     assert re.search(r"^Tag: py3-none-\w+$", wheel, re.MULTILINE)
     assert "Root-Is-Purelib: false" in wheel
+
+
+def test_wheel_holds_the_package_and_one_library(tmp_path):
+    """What `pip install .` installs: every module, wherever it lies, and nothing but the package."""
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-build-isolation", "--no-deps"]
+    subprocess.run([*command, "--wheel-dir", tmp_path, ROOT], check=True, capture_output=True)
+    (wheel,) = tmp_path.iterdir()
+    assert re.fullmatch(r"vlmops-[\d.]+-py3-none-\w+\.whl", wheel.name)
+    names = {n for n in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in n}
+    modules = {str(path.relative_to(ROOT)) for path in (ROOT / "vlmops").rglob("*.py")}
+    assert names == modules | {"vlmops/libvlmops.so"}
 
 
 def test_version_is_said_once():
