@@ -16,6 +16,7 @@ from torch import nn
 
 import vlmops
 from vlmops.hf import targets
+from vlmops.ops.mrope_spec import SPEC
 
 LAYERS = 3
 TWO_IMAGES = [3, (4, 6), 5, (8, 4), 2]
@@ -67,6 +68,24 @@ def test_logits_and_gradients_agree(family, attention, name):
     assert len(grads) > 30
     for parameter, grad in grads.items():
         assert_agree(patched_grads[parameter], grad, parameter)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_yardstick_is_hugging_faces_own_code(dtype):
+    """Bit for bit: errors and speed-ups are relative to what users run."""
+    rotary = build("qwen2_vl").model.language_model.rotary_emb
+    args = {
+        "q": torch.randn(2, 7, 4, 16).transpose(1, 2).to(dtype),
+        "k": torch.randn(2, 7, 2, 16).transpose(1, 2).to(dtype),
+        "position_ids": torch.randint(5000, (3, 2, 7)),
+        "inv_freq": rotary.inv_freq,
+        "freq_axis": vlmops.mrope_freq_axis([2, 3, 3]),
+    }
+    ours = SPEC.eager_for(args)(**args)
+    module = inspect.getmodule(type(rotary))
+    cos, sin = rotary(args["q"], args["position_ids"])
+    theirs = module.apply_rotary_pos_emb(args["q"], args["k"], cos, sin)
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
 @families

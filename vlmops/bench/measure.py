@@ -116,9 +116,10 @@ def _floors(moved: Sequence[Tensor]) -> dict[Key, Call]:
 
 
 def _variants(spec: Spec, case: str, args: Arguments, compiled: bool) -> Variants:
-    functions = {"vlmops": spec.function, "eager": spec.eager}
+    eager = spec.eager_for(args)
+    functions = {"vlmops": spec.function, "eager": eager}
     if compiled:
-        functions[COMPILED] = _compile(spec.eager)
+        functions[COMPILED] = _compile(eager)
     variants = Variants()
 
     def admit(gate: Gate, direction: str, variant: str, build: Callable[[], Call]) -> None:
@@ -135,7 +136,7 @@ def _variants(spec: Spec, case: str, args: Arguments, compiled: bool) -> Variant
         variants.calls[direction, variant] = call
 
     exact = {**args, **{name: args[name].double() for name in spec.differentiable}}
-    outputs = _tensors(spec.eager(**args))
+    outputs = _tensors(eager(**args))
     gate = Gate(_tensors(spec.reference(**exact)), outputs)
     for variant, function in functions.items():
         admit(gate, "forward", variant, functools.partial(functools.partial, function, **args))
@@ -148,7 +149,7 @@ def _variants(spec: Spec, case: str, args: Arguments, compiled: bool) -> Variant
         backward = functools.partial(_backward, spec.differentiable)
         gate = Gate(
             backward(exact, [t.double() for t in upstream], spec.reference)(),
-            backward(args, upstream, spec.eager)(),
+            backward(args, upstream, eager)(),
         )
         for variant, function in functions.items():
             build = functools.partial(backward, args, upstream, function)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -159,45 +160,54 @@ BENCH = {
 }
 
 
-def eager(
-    q: Tensor,
-    k: Tensor,
-    position_ids: Tensor,
-    inv_freq: Tensor,
-    freq_axis: Tensor,
-    *,
-    rotation: Rotation = "half",
-    scaling: float = 1.0,
-    head_axis: int = 1,
-) -> tuple[Tensor, Tensor]:
+def eager_for(args: Arguments) -> Callable[..., tuple[Tensor, Tensor]]:
     """The steps of Hugging Face's Qwen2-VL in their order and dtypes, for every layout.
 
-    Angles for all axes, cosine and sine in float32, recomposed, cast to the dtype of q, then
-    ``q * cos + rotate_half(q) * sin``.
+    Angles for all axes, cosine and sine in float32, recomposed from slices, cast to the dtype of q,
+    then ``q * cos + rotate_half(q) * sin``.
     """
-    angles = position_ids[..., None].float() * inv_freq.float()  # [A, *tokens, R]
-    pick = freq_axis.long().expand(1, *angles.shape[1:])
+    slices, start = [], 0
+    for axis, run in itertools.groupby(args["freq_axis"].tolist()):
+        stop = start + len(list(run))
+        slices.append((axis, start, stop))
+        start = stop
 
-    def recompose(table: Tensor) -> Tensor:
-        table = (table * scaling).gather(0, pick)[0]
-        doubled = (
-            torch.cat((table, table), -1) if rotation == "half" else table.repeat_interleave(2, -1)
-        )
-        return doubled.to(q.dtype).unsqueeze(head_axis)
+    def eager(
+        q: Tensor,
+        k: Tensor,
+        position_ids: Tensor,
+        inv_freq: Tensor,
+        freq_axis: Tensor,
+        *,
+        rotation: Rotation = "half",
+        scaling: float = 1.0,
+        head_axis: int = 1,
+    ) -> tuple[Tensor, Tensor]:
+        angles = position_ids[..., None].float() * inv_freq.float()  # [A, *tokens, R]
 
-    cos, sin = recompose(angles.cos()), recompose(angles.sin())
+        def recompose(table: Tensor) -> Tensor:
+            parts = [table[axis, ..., begin:end] for axis, begin, end in slices]
+            table = torch.cat(parts, -1) if parts else table[0]
+            doubled = torch.cat((table, table), -1)
+            if rotation == "pairs":
+                doubled = table.repeat_interleave(2, -1)
+            return doubled.to(q.dtype).unsqueeze(head_axis)
 
-    def rotate(x: Tensor) -> Tensor:
-        head, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
-        if rotation == "half":
-            a, b = head.chunk(2, dim=-1)
-            turned = torch.cat((-b, a), dim=-1)
-        else:
-            turned = torch.stack((-head[..., 1::2], head[..., 0::2]), dim=-1).flatten(-2)
-        head = head * cos + turned * sin
-        return torch.cat((head, rest), dim=-1) if rest.shape[-1] else head
+        cos, sin = recompose(angles.cos() * scaling), recompose(angles.sin() * scaling)
 
-    return rotate(q), rotate(k)
+        def rotate(x: Tensor) -> Tensor:
+            head, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
+            if rotation == "half":
+                a, b = head.chunk(2, dim=-1)
+                turned = torch.cat((-b, a), dim=-1)
+            else:
+                turned = torch.stack((-head[..., 1::2], head[..., 0::2]), dim=-1).flatten(-2)
+            head = head * cos + turned * sin
+            return torch.cat((head, rest), dim=-1) if rest.shape[-1] else head
+
+        return rotate(q), rotate(k)
+
+    return eager
 
 
 def _with(**changes: Any) -> Callable[[Arguments], Arguments]:
@@ -273,7 +283,7 @@ SPEC = Spec(
     function=mrope,
     in_place=mrope_,
     reference=reference,
-    eager=eager,
+    eager_for=eager_for,
     differentiable=("q", "k"),
     cases=CASES,
     bench=BENCH,

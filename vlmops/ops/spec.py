@@ -53,8 +53,11 @@ class Spec:
     in_place: Callable[..., Any] | None
     reference: Callable[..., Any]
     """Exact, in float64."""
-    eager: Callable[..., Any]
-    """What Hugging Face runs, in the inputs' dtype: the yardstick for errors and speed."""
+    eager_for: Callable[[Arguments], Callable[..., Any]]
+    """What Hugging Face runs, in the inputs' dtype: the yardstick for errors and speed.
+
+    Written out for the layout of the given arguments, as a model's code is for its own.
+    """
     differentiable: Sequence[str]
     """Arguments that get gradients; in_place writes over them."""
     cases: Sequence[Case]
