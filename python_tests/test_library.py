@@ -71,7 +71,7 @@ def test_wheel_tag_binds_to_no_cpython():
 
 
 def test_wheel_holds_the_package_and_one_library(tmp_path):
-    """What `pip install .` installs: every module, wherever it lies, and nothing but the package."""
+    """What `pip install .` installs: every module, wherever it lies, and nothing else."""
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-build-isolation", "--no-deps"]
     subprocess.run([*command, "--wheel-dir", tmp_path, ROOT], check=True, capture_output=True)
     (wheel,) = tmp_path.iterdir()
