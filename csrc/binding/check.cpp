@@ -124,4 +124,54 @@ void Argument::no_internal_overlap() const {
   }
 }
 
+namespace {
+
+// Whether two tensors of one rank, with the same element size and no overlap within, provably touch
+// no element both. `distance` elements lie from the start of the first to that of the second.
+bool disjoint(const Tensor& first, const Tensor& second, int64_t distance) {
+  struct Dim {
+    int64_t stride, first_reach, second_reach;
+  };
+  std::vector<Dim> dims;
+  for (int64_t i = 0; i < first.dim(); ++i) {
+    const int64_t n = first.size(i), m = second.size(i);
+    if (n > 1 && m > 1 && first.stride(i) != second.stride(i)) dims.push_back({-1, 0, 0});
+    const int64_t stride = n > 1 ? first.stride(i) : second.stride(i);
+    if (n > 1 || m > 1) dims.push_back({stride, stride * (n - 1), stride * (m - 1)});
+  }
+  std::sort(dims.begin(), dims.end(),
+            [](const Dim& a, const Dim& b) { return a.stride < b.stride; });
+  int64_t first_reach = 0, second_reach = 0;
+  for (const Dim& dim : dims) {
+    first_reach += dim.first_reach;
+    second_reach += dim.second_reach;
+  }
+  if (distance > first_reach) return true;  // one after the other
+  if (!dims.empty() && dims[0].stride < 0) return false;
+  // Slices of one tensor, as of a fused qkv: the second fits between the first's end and its next
+  // repetition, for the dimensions below some stride.
+  first_reach = second_reach = 0;
+  for (const Dim& dim : dims) {
+    if (distance > first_reach && distance + second_reach < dim.stride) return true;
+    first_reach += dim.first_reach;
+    second_reach += dim.second_reach;
+  }
+  return false;
+}
+
+}  // namespace
+
+void Argument::no_overlap_with(const Argument& other) const {
+  if (tensor.numel() == 0 || other.tensor.numel() == 0) return;
+  const auto mine = reinterpret_cast<intptr_t>(tensor.const_data_ptr());
+  const auto theirs = reinterpret_cast<intptr_t>(other.tensor.const_data_ptr());
+  const intptr_t bytes = mine - theirs, size = static_cast<intptr_t>(tensor.element_size());
+  const bool apart =
+      bytes % size == 0 && (bytes >= 0 ? disjoint(other.tensor, tensor, bytes / size)
+                                       : disjoint(tensor, other.tensor, -bytes / size));
+  if (apart) return;
+  fail(op, name, "expected memory of its own, since ", other.name, " and ", name,
+       " are written in place, got one that may overlap ", other.name, "; clone it first");
+}
+
 }  // namespace vlmops

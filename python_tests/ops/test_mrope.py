@@ -10,6 +10,7 @@ import torch
 import torch._dynamo.testing
 from conftest import TESTED_ISAS
 from torch import nn
+from torch.autograd import forward_ad
 
 import vlmops
 from vlmops.ops.mrope import reference
@@ -108,19 +109,15 @@ def test_rounding_is_to_nearest_even(isa, use_cpu_isa, dtype):
         assert torch.equal(turned, (x.float() * torch.tensor(scaling).float()).to(dtype))
 
 
-def test_vector_instruction_sets_agree_bit_for_bit():
-    if len(TESTED_ISAS) < 3:
-        assert "avx512" not in TESTED_ISAS
-        return
-    previous = vlmops.cpu_isa()
+@pytest.mark.skipif("avx512" not in TESTED_ISAS, reason="needs AVX-512 beside AVX2")
+def test_vector_instruction_sets_agree_bit_for_bit(use_cpu_isa):
     for name in ("qwen2vl_s17", "tower_d88_pairs", "odd_r23_half"):
         results = []
         for isa in ("avx2", "avx512"):
-            torch.ops.vlmops.set_cpu_isa(isa)
+            use_cpu_isa(isa)
             torch.manual_seed(0)
             results.append(vlmops.mrope(**case(name))[0])
         assert torch.equal(*results)
-    torch.ops.vlmops.set_cpu_isa(previous)
 
 
 @every_isa
@@ -259,14 +256,83 @@ def test_in_place_refuses_what_requires_grad():
         vlmops.mrope_(**args)
 
 
+def test_in_place_refuses_what_it_would_leave_half_done():
+    """Tangents that stay unrotated, and version counters that are not there."""
+    args = case("qwen2vl_s17")
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(args["q"], torch.ones_like(args["q"]))
+        with pytest.raises(RuntimeError, match=r"forward-mode.*use vlmops.mrope"):
+            vlmops.mrope_(**{**args, "q": dual})
+    with torch.inference_mode():
+        made_inside = torch.randn(2, 4, 17, 128)
+        vlmops.mrope_(**{**args, "q": made_inside, "k": made_inside.clone()})
+    with pytest.raises(RuntimeError, match=r"made outside torch.inference_mode"):
+        vlmops.mrope_(**{**args, "q": made_inside})
+
+
+@pytest.mark.parametrize("function", [vlmops.mrope, vlmops.mrope_])
+def test_what_only_python_can_refuse(function):
+    args = case("qwen2vl_s17")
+    with pytest.raises(TypeError, match=r"position_ids: expected a torch.Tensor, got list"):
+        function(**{**args, "position_ids": args["position_ids"].tolist()})
+    with pytest.raises(RuntimeError, match=r"inv_freq: expected a tensor that requires no grad"):
+        function(**{**args, "inv_freq": args["inv_freq"].requires_grad_()})
+
+
 def test_in_place_refuses_shared_memory():
     args = case("expanded_heads")
     with pytest.raises(RuntimeError, match=r"mrope_: q: expected a tensor whose elements do not "):
         vlmops.mrope_(**args)
     args = case("qwen2vl_s17")
-    args["k"] = args["q"]
-    with pytest.raises(RuntimeError, match=r"mrope_: k: expected memory of its own"):
-        vlmops.mrope_(**args)
+    memory = torch.randn(2, 17, 6, 128).transpose(1, 2)
+    flat = torch.randn(2 * 4 * 17 * 128 + 1)
+    for q, k in (
+        (args["q"], args["q"]),
+        (memory[:, :4], memory[:, 2:]),
+        (memory[:, 2:], memory[:, :4]),
+        (memory[:, 0:4:2], memory[:, 2:4]),
+        (flat[:-1].view(2, 4, 17, 128), flat[1:].view(2, 4, 17, 128)),
+        (flat[:-1].view(2, 4, 17, 128), flat[:-1].view(2, 17, 4, 128).transpose(1, 2)),
+    ):
+        with pytest.raises(RuntimeError, match=r"mrope_: k: expected memory of its own.*clone"):
+            vlmops.mrope_(**{**args, "q": q, "k": k})
+
+
+def test_in_place_takes_slices_of_one_tensor():
+    """Fused qkv, in blocks, interleaved head by head, one before and one after the other."""
+    args = case("qwen2vl_s17")
+    blocks = torch.randn(2, 17, 8, 128).transpose(1, 2)
+    heads = torch.randn(2, 17, 4, 3, 128).permute(3, 0, 2, 1, 4)
+    for q, k in (
+        (blocks[:, :4], blocks[:, 4:6]),
+        (blocks[:, 4:6], blocks[:, :4]),
+        (blocks[:, :1], blocks[:, 1:2]),
+        (heads[0], heads[1]),
+        (heads[2], heads[0]),
+        torch.randn(2, 2, 4, 17, 128).unbind(),
+    ):
+        expected = vlmops.mrope(**{**args, "q": q, "k": k})
+        vlmops.mrope_(**{**args, "q": q, "k": k})
+        assert torch.equal(q, expected[0])
+        assert torch.equal(k, expected[1])
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")  # vmap's loop
+def test_functorch():
+    args = case("qwen2vl_s17")
+    q, tangent = args["q"], torch.randn_like(args["q"])
+
+    def rotated(x, function=vlmops.mrope):
+        return function(**{**args, "q": x})[0]
+
+    def loss(x, function=vlmops.mrope):
+        return rotated(x, function).sin().sum()
+
+    exact = torch.func.grad(lambda x: loss(x, reference))(q.double())
+    torch.testing.assert_close(torch.func.grad(loss)(q).double(), exact, rtol=1e-5, atol=1e-5)
+    assert torch.equal(torch.func.jvp(rotated, (q,), (tangent,))[1], rotated(tangent))
+    each = torch.stack([torch.func.grad(loss)(x) for x in (q, tangent)])
+    assert torch.equal(torch.vmap(torch.func.grad(loss))(torch.stack([q, tangent])), each)
 
 
 def test_the_registered_ops_are_differentiable_too():

@@ -22,7 +22,8 @@ def patch(model: nn.Module, ops: Sequence[str] | None = None, verify: bool = Tru
     """Replaces what a Hugging Face model does slowly by vlmops' kernels, in this model alone.
 
     Weights, ``state_dict``, outputs and gradients stay what they were; another model of the same
-    class is not touched. Patching twice does nothing more.
+    class is not touched. Patching twice does nothing more. What another library replaces in a
+    modeling file afterwards is not seen by a model that is patched already.
 
     Args:
         model: A transformers model, or any module that contains one (PEFT, compiled, ...).
@@ -61,6 +62,7 @@ def unpatch(model: nn.Module) -> int:
 
     Raises:
         TypeError: model is not a torch.nn.Module.
+        RuntimeError: another library has wrapped what `patch` put there; nothing is restored.
     """
     _require_module(model)
     return _restore([m for m in model.modules() if original_class(m) is not None])
@@ -93,10 +95,13 @@ def _patch(
     sites = all_sites()
     rows: list[Row] = []
     changed: list[nn.Module] = []
-    for op in _requested(ops, sites):
-        found, modules = _patch_site(model, sites[op], verify)
-        rows += found or [Row(op, "", "", 0, "", "not present")]
-        changed += modules
+    try:
+        for op in _requested(ops, sites):
+            found = _patch_site(model, sites[op], verify, changed)
+            rows += found or [Row(op, "", "", 0, "", "not present")]
+    except BaseException:
+        _restore(changed)
+        raise
     rows += _missing(model, rows)
     report = PatchReport(type(model).__name__, tuple(rows))
     for op in ops or ():
@@ -105,8 +110,8 @@ def _patch(
     return report, changed
 
 
-def _patch_site(model: nn.Module, site: Site, verify: bool) -> tuple[list[Row], list[nn.Module]]:
-    rows, changed = [], []
+def _patch_site(model: nn.Module, site: Site, verify: bool, changed: list[nn.Module]) -> list[Row]:
+    rows = []
     # Listed before anything changes: find walks the modules that adapt alters.
     for found in list(site.find(model)):
         place = found if not isinstance(found, Refused | AlreadyPatched) else found.place
@@ -124,7 +129,7 @@ def _patch_site(model: nn.Module, site: Site, verify: bool) -> tuple[list[Row], 
             module.__class__ = new_class
             changed.append(module)
         rows.append(Row(*described, _backend(), "patched"))
-    return rows, changed
+    return rows
 
 
 def _backend() -> str:
@@ -136,8 +141,13 @@ def _missing(model: nn.Module, rows: list[Row]) -> list[Row]:
     config: Any = getattr(model, "config", None)
     ops = {row.op for row in rows}
 
-    def found(expected: Expected) -> bool:  # below whatever wraps the model
-        return any(r.op == expected.op and r.path.endswith(expected.path) for r in rows)
+    def found(expected: Expected) -> bool:  # the model may be wrapped, or itself be a part
+        path = expected.path
+        return any(
+            row.op == expected.op and (row.path.endswith(path) or path.endswith(row.path))
+            for row in rows
+            if row.sites
+        )
 
     return [
         Row(
@@ -156,6 +166,12 @@ def _missing(model: nn.Module, rows: list[Row]) -> list[Row]:
 
 
 def _restore(modules: list[nn.Module]) -> int:
+    for module in modules:
+        if original_class(module) is not None and "forward" in vars(module):
+            raise RuntimeError(
+                f"the forward of a {type(module).__name__} was replaced on the instance after "
+                "vlmops patched it; undo that first, then call vlmops.unpatch"
+            )
     for module in modules:
         original = original_class(module)
         if original is not None:

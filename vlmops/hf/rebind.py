@@ -45,6 +45,12 @@ def rebind(function: types.FunctionType, label: str, **globals_: Any) -> types.F
     return rebuilt
 
 
+def references(function: types.FunctionType) -> Hashable:
+    """The function and what its global names stand for now: equal while a rebuild stays valid."""
+    names = function.__code__.co_names
+    return function, tuple(id(function.__globals__.get(name)) for name in names)
+
+
 def subclass(
     original: type[nn.Module],
     key: Hashable,
@@ -54,7 +60,7 @@ def subclass(
 
     Args:
         original: The class of the module to patch.
-        key: Whatever the new forward depends on.
+        key: Whatever the new forward depends on, `references` of the old one included.
         make_forward: Called once with a label, unique to the subclass, and returns the forward.
     """
     cached = _subclasses.get((original, key))
@@ -64,6 +70,7 @@ def subclass(
             "__qualname__": original.__qualname__,
             "__doc__": original.__doc__,
             "__reduce_ex__": _reduce_to_original,
+            "__copy__": _copy,
             "__deepcopy__": _deepcopy,
             _ORIGINAL: original,
             "forward": make_forward(str(len(_subclasses))),
@@ -82,8 +89,14 @@ def _reduce_to_original(self: nn.Module, protocol: Any) -> Any:
     return copyreg._reconstructor, (original_class(self), object, None), self.__dict__  # type: ignore[attr-defined]
 
 
-def _deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
+def _copy(self: nn.Module) -> nn.Module:
     # A copy of a patched model is patched.
+    twin = type(self).__new__(type(self))
+    twin.__dict__.update(self.__dict__)
+    return twin
+
+
+def _deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
     twin = memo[id(self)] = type(self).__new__(type(self))
     twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
     return twin

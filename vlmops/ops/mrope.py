@@ -72,6 +72,7 @@ def mrope(
 
     Raises:
         RuntimeError: an argument does not fit; the message names it, what was expected, what came.
+        TypeError: an argument is not a tensor.
         ImportError: the compiled library is not loaded.
 
     Example:
@@ -89,6 +90,9 @@ def mrope(
         result: tuple[Tensor, Tensor] = torch.ops.vlmops.mrope(*args)
         return result
     _library.require()
+    _check_tensors(
+        "mrope", q=q, k=k, position_ids=position_ids, inv_freq=inv_freq, freq_axis=freq_axis
+    )
     return _rotate(False, *args)
 
 
@@ -111,14 +115,17 @@ def mrope_(
         q and k themselves.
 
     Raises:
-        RuntimeError: as `mrope`; also if q or k requires grad while grad mode is on, or if elements
-            of q or k share memory.
+        RuntimeError: as `mrope`; also if q or k requires grad while grad mode is on, under
+            forward-mode differentiation, or if elements of q and k may share memory.
     """
     args = (position_ids, inv_freq, freq_axis, rotation, scaling, head_axis)
     if torch.compiler.is_compiling():
         torch.ops.vlmops.mrope_(q, k, *args)
     else:
         _library.require()
+        _check_tensors(
+            "mrope_", q=q, k=k, position_ids=position_ids, inv_freq=inv_freq, freq_axis=freq_axis
+        )
         _rotate_in_place(q, k, *args)
     return q, k
 
@@ -197,12 +204,17 @@ class _Rotate(torch.autograd.Function):
     """The rotation is linear and its adjoint is the rotation back: derivatives of every order."""
 
     @staticmethod
-    def forward(ctx: Any, inverse: bool, q: Tensor, k: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-        ctx.inverse, ctx.options = inverse, args[3:]
-        ctx.head_axis = args[5] if len(args) > 5 else 1
-        ctx.save_for_backward(*args[:3])
-        ctx.save_for_forward(*args[:3])
-        return _call(inverse, q, k, *args)
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
+        _Rotate.save(ctx, args)
+        return _call(*args)
+
+    @staticmethod
+    def save(ctx: Any, inputs: tuple[Any, ...]) -> None:
+        ctx.inverse, _, __, *tensors = inputs[:6]
+        ctx.options = inputs[6:]
+        ctx.head_axis = inputs[8] if len(inputs) > 8 else 1
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
 
     @staticmethod
     def backward(ctx: Any, grad_q: Tensor, grad_k: Tensor) -> tuple[Tensor | None, ...]:
@@ -220,6 +232,20 @@ class _Rotate(torch.autograd.Function):
         return _rotate(ctx.inverse, q, k, *ctx.saved_tensors, *ctx.options)
 
 
+class _RotateUnderTransforms(_Rotate):
+    """The same for functorch, which wants forward without a context: twice the cost of a call."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, Tensor]:
+        return _call(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        _Rotate.save(ctx, inputs)
+
+
 def _call(inverse: bool, *args: Any) -> tuple[Tensor, Tensor]:
     op = torch.ops.vlmops.mrope_backward if inverse else torch.ops.vlmops.mrope
     with torch._C._AutoDispatchBelowAutograd():
@@ -230,12 +256,14 @@ def _call(inverse: bool, *args: Any) -> tuple[Tensor, Tensor]:
 def _rotate(inverse: bool, q: Tensor, k: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     """Skips autograd's Python layer when no derivative can be asked for."""
     wants_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
-    if wants_grad or forward_ad._current_level >= 0:
-        result: tuple[Tensor, Tensor] = _Rotate.apply(  # type: ignore[no-untyped-call]
-            inverse, q, k, *args
-        )
-        return result
-    return _call(inverse, q, k, *args)
+    if not wants_grad and forward_ad._current_level < 0:
+        return _call(inverse, q, k, *args)
+    transformed = torch._C._functorch.maybe_current_level() is not None
+    function = _RotateUnderTransforms if transformed else _Rotate
+    result: tuple[Tensor, Tensor] = function.apply(  # type: ignore[no-untyped-call]
+        inverse, q, k, *args
+    )
+    return result
 
 
 def _rotate_in_place(q: Tensor, k: Tensor, *args: Any) -> None:
@@ -244,23 +272,55 @@ def _rotate_in_place(q: Tensor, k: Tensor, *args: Any) -> None:
             "vlmops.mrope_: q, k: expected tensors that require no grad, since they are written in "
             "place; use vlmops.mrope, or torch.no_grad()"
         )
+    if forward_ad._current_level >= 0:
+        raise RuntimeError(
+            "vlmops.mrope_: expected no forward-mode differentiation, since tangents would stay "
+            "unrotated; use vlmops.mrope"
+        )
+    inference = q.is_inference(), k.is_inference()
+    if any(inference) and not torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            "vlmops.mrope_: q, k: expected tensors made outside torch.inference_mode(), or to be "
+            "called inside; clone them, or use vlmops.mrope"
+        )
     with torch._C._AutoDispatchBelowAutograd():
         torch.ops.vlmops.mrope_.default(q, k, *args)
-    tracked = [t for t in (q, k) if not t.is_inference()]
-    torch.autograd.graph.increment_version(tracked)
+    if not any(inference):
+        torch.autograd.graph.increment_version((q, k))
+    else:
+        torch.autograd.graph.increment_version(
+            [t for t, untracked in zip((q, k), inference, strict=True) if not untracked]
+        )
+
+
+def _check_tensors(op: str, **tensors: Tensor) -> None:
+    """What C++ cannot say: it sees tensors only, and no gradients."""
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(
+                f"vlmops.{op}: {name}: expected a torch.Tensor, got {type(tensor).__name__}"
+            )
+    if tensors["inv_freq"].requires_grad:
+        raise RuntimeError(
+            f"vlmops.{op}: inv_freq: expected a tensor that requires no grad, since its gradient "
+            "is not computed; detach it"
+        )
 
 
 def _fake(q: Tensor, k: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    _same_device(q, k, *args)
+    _fake_in_place(q, k, *args)
     return torch.empty_like(q), torch.empty_like(k)
 
 
-def _same_device(q: Tensor, *others: Any) -> None:
-    for other in others:
-        if isinstance(other, Tensor) and other.device != q.device:
+def _fake_in_place(
+    q: Tensor, k: Tensor, position_ids: Tensor, inv_freq: Tensor, freq_axis: Tensor, *_: Any
+) -> None:
+    # On the meta device nothing else looks.
+    others = {"k": k, "position_ids": position_ids, "inv_freq": inv_freq, "freq_axis": freq_axis}
+    for name, tensor in others.items():
+        if tensor.device != q.device:
             raise RuntimeError(
-                f"vlmops.mrope: expected all tensors on {q.device}, where q is, got one on "
-                f"{other.device}"
+                f"vlmops.mrope: {name}: expected on {q.device}, where q is, got {tensor.device}"
             )
 
 
@@ -271,4 +331,4 @@ if _library.error is None:
     _lib.impl("mrope_", _rotate_in_place, "Autograd")
     torch.library.register_fake("vlmops::mrope", _fake)
     torch.library.register_fake("vlmops::mrope_backward", _fake)
-    torch.library.register_fake("vlmops::mrope_", _same_device)
+    torch.library.register_fake("vlmops::mrope_", _fake_in_place)

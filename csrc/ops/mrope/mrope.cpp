@@ -2,7 +2,10 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
+#include <string>
 #include <tuple>
+#include <vector>
 
 #include "binding/check.h"
 #include "common/cpu_kernels.h"
@@ -237,10 +240,7 @@ void in_place(Tensor q, Tensor k, const Tensor& position_ids, const Tensor& inv_
   check_ids(p, ids_arg);
   q_arg.no_internal_overlap();
   k_arg.no_internal_overlap();
-  if (q.numel() > 0 && k.numel() > 0 && q.const_data_ptr() == k.const_data_ptr()) {
-    fail(op, "k",
-         "expected memory of its own, since q and k are written in place, got the memory of q");
-  }
+  k_arg.no_overlap_with(q_arg);
   p.rows[0] = rows_of(q, q, head_axis);
   p.rows[1] = rows_of(k, k, head_axis);
   launch_cpu(p);

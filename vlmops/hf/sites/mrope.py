@@ -4,53 +4,49 @@ Hugging Face computes ``position_embeddings = rotary_emb(hidden_states, position
 forward and every attention layer calls ``apply_rotary_pos_emb(q, k, *position_embeddings)``.
 Patched, ``rotary_emb`` hands on ``(position_ids, inv_freq)`` and the function is `mrope`. So the
 rotary module and all the layers that it serves change together or not at all.
+
+Where the kernel cannot serve a call (float64, torch.jit.trace, ..) ``rotary_emb`` does what it did
+before, and a layer that meets real cosines and sines applies them as it did before.
 """
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import inspect
-import sys
-import types
 from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vlmops.hf.rebind import original_class, rebind, subclass
+from vlmops.hf.aliasing import may_overwrite
+from vlmops.hf.rebind import original_class, rebind, references, subclass
+from vlmops.hf.rotary import AXES, Layout, on_cpu, read_layout, takes_axes
 from vlmops.hf.sites import AlreadyPatched, Place, Refused, Site
-from vlmops.ops.mrope import Rotation, mrope, mrope_
+from vlmops.ops.mrope import mrope, mrope_
 
-_AXES = 3  # time, height, width
-_ROTARY_SIGNATURE = ["self", "x", "position_ids"]
 _APPLY_SIGNATURE = ["q", "k", "cos", "sin", "unsqueeze_dim"]
+_ROTARY_DECORATORS = {"torch.utils._contextlib", "transformers.modeling_rope_utils"}
+_TOLERANCE = 1e-4  # float32, standard normal inputs, ids to 1,000: agreement is about 1e-6
 
-
-@dataclasses.dataclass(frozen=True)
-class Layout:
-    """What the probe read off: constants of one model."""
-
-    freq_axis: tuple[int, ...]
-    rotation: Rotation
-    scaling: float
+Apply = Callable[..., tuple[Tensor, Tensor]]
 
 
 @dataclasses.dataclass(frozen=True)
 class _Details:
-    rotary: nn.Module
+    rotary: Any
     attentions: tuple[nn.Module, ...]
     apply_name: str
-    apply: Callable[..., tuple[Tensor, Tensor]]
+    apply: Apply
     layout: Layout
 
 
 def find(model: nn.Module) -> Iterator[Place | Refused | AlreadyPatched]:
     """Decoders whose ``rotary_emb`` takes one position per axis and serves all their ``layers``."""
     for path, decoder in model.named_modules():
-        rotary, layers = getattr(decoder, "rotary_emb", None), getattr(decoder, "layers", None)
-        if not isinstance(rotary, nn.Module) or not isinstance(layers, nn.ModuleList):
+        # Not getattr: wrappers (compiled modules, PEFT) forward it to the decoder inside them.
+        rotary, layers = decoder._modules.get("rotary_emb"), decoder._modules.get("layers")
+        if rotary is None or not isinstance(layers, nn.ModuleList):
             continue
         if not isinstance(getattr(rotary, "inv_freq", None), Tensor):
             continue
@@ -61,12 +57,12 @@ def find(model: nn.Module) -> Iterator[Place | Refused | AlreadyPatched]:
         place = Place(path, type(attentions[0]).__name__, len(attentions))
         if all(original_class(m) for m in (rotary, *attentions)):
             yield AlreadyPatched(place)
-            continue
-        probed = _examine(rotary, callers)
-        if isinstance(probed, _Details):
-            yield dataclasses.replace(place, details=probed)
-        elif probed is not None:
-            yield Refused(place, probed)
+        elif original_class(rotary) or takes_axes(rotary):
+            examined = _examine(rotary, callers)
+            if isinstance(examined, str):
+                yield Refused(place, examined)
+            else:
+                yield dataclasses.replace(place, details=examined)
 
 
 def _callers(layer: nn.Module) -> list[tuple[nn.Module, str]]:
@@ -76,151 +72,102 @@ def _callers(layer: nn.Module) -> list[tuple[nn.Module, str]]:
         forward = inspect.unwrap(type(module).forward)
         if not inspect.isfunction(forward):  # TorchScript, C++
             continue
-        for name in forward.__code__.co_names:
-            function = forward.__globals__.get(name)
-            if (
-                inspect.isfunction(function)
-                and list(inspect.signature(function).parameters) == _APPLY_SIGNATURE
-            ):
-                found.append((module, name))
+        names = forward.__code__.co_names
+        found += [(module, name) for name in names if _applies(forward.__globals__.get(name))]
     return found
 
 
-def _examine(
-    rotary: nn.Module, callers: list[list[tuple[nn.Module, str]]]
-) -> _Details | str | None:
-    """The details of a place; why it is refused; or None if it has no multi-axis rotary at all."""
-    if not _takes_axes(rotary):
-        return None
-    for i, found in enumerate(callers):
-        if len(found) != 1:
-            return f"layer {i} has {len(found)} attention modules that rotate q and k, expected 1"
-    attentions = [found[0][0] for found in callers]
-    for module in (rotary, *attentions):
-        if original_class(module):
-            return f"some of its {type(module).__name__} modules are patched and others are not"
-        if "forward" in vars(module):
-            owner = _owner(vars(module)["forward"])
-            return (
-                f"{type(module).__name__}.forward was replaced on the instance by {owner}; "
-                "undo that, patch, then redo it"
-            )
-    names = {name for ((_, name),) in callers}
-    functions = {_forward(m).__globals__[name] for ((m, name),) in callers}
-    if len(names) != 1 or len(functions) != 1:
-        return f"its layers rotate with different functions: {', '.join(sorted(names))}"
-    (name,), (function,) = names, functions
-    home = _forward(attentions[0]).__module__
-    if inspect.unwrap(function).__module__ != home:
-        return f"{name} in {home} was replaced by {_owner(function)}; undo that first"
-    device = rotary.inv_freq.device
-    if device.type not in ("cpu", "meta"):
-        return f"no kernel for {device.type} in this build of vlmops: only the CPU is served yet"
-    layout = _probe(_on_cpu(rotary), function)
-    if isinstance(layout, str):
-        return layout
-    return _Details(rotary, tuple(attentions), name, function, layout)
-
-
-def _forward(module: nn.Module) -> types.FunctionType:
-    forward = inspect.unwrap(type(module).forward)
-    assert isinstance(forward, types.FunctionType)
-    return forward
-
-
-def _owner(function: Any) -> str:
-    function = inspect.unwrap(getattr(function, "func", function))
-    name = getattr(function, "__qualname__", type(function).__qualname__)
-    return f"{getattr(function, '__module__', '?')}.{name}"
-
-
-def _takes_axes(rotary: nn.Module) -> bool:
-    """Whether rotary takes position_ids [A, B, S] and returns cos and sin [B, S, width]."""
-    if list(inspect.signature(type(rotary).forward).parameters) != _ROTARY_SIGNATURE:
-        return False
-    probe = _on_cpu(rotary)
-    try:
-        out = type(probe).forward(probe, torch.zeros(1, 1, 1), torch.zeros(_AXES, 1, 2).long())
-    except (RuntimeError, ValueError, IndexError):  # written for [B, S]
-        return False
+def _applies(function: Any) -> bool:
+    if isinstance(function, nn.Module):  # what the `kernels` package makes of decorated functions
+        function = function.forward
     return (
-        isinstance(out, tuple)
-        and len(out) == 2
-        and all(isinstance(t, Tensor) and t.dim() == 3 and t.shape[:2] == (1, 2) for t in out)
+        inspect.isroutine(function)
+        and list(inspect.signature(function).parameters) == _APPLY_SIGNATURE
     )
 
 
-def _on_cpu(rotary: nn.Module) -> nn.Module:
-    """A copy to experiment with: dynamic types change their own buffers when called."""
-    config = getattr(rotary, "config", None)
-    if rotary.inv_freq.device.type == "meta":
-        with torch.device("cpu"):
-            return type(rotary)(config=config)
-    memo = {} if config is None else {id(config): config}
-    return copy.deepcopy(rotary, memo).to("cpu")
+def _examine(rotary: Any, callers: list[list[tuple[nn.Module, str]]]) -> _Details | str:
+    """The details of a place, or why it is refused."""
+    for i, found in enumerate(callers):
+        if len(found) != 1:
+            return f"layer {i} has {len(found)} attention modules that rotate q and k, expected 1"
+    attentions = tuple(found[0][0] for found in callers)
+    for module in (rotary, *attentions):
+        reason = _changed(module)
+        if reason is not None:
+            return reason
+    if rotary._forward_hooks:
+        return f"forward hooks on {type(rotary).__name__} expect cosines and sines; remove them"
+    names = {name for ((_, name),) in callers}
+    functions = {type(m).forward.__globals__[name] for ((m, name),) in callers}
+    if len(names) != 1 or len(functions) != 1:
+        return f"its layers rotate with different functions: {', '.join(sorted(names))}"
+    (name,), (apply,) = names, functions
+    home = type(attentions[0]).forward.__module__
+    if not isinstance(apply, nn.Module) and apply.__globals__["__name__"] != home:
+        return f"{name} in {home} was replaced by {_owner(apply)}; undo that first"
+    device = rotary.inv_freq.device
+    if device.type not in ("cpu", "meta"):
+        return f"no kernel for {device.type} in this build of vlmops: only the CPU is served yet"
+    layout = read_layout(on_cpu(rotary), apply)
+    return layout if isinstance(layout, str) else _Details(rotary, attentions, name, apply, layout)
 
 
-def _probe(rotary: Any, function: Callable[..., Any]) -> Layout | str:
-    """Reads a model's layout off its own code.
-
-    One-hot positions show which axis drives each frequency: token 0 is at position 0 on every axis,
-    token 1 + a at position 1 on axis a alone. A one-hot query turned by 90 degrees shows which
-    channel is the partner of channel 0.
-    """
-    inv_freq = rotary.inv_freq.float()
-    scaling = float(getattr(rotary, "attention_scaling", 1.0))
-    frequencies = len(inv_freq)
-    one_hot = torch.cat((torch.zeros(_AXES, 1), torch.eye(_AXES)), dim=1).long()[:, None]
-    cos, sin = type(rotary).forward(rotary, torch.zeros(1, 1, 1), one_hot)  # [1, 1 + A, width]
-    if cos.shape[-1] != 2 * frequencies:
-        return f"cos has {cos.shape[-1]} channels for {frequencies} frequencies"
-    driven = sin[0, 1:, :frequencies]  # [A, R]: sin(inv_freq) on the axis that drives, else 0
-    axis = driven.abs().argmax(dim=0)
-    expected = nn.functional.one_hot(axis, _AXES).T * inv_freq.sin() * scaling
-    if not torch.allclose(driven, expected, rtol=1e-5, atol=0):
-        return "its channels are not driven by one axis and one frequency each"
-
-    query = torch.zeros(1, 1, 1, 2 * frequencies)
-    query[..., 0] = 1
-    turned, _ = function(query, query, torch.zeros_like(cos[:, :1]), torch.ones_like(sin[:, :1]))
-    partner = turned.flatten().nonzero().flatten().tolist()
-    rotations: dict[int, Rotation] = {frequencies: "half", 1: "pairs"}
-    if len(partner) != 1 or partner[0] not in rotations:
-        return f"it turns channel 0 into channels {partner}: neither halves nor pairs"
-    return Layout(tuple(axis.tolist()), rotations[partner[0]], scaling)
+def _changed(module: nn.Module) -> str | None:
+    """What somebody did to a module's forward that patching would undo."""
+    name = type(module).__name__
+    if original_class(module):
+        return f"some of its {name} modules are patched and others are not"
+    if "forward" in vars(module):
+        owner = _owner(vars(module)["forward"])
+        return f"{name}.forward was replaced on the instance by {owner}; undo that, then patch"
+    forward: Any = type(module).forward
+    while getattr(forward, "__wrapped__", None) and (
+        forward.__globals__["__name__"] in _ROTARY_DECORATORS
+    ):
+        forward = forward.__wrapped__
+    if not inspect.isfunction(forward) or forward.__globals__["__name__"] != forward.__module__:
+        return f"{name}.forward was wrapped by {_owner(forward)}; undo that, then patch"
+    return None
 
 
-_TOLERANCE = 1e-4  # float32, standard normal inputs, ids to 1,000: agreement is about 1e-6
+def _owner(function: Any) -> str:
+    """Where the code of a function stands, whatever functools.wraps copied onto it."""
+    function = getattr(function, "__func__", getattr(function, "func", function))
+    code = getattr(function, "__code__", None)
+    if code is None:
+        return f"{type(function).__module__}.{type(function).__qualname__}"
+    return f"{function.__globals__['__name__']}.{getattr(code, 'co_qualname', code.co_name)}"
+
+
 _checked: dict[Hashable, str | None] = {}
 
 
 def check(place: Place) -> str | None:
     """Runs the replacement against the model's own code; once per class and layout."""
     details: _Details = place.details
-    key = (type(details.rotary), details.apply, details.layout)
+    key = (type(details.rotary).forward, details.apply, details.layout)
     if key not in _checked:
         error = _largest_difference(details)
-        _checked[key] = (
-            None
-            if error <= _TOLERANCE
-            else (
+        _checked[key] = None
+        if not error <= _TOLERANCE:
+            _checked[key] = (
                 f"the numeric check failed: rotated q and k differ by {error:.3g} from "
                 f"{details.apply_name}"
             )
-        )
     return _checked[key]
 
 
 def _largest_difference(details: _Details) -> float:
-    rotary, layout = _on_cpu(details.rotary), details.layout
+    rotary, layout = on_cpu(details.rotary), details.layout
     draw = torch.Generator().manual_seed(0)
     head_dim = 2 * len(layout.freq_axis)
     q = torch.randn(2, 5, 3, head_dim, generator=draw).transpose(1, 2)
     k = torch.randn(2, 5, 1, head_dim, generator=draw).transpose(1, 2)
-    position_ids = torch.randint(1000, (_AXES, 2, 5), generator=draw)
+    position_ids = torch.randint(1000, (AXES, 2, 5), generator=draw)
     expected = details.apply(q, k, *type(rotary).forward(rotary, q, position_ids))
-    carried = _make_rotary_forward(layout.scaling)(rotary, q, position_ids)
-    got = _make_apply(layout)(q, k, *carried)
+    carried = _make_rotary_forward(type(rotary), layout.scaling)(rotary, q, position_ids)
+    got = _make_apply(layout, details.apply)(q, k, *carried)
     pairs = zip(got, expected, strict=True)
     return max(float((ours - theirs).abs().max()) for ours, theirs in pairs)
 
@@ -228,100 +175,86 @@ def _largest_difference(details: _Details) -> float:
 def adapt(place: Place) -> dict[nn.Module, type[nn.Module]]:
     """See `Site.adapt`."""
     details: _Details = place.details
-    layout = details.layout
-
-    def rotary_forward(_: str) -> Callable[..., Any]:
-        forward = _make_rotary_forward(layout.scaling)
-        forward.__signature__ = inspect.signature(type(details.rotary).forward)  # type: ignore[attr-defined]
-        return forward
+    layout, original = details.layout, type(details.rotary)
 
     def attention_class(attention: nn.Module) -> type[nn.Module]:
-        def forward(label: str) -> Callable[..., Any]:
-            return rebind(_forward(attention), label, **{details.apply_name: _make_apply(layout)})
+        forward: Any = type(attention).forward
+        replaced = {details.apply_name: _make_apply(layout, details.apply)}
+        key = ("mrope", layout, references(forward))
+        return subclass(type(attention), key, lambda label: rebind(forward, label, **replaced))
 
-        return subclass(type(attention), ("mrope", layout), forward)
-
-    rotary_class = subclass(type(details.rotary), ("mrope", layout.scaling), rotary_forward)
+    rotary_class = subclass(
+        original,
+        ("mrope", layout.scaling, original.forward),
+        lambda _: _make_rotary_forward(original, layout.scaling),
+    )
     classes = {attention: attention_class(attention) for attention in details.attentions}
     return {details.rotary: rotary_class, **classes}
 
 
-def _make_rotary_forward(scaling: float) -> Callable[..., tuple[Tensor, Tensor]]:
+def _make_rotary_forward(original: Any, scaling: float) -> Callable[..., tuple[Tensor, Tensor]]:
     from transformers.modeling_rope_utils import dynamic_rope_update
 
     @torch.no_grad()
     @dynamic_rope_update  # type: ignore[untyped-decorator]
+    def carry(self: Any, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        # A copy, since dynamic types change the buffer; as bits, since wrappers that cast floating
+        # inputs (FSDP's mixed precision) would round it.
+        inv_freq = self.inv_freq.to(device=x.device, dtype=torch.float32, copy=True)
+        if (
+            not torch.compiler.is_compiling()
+            and position_ids.is_inference()
+            and not torch.is_inference_mode_enabled()
+        ):
+            position_ids = position_ids.clone()  # backward could not save it
+        return position_ids.expand(AXES, -1, -1), inv_freq.view(torch.int32)
+
     def forward(self: Any, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         if getattr(self, "attention_scaling", 1.0) != scaling:
             raise RuntimeError(
                 f"attention_scaling of {type(self).__name__} was {scaling} when vlmops patched the "
                 f"model and is {self.attention_scaling} now: call vlmops.unpatch and vlmops.patch"
             )
-        # A copy, since dynamic types change the buffer; as bits, since wrappers that cast floating
-        # inputs (FSDP's mixed precision) would round it.
-        inv_freq = self.inv_freq.to(device=x.device, dtype=torch.float32, copy=True)
-        return position_ids.expand(_AXES, -1, -1), inv_freq.view(torch.int32)
+        served = (
+            x.dtype in (torch.float32, torch.bfloat16, torch.float16)
+            and not position_ids.is_floating_point()
+            and not torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+            and not self._forward_hooks  # they expect cosines and sines
+        )
+        carried: tuple[Tensor, Tensor] = (carry if served else original.forward)(
+            self, x, position_ids
+        )
+        return carried
 
-    rotary_forward: Callable[..., tuple[Tensor, Tensor]] = forward
-    return rotary_forward
+    forward.__signature__ = inspect.signature(original.forward)  # type: ignore[attr-defined]
+    return forward
 
 
-def _make_apply(layout: Layout) -> Callable[..., tuple[Tensor, Tensor]]:
-    on_cpu = torch.tensor(layout.freq_axis, dtype=torch.int32)
-    rotation, scaling = layout.rotation, layout.scaling
+def _make_apply(layout: Layout, original: Apply) -> Apply:
+    on_the_cpu = torch.tensor(layout.freq_axis, dtype=torch.int32)
 
     def apply_rotary_pos_emb(
         q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1
     ) -> tuple[Tensor, Tensor]:
-        # cos and sin are what the patched rotary module returned: position_ids and inv_freq.
-        position_ids = cos.expand(-1, q.shape[0], -1)
-        inv_freq = sin.view(torch.float32)
-        freq_axis = on_cpu if q.device == on_cpu.device else on_cpu.to(q.device)
-        op = mrope_ if _may_overwrite(q) and _may_overwrite(k) else mrope
-        return op(
-            q,
-            k,
-            position_ids,
-            inv_freq,
-            freq_axis,
-            rotation=rotation,
-            scaling=scaling,
-            head_axis=unsqueeze_dim,
-        )
+        if sin.dtype != torch.int32:  # the rotary module was not asked, or could not serve
+            return original(q, k, cos, sin, unsqueeze_dim=unsqueeze_dim)
+        freq_axis = on_the_cpu if q.device.type == "cpu" else on_the_cpu.to(q.device)
+        options: dict[str, Any] = {
+            "position_ids": cos.expand(-1, q.shape[0], -1),
+            "inv_freq": sin.view(torch.float32),
+            "freq_axis": freq_axis,
+            "rotation": layout.rotation,
+            "scaling": layout.scaling,
+            "head_axis": unsqueeze_dim,
+        }
+        if q.dtype != k.dtype:  # autocast around one of the projections
+            nothing = slice(0, 0)
+            return mrope(q, q[:, nothing], **options)[0], mrope(k, k[:, nothing], **options)[0]
+        if may_overwrite(q) and may_overwrite(k):
+            return mrope_(q, k, **options)
+        return mrope(q, k, **options)
 
     return apply_rotary_pos_emb
 
-
-def _may_overwrite(x: Tensor) -> bool:
-    """Whether nobody but the caller can see x change: no graph, hook, buffer or other view."""
-    if torch.compiler.is_compiling() or type(x) is not Tensor:
-        return False
-    if torch._C._functorch.is_functorch_wrapped_tensor(x):
-        return False
-    return not (torch.is_grad_enabled() and x.requires_grad) and _users(x) in _UNSHARED
-
-
-def _users(x: Tensor) -> tuple[int, ...]:
-    """Counts of what can reach x's memory: whoever keeps a tensor on it raises one of them.
-
-    Users of the storage (a forward hook that recorded a view, a buffer handed out), and of the
-    tensor that x is a view of (a hook that recorded the projection's output itself).
-    """
-    storage: int = torch._C._storage_Use_Count(x.untyped_storage()._cdata)
-    base = x._base
-    if base is None:
-        return (storage,)
-    tensor: int = base._use_count()  # type: ignore[attr-defined]
-    return storage, tensor, sys.getrefcount(base)
-
-
-def _unshared() -> set[tuple[int, ...]]:
-    """The counts that this Python and this torch give for fresh tensors seen through views."""
-    with torch.inference_mode():
-        inference = _users(torch.zeros(2).view(2, 1).transpose(0, 1))
-    return {inference, _users(torch.zeros(2).view(2, 1).transpose(0, 1))}
-
-
-_UNSHARED = _unshared()
 
 SITE = Site("mrope", find, adapt, check)
