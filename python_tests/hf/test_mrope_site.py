@@ -1,21 +1,24 @@
 """`vlmops.patch` with M-RoPE: same outputs, same gradients, and the report tells what runs."""
 
 import copy
+import functools
 import inspect
 import io
 import pickle
 import sys
 import types
+import warnings
 
+import numpy as np
 import pytest
 import torch
-import transformers
 from dispatch import CountOps
 from hf.tiny import FAMILIES, build, inputs, run
 from torch import nn
 
 import vlmops
-from vlmops.hf import targets
+from vlmops.hf import aliasing, targets
+from vlmops.hf import patch as patching
 from vlmops.ops.mrope_spec import SPEC
 
 LAYERS = 3
@@ -221,44 +224,99 @@ def test_copies_and_pickles(family):
         assert_agree(run(saved, batch).logits, logits, "torch.load")
 
 
+KEEPERS = {
+    "output": lambda out: out,
+    "detached": lambda out: out.detach(),
+    "slice": lambda out: out[0],
+    "numpy": lambda out: out.detach().numpy(),
+    "storage": lambda out: out.untyped_storage(),
+}
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("keep", KEEPERS.values(), ids=KEEPERS)
+@pytest.mark.parametrize("projection", ["q_proj", "k_proj"])
 @families
-def test_hooks_see_what_they_saw_before(family):
-    """Rotating in place must not reach into what a forward hook recorded."""
+def test_hooks_see_what_they_saw_before(family, projection, keep, mode):
+    """Rotating in place must not reach into what a forward hook recorded, in whatever form."""
     model, batch = build(family), batch_of("several_images")
     attention = model.model.language_model.layers[1].self_attn
-    recorded = []
-    attention.q_proj.register_forward_hook(lambda m, args, out: recorded.append(out))
-    attention.k_proj.register_forward_hook(lambda m, args, out: recorded.append(out.detach()[0]))
-    with torch.no_grad():
+    kept, copies = [], []
+
+    def record(module, args, out):
+        copies.append(out.clone())
+        kept.append(keep(out))
+
+    getattr(attention, projection).register_forward_hook(record)
+    vlmops.patch(model)
+    with mode(), CountOps() as ran:
         run(model, batch)
-        vlmops.patch(model)
-        with CountOps() as ran:
-            run(model, batch)
-    for before, after in zip(recorded[:2], recorded[2:], strict=True):
-        assert_agree(after, before, "recorded by a hook")
+    with mode():
+        assert_bytes_equal(kept[0], keep(copies[0]))
     assert ran.counts["vlmops::mrope"] == 1
     assert ran.counts["vlmops::mrope_"] == LAYERS - 1
 
 
-@families
-def test_projections_that_hand_out_their_own_memory_are_not_overwritten(family):
-    model, batch = build(family), batch_of("text")
+def assert_bytes_equal(got, expected):
+    if isinstance(got, torch.UntypedStorage):
+        got, expected = (torch.tensor(s.tolist(), dtype=torch.uint8) for s in (got, expected))
+    assert torch.equal(torch.as_tensor(got), torch.as_tensor(expected))
+
+
+def _of_numpy():
+    return torch.from_numpy(np.random.default_rng(0).standard_normal((2, 9, 64), np.float32))
+
+
+@pytest.mark.parametrize("make", [lambda: torch.randn(2, 9, 64), _of_numpy], ids=["torch", "numpy"])
+@pytest.mark.parametrize("keep", [True, False], ids=["tensor", "memory"])
+def test_projections_that_hand_out_their_own_memory_are_not_overwritten(make, keep):
+    """The same tensor every time, as a captured graph would, or a new tensor on the same memory."""
+    model, batch = build("qwen2_vl"), batch_of("text")
     attention = model.model.language_model.layers[0].self_attn
+    output = make()
 
     class Static(nn.Module):
-        """Returns the same tensor every time, as a captured graph would."""
-
         def forward(self, x):
-            return self.output
+            return output if keep else output.view_as(output)
 
-    static = Static()
-    static.output = torch.randn(2, 9, 64)
-    attention.q_proj = static
-    kept = static.output.clone()
+    attention.q_proj = Static()
+    before = output.clone()
     vlmops.patch(model)
     with torch.no_grad():
         run(model, batch)
-    assert torch.equal(static.output, kept)
+    assert torch.equal(output, before)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_tensors_that_are_no_views_are_not_overwritten(mode):
+    """Attention that normalises after the transpose: a hook sees q itself."""
+    kept = []
+
+    def rotate(q, k, cos, sin):
+        kept.append(q)
+        return apply(q, k, cos, sin)
+
+    model = build("qwen2_vl")
+    vlmops.patch(model)
+    decoder = model.model.language_model
+    apply = type(decoder.layers[0].self_attn).forward.__globals__["apply_rotary_pos_emb"]
+    with mode():
+        carried = decoder.rotary_emb(torch.zeros(1), torch.arange(5).expand(3, 1, 5))
+        q = torch.randn(1, 4, 5, 16)
+        before = q.clone()
+        rotate(q, torch.randn(1, 2, 5, 16), *carried)
+    assert torch.equal(kept[0], before)
+
+
+def test_what_counts_as_unseen_does_not_depend_on_where_it_was_learnt():
+    aliasing._of_a_fresh_view.cache_clear()
+    model, batch = build("qwen2_vl"), batch_of("text")
+    with torch.inference_mode(), torch.device("meta"), CountOps():
+        vlmops.patch(model)
+        assert aliasing._of_a_fresh_view(False) != aliasing._of_a_fresh_view(True)
+    with torch.no_grad(), CountOps() as ran:
+        run(model, batch)
+    assert ran.counts["vlmops::mrope_"] == LAYERS
 
 
 @families
@@ -366,6 +424,16 @@ def test_meta_device(family):
     assert vlmops.patch(model).counts == {"mrope": 28}
 
 
+def test_default_device_and_dtype_do_not_matter(monkeypatch):
+    model = build("qwen2_vl")
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            assert vlmops.patch(model).counts == {"mrope": LAYERS}
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_report():
     model = build("qwen2_vl")
     report = vlmops.patch(model)
@@ -418,23 +486,249 @@ def refusal(model):
     return row.reason
 
 
-def test_forward_replaced_on_an_instance_is_kept():
+def attention_class():
+    return type(build("qwen2_vl").model.language_model.layers[0].self_attn)
+
+
+@pytest.mark.parametrize("module", ["rotary_emb", "layers.1.self_attn"])
+def test_forward_replaced_on_an_instance_is_kept(module):
     model = build("qwen2_vl")
-    attention = model.model.language_model.layers[1].self_attn
-    attention.forward = attention.forward
-    assert "Qwen2VLAttention.forward was replaced on the instance" in refusal(model)
-    assert "forward" in vars(attention)
+    replaced = model.model.language_model.get_submodule(module)
+    replaced.forward = functools.partial(replaced.forward)
+    assert "forward was replaced on the instance" in refusal(model)
+    assert "forward" in vars(replaced)
 
 
-def test_function_replaced_by_another_library_is_kept(monkeypatch):
-    def apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=1):
-        return q, k
+def test_forward_wrapped_on_the_class_is_kept(monkeypatch):
+    original = attention_class().forward
 
-    module = inspect.getmodule(transformers.Qwen2VLForConditionalGeneration)
-    monkeypatch.setattr(module, "apply_rotary_pos_emb", apply_rotary_pos_emb)
+    @functools.wraps(original)
+    def half(self, *args, **kwargs):
+        out, weights = original(self, *args, **kwargs)
+        return out / 2, weights
+
+    monkeypatch.setattr(attention_class(), "forward", half)
+    reason = refusal(build("qwen2_vl"))
+    assert "Qwen2VLAttention.forward was wrapped by test_mrope_site" in reason
+
+
+@pytest.mark.parametrize("wraps", [True, False])
+def test_function_replaced_by_another_library_is_kept(monkeypatch, wraps):
+    module = inspect.getmodule(attention_class())
+    original = module.apply_rotary_pos_emb
+
+    def spy(q, k, cos, sin, unsqueeze_dim=1):
+        return original(q, k, cos, sin, unsqueeze_dim)
+
+    replacement = functools.wraps(original)(spy) if wraps else spy
+    monkeypatch.setattr(module, "apply_rotary_pos_emb", replacement)
     reason = refusal(build("qwen2_vl"))
     assert "was replaced by test_mrope_site" in reason
     assert "undo that first" in reason
+
+
+def test_helpers_replaced_between_two_patches_are_seen(monkeypatch):
+    """The rebuilt forward is not reused once its globals have changed."""
+    vlmops.patch(build("qwen2_vl"))
+    module = inspect.getmodule(attention_class())
+    original = module.eager_attention_forward
+
+    def half(*args, **kwargs):
+        out, weights = original(*args, **kwargs)
+        return out / 2, weights
+
+    monkeypatch.setattr(module, "eager_attention_forward", half)
+    model, batch = build("qwen2_vl", "eager"), batch_of("text")
+    with torch.no_grad():
+        expected = run(model, batch).logits
+        assert vlmops.patch(model).counts == {"mrope": LAYERS}
+        assert_agree(run(model, batch).logits, expected, "after the replacement")
+
+
+def test_function_of_the_kernels_package_is_found(monkeypatch):
+    """It turns decorated functions into modules."""
+    module = inspect.getmodule(attention_class())
+    original = module.apply_rotary_pos_emb
+
+    class Func(nn.Module):
+        def forward(self, q, k, cos, sin, unsqueeze_dim=1):
+            return original(q, k, cos, sin, unsqueeze_dim)
+
+    monkeypatch.setattr(module, "apply_rotary_pos_emb", Func())
+    model, batch = build("qwen2_vl"), batch_of("text")
+    with torch.no_grad():
+        expected = run(model, batch).logits
+        assert vlmops.patch(model).counts == {"mrope": LAYERS}
+        assert_agree(run(model, batch).logits, expected, "logits")
+
+
+def test_hooks_on_the_rotary_module():
+    """They expect cosines and sines: refused if there, obeyed if they come later."""
+    model, batch = build("qwen2_vl"), batch_of("text")
+    rotary = model.model.language_model.rotary_emb
+
+    def twice(module, args, out):
+        return 2 * out[0], 2 * out[1]
+
+    hook = rotary.register_forward_hook(twice)
+    with torch.no_grad():
+        expected = run(model, batch).logits
+    assert "forward hooks on Qwen2VLRotaryEmbedding" in refusal(model)
+    hook.remove()
+    vlmops.patch(model)
+    rotary.register_forward_hook(twice)
+    with torch.no_grad():
+        assert torch.equal(run(model, batch).logits, expected)
+
+
+def test_wrappers_that_forward_attributes():
+    """As compiled modules and PEFT do: the decoder inside is found, once."""
+
+    class Wrapper(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, *args, **kwargs):
+            return self.inner(*args, **kwargs)
+
+        def __getattr__(self, name):
+            try:
+                return super().__getattr__(name)
+            except AttributeError:
+                return getattr(self.inner, name)
+
+    model, batch = build("qwen2_vl"), batch_of("text")
+    with torch.no_grad():
+        expected = run(model, batch).logits
+        model.model.language_model = Wrapper(model.model.language_model)
+        report = vlmops.patch(model)
+        assert report.counts == {"mrope": LAYERS}
+        assert_agree(run(model, batch).logits, expected, "wrapped")
+    assert vlmops.unpatch(model) == LAYERS + 1
+
+
+@pytest.mark.parametrize("part", ["model", "model.language_model"])
+def test_parts_of_a_model(part):
+    """Nothing is reported missing when only a part is given."""
+    report = vlmops.patch(build("qwen2_vl").get_submodule(part))
+    assert [row.status for row in report.rows] == ["patched"]
+
+
+def test_a_site_that_rots_is_noticed():
+    """A family's model in which the expected place is gone."""
+    model = build("qwen2_vl")
+    model.model.language_model.rotary_emb.inv_freq = None
+    rows = vlmops.patch(model).rows
+    assert [row.status for row in rows] == ["not present", "refused"]
+    assert "expected in qwen2_vl and not found" in rows[1].reason
+
+
+def test_calls_that_the_kernel_cannot_serve_run_as_before():
+    batch = batch_of("text")
+    positions = torch.arange(9).expand(3, 2, 9)
+
+    def logits(model, **kwargs):
+        with torch.no_grad():
+            return run(model, {**batch, **kwargs}).logits
+
+    model = build("qwen2_vl")
+    expected = logits(model, position_ids=positions.float())
+    expected64 = logits(model.double())
+    model.float()
+    vlmops.patch(model)
+    assert torch.equal(logits(model, position_ids=positions.float()), expected)
+    assert torch.equal(logits(model.double()), expected64)
+    decoder = model.float().requires_grad_(False).model.language_model
+    embeds = torch.randn(2, 9, 64)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch.jit's end, and the tracer's own
+        traced = torch.jit.trace(
+            lambda x: decoder(inputs_embeds=x, use_cache=False)[0], embeds, check_trace=False
+        )
+    with torch.no_grad():
+        assert_agree(traced(embeds), decoder(inputs_embeds=embeds)[0], "traced")
+
+
+def test_projections_of_two_dtypes():
+    """Autocast around one of them: each is rotated in its own."""
+    model, batch = build("qwen2_vl"), batch_of("text")
+
+    class Half(nn.Linear):
+        def forward(self, x):
+            return super().forward(x).bfloat16()
+
+    for layer in model.model.language_model.layers:
+        layer.self_attn.k_proj.__class__ = Half
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        expected = run(model, batch).logits
+        vlmops.patch(model)
+        got = run(model, batch).logits
+    assert (got - expected).abs().max() < 0.05 * expected.abs().max()
+
+
+def test_positions_made_in_inference_mode_can_train():
+    model, batch = build("qwen2_vl"), batch_of("text")
+    vlmops.patch(model)
+    with torch.inference_mode():
+        positions = torch.arange(9).expand(3, 2, 9)
+    run(model, {**batch, "position_ids": positions}).logits.sum().backward()
+
+
+def test_wrappers_that_cast_floating_inputs():
+    """FSDP's mixed precision casts what a layer gets; frequencies must not be rounded by it."""
+    model, batch = build("qwen2_vl"), batch_of("several_images")
+    with torch.no_grad():
+        expected = run(model, batch).logits
+
+    def cast(module, args, kwargs):
+        low = tuple(
+            t.bfloat16().float() if t.is_floating_point() else t
+            for t in kwargs["position_embeddings"]
+        )
+        return args, {**kwargs, "position_embeddings": low}
+
+    vlmops.patch(model)
+    for layer in model.model.language_model.layers:
+        layer.register_forward_pre_hook(cast, with_kwargs=True)
+    with torch.no_grad():
+        assert_agree(run(model, batch).logits, expected, "cast")
+
+
+def test_dynamic_rope_between_forward_and_backward():
+    """A later forward changes inv_freq in place; the graph of the first must not notice."""
+    parameters = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
+    model, batch = build("qwen2_vl", rope_parameters=parameters), batch_of("text")
+    _, expected = gradients(model, batch)
+    vlmops.patch(model)
+    model.zero_grad()
+    logits = run(model, batch).logits
+    model.model.language_model.rotary_emb.inv_freq.mul_(0.5)
+    upstream = torch.randn(logits.shape, generator=torch.Generator().manual_seed(3))
+    logits.backward(upstream)
+    for name, parameter in model.named_parameters():
+        if name in expected:
+            assert_agree(parameter.grad, expected[name], name)
+
+
+def test_unpatch_leaves_what_was_wrapped_after_patching():
+    model = build("qwen2_vl")
+    vlmops.patch(model)
+    rotary = model.model.language_model.rotary_emb
+    rotary.forward = functools.partial(rotary.forward)
+    with pytest.raises(RuntimeError, match=r"replaced on the instance after .* undo that first"):
+        vlmops.unpatch(model)
+    assert vlmops.patch(model).rows[0].status == "already patched"
+    del rotary.forward
+    assert vlmops.unpatch(model) == LAYERS + 1
+
+
+def test_an_error_while_patching_leaves_nothing_half_done(monkeypatch):
+    model = build("qwen2_vl")
+    monkeypatch.setattr(patching, "_backend", lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        vlmops.patch(model)
+    assert vlmops.unpatch(model) == 0
 
 
 def test_layer_that_rotates_nothing_is_refused():

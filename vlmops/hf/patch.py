@@ -97,7 +97,8 @@ def _patch(
     changed: list[nn.Module] = []
     try:
         for op in _requested(ops, sites):
-            found = _patch_site(model, sites[op], verify, changed)
+            with torch.device("cpu"):  # where probes run, whatever the default is
+                found = _patch_site(model, sites[op], verify, changed)
             rows += found or [Row(op, "", "", 0, "", "not present")]
     except BaseException:
         _restore(changed)

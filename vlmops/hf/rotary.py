@@ -42,7 +42,9 @@ def takes_axes(rotary: nn.Module) -> bool:
         return False
     try:
         probe = on_cpu(rotary)
-        out = type(probe).forward(probe, torch.zeros(1, 1, 1), torch.zeros(AXES, 1, 2).long())
+        out = type(probe).forward(
+            probe, torch.zeros(1, 1, 1, dtype=torch.float32), torch.zeros(AXES, 1, 2).long()
+        )
     except Exception:  # asked with what it was not written for, foreign code may raise anything
         return False
     return (
@@ -70,7 +72,9 @@ def read_layout(rotary: Any, apply: Callable[..., Any]) -> Layout | str:
     scaling = float(getattr(rotary, "attention_scaling", 1.0))
     frequencies = len(inv_freq)
     one_hot = torch.cat((torch.zeros(AXES, 1), torch.eye(AXES)), dim=1).long()[:, None]
-    cos, sin = type(rotary).forward(rotary, torch.zeros(1, 1, 1), one_hot)  # [1, 1 + A, width]
+    cos, sin = type(rotary).forward(
+        rotary, torch.zeros(1, 1, 1, dtype=torch.float32), one_hot
+    )  # [1, 1 + A, width]
     if cos.shape[-1] != 2 * frequencies:
         return f"cos has {cos.shape[-1]} channels for {frequencies} frequencies"
     driven = sin[0, 1:, :frequencies]  # [A, R]: sin(inv_freq) on the axis that drives, else 0
@@ -79,7 +83,7 @@ def read_layout(rotary: Any, apply: Callable[..., Any]) -> Layout | str:
     if not torch.allclose(driven, expected, rtol=1e-5, atol=0):
         return "its channels are not driven by one axis and one frequency each"
 
-    query = torch.zeros(1, 1, 1, 2 * frequencies)
+    query = torch.zeros(1, 1, 1, 2 * frequencies, dtype=torch.float32)
     query[..., 0] = 1
     turned, _ = apply(query, query, torch.zeros_like(cos[:, :1]), torch.ones_like(sin[:, :1]))
     partner = turned.flatten().nonzero().flatten().tolist()

@@ -160,11 +160,11 @@ def check(place: Place) -> str | None:
 
 def _largest_difference(details: _Details) -> float:
     rotary, layout = on_cpu(details.rotary), details.layout
-    draw = torch.Generator().manual_seed(0)
+    draw: dict[str, Any] = {"generator": torch.Generator().manual_seed(0), "dtype": torch.float32}
     head_dim = 2 * len(layout.freq_axis)
-    q = torch.randn(2, 5, 3, head_dim, generator=draw).transpose(1, 2)
-    k = torch.randn(2, 5, 1, head_dim, generator=draw).transpose(1, 2)
-    position_ids = torch.randint(1000, (AXES, 2, 5), generator=draw)
+    q = torch.randn(2, 5, 3, head_dim, **draw).transpose(1, 2)
+    k = torch.randn(2, 5, 1, head_dim, **draw).transpose(1, 2)
+    position_ids = torch.randint(1000, (AXES, 2, 5), generator=draw["generator"])
     expected = details.apply(q, k, *type(rotary).forward(rotary, q, position_ids))
     carried = _make_rotary_forward(type(rotary), layout.scaling)(rotary, q, position_ids)
     got = _make_apply(layout, details.apply)(q, k, *carried)
