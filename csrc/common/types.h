@@ -16,4 +16,21 @@ struct float16 {
   uint16_t bits;
 };
 
+// Element `offset` of an integer array. static: see simd.h on linkage.
+static inline int64_t load_int(const void* p, IntType type, int64_t offset) {
+  switch (type) {
+    case IntType::kInt64:
+      return static_cast<const int64_t*>(p)[offset];
+    case IntType::kInt32:
+      return static_cast<const int32_t*>(p)[offset];
+    case IntType::kInt16:
+      return static_cast<const int16_t*>(p)[offset];
+    case IntType::kInt8:
+      return static_cast<const int8_t*>(p)[offset];
+    case IntType::kUInt8:
+      return static_cast<const uint8_t*>(p)[offset];
+  }
+  return 0;
+}
+
 }  // namespace vlmops

@@ -44,21 +44,6 @@ float read_float(const Argument& a, int64_t i) {
   }
 }
 
-int64_t read_int(const void* p, IntType type, int64_t offset) {
-  switch (type) {
-    case IntType::kInt64:
-      return static_cast<const int64_t*>(p)[offset];
-    case IntType::kInt32:
-      return static_cast<const int32_t*>(p)[offset];
-    case IntType::kInt16:
-      return static_cast<const int16_t*>(p)[offset];
-    case IntType::kInt8:
-      return static_cast<const int8_t*>(p)[offset];
-    default:
-      return static_cast<const uint8_t*>(p)[offset];
-  }
-}
-
 Rows rows_of(const Tensor& src, const Tensor& dst, int64_t head_axis) {
   Rows rows;
   rows.src = src.const_data_ptr();
@@ -156,7 +141,7 @@ Params check(const Options& o, const Argument& q, const Argument& k, const Argum
   const IntType axis_type = freq_axis.integer();
   for (int64_t j = 0; j < p.frequencies; ++j) {
     const int64_t axis =
-        read_int(freq_axis.tensor.const_data_ptr(), axis_type, j * freq_axis.tensor.stride(0));
+        load_int(freq_axis.tensor.const_data_ptr(), axis_type, j * freq_axis.tensor.stride(0));
     if (axis < 0 || axis >= p.axes) {
       fail(o.op, freq_axis.name, "expected axes in [0, ", p.axes, "), as position_ids has ", p.axes,
            ", got ", axis, " at index ", j);
@@ -176,7 +161,7 @@ void check_ids(const Params& p, const Argument& position_ids) {
     for (int64_t b = 0; b < p.batch; ++b) {
       const int64_t row = axis * p.id_stride[0] + b * p.id_stride[1];
       for (int64_t s = 0; s < p.tokens; ++s) {
-        const int64_t id = read_int(p.position_ids, p.id_type, row + s * p.id_stride[2]);
+        const int64_t id = load_int(p.position_ids, p.id_type, row + s * p.id_stride[2]);
         if (id >= -kMaxId && id <= kMaxId) continue;
         fail(position_ids.op, position_ids.name,
              "expected ids within +-2^24, the integers that float32 holds, got ", id, " at axis ",
