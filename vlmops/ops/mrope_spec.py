@@ -163,14 +163,11 @@ BENCH = {
 def eager_for(args: Arguments) -> Callable[..., tuple[Tensor, Tensor]]:
     """The steps of Hugging Face's Qwen2-VL in their order and dtypes, for every layout.
 
-    Angles for all axes, cosine and sine in float32, recomposed from slices, cast to the dtype of q,
+    Angles for all axes, cosine and sine in float32, recomposed from splits, cast to the dtype of q,
     then ``q * cos + rotate_half(q) * sin``.
     """
-    slices, start = [], 0
-    for axis, run in itertools.groupby(args["freq_axis"].tolist()):
-        stop = start + len(list(run))
-        slices.append((axis, start, stop))
-        start = stop
+    runs = [(axis, len(list(g))) for axis, g in itertools.groupby(args["freq_axis"].tolist())]
+    axes, lengths = zip(*runs, strict=True) if runs else ((0,), (0,))
 
     def eager(
         q: Tensor,
@@ -186,8 +183,8 @@ def eager_for(args: Arguments) -> Callable[..., tuple[Tensor, Tensor]]:
         angles = position_ids[..., None].float() * inv_freq.float()  # [A, *tokens, R]
 
         def recompose(table: Tensor) -> Tensor:
-            parts = [table[axis, ..., begin:end] for axis, begin, end in slices]
-            table = torch.cat(parts, -1) if parts else table[0]
+            parts = zip(axes, table.split(lengths, dim=-1), strict=True)
+            table = torch.cat([part[axis] for axis, part in parts], -1)
             doubled = torch.cat((table, table), -1)
             if rotation == "pairs":
                 doubled = table.repeat_interleave(2, -1)
