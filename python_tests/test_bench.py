@@ -294,6 +294,17 @@ def test_bench_says_why_torch_compile_has_no_row(monkeypatch):
     assert {row["variant"] for row in rows if "median_ms" in row} >= {"copy", "vlmops", "eager"}
 
 
+def test_bench_gives_a_miscompiled_yardstick_no_number(monkeypatch):
+    monkeypatch.setattr(measure, "interleave", fixed_timings)
+    monkeypatch.setattr(measure, "_compile", lambda _: lambda x: 4 * x)
+    rows = measure_toy(toy(), measure.Request("toy", ["small"], ["float32"]))
+    wrong = [row for row in rows if row["variant"] == measure.COMPILED]
+    assert len(wrong) == 2
+    assert all("elements are off" in row["unavailable"] for row in wrong)
+    assert all("median_ms" not in row for row in wrong)
+    assert {row["variant"] for row in rows if "median_ms" in row} >= {"copy", "vlmops", "eager"}
+
+
 @pytest.fixture
 def toy_bench(monkeypatch):
     """`vlmops bench toy`, its child processes run in this one."""
