@@ -5,6 +5,7 @@ import re
 import subprocess
 import types
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -312,6 +313,7 @@ def toy_bench(monkeypatch):
     def run_here(command, env, **_):
         assert command[1:3] == ["-m", "vlmops.bench.measure"]
         assert (env["OMP_PROC_BIND"], env["OMP_PLACES"]) == ("true", "cores")
+        assert not Path(env["TORCHINDUCTOR_CACHE_DIR"]).exists()  # nobody else's code
         environments.append(env)
         with monkeypatch.context() as inner:
             inner.setenv("THP_MEM_ALLOC_ENABLE", env["THP_MEM_ALLOC_ENABLE"])

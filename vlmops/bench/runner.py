@@ -130,6 +130,9 @@ def _measure(request: Request, env: dict[str, str]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "result.json"
         arguments = [json.dumps(dataclasses.asdict(request)), str(output)]
+        # torch caches compiled graphs without regard to a capped instruction set: from a shared
+        # cache this process could run code of another one, or leave its own to other programs.
+        env = {**env, "TORCHINDUCTOR_CACHE_DIR": str(Path(folder) / "torchinductor")}
         # From the folder of this very package: `-m` looks there first.
         code = subprocess.run(
             [sys.executable, "-m", "vlmops.bench.measure", *arguments],
