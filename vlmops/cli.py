@@ -13,14 +13,16 @@ from typing import NoReturn
 import vlmops
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """What is wrong with a command line, in one line."""
+
     def error(self, message: str) -> NoReturn:
         """One line, where argparse prints the whole usage."""
         self.exit(2, f"{self.prog}: {message}; see '{self.prog} --help'\n")
 
 
-def _parser() -> _Parser:
-    parser = _Parser(prog="vlmops", description="Speed-up kernels for vision-language models.")
+def _parser() -> Parser:
+    parser = Parser(prog="vlmops", description="Speed-up kernels for vision-language models.")
     parser.add_argument("--version", action="version", version=f"vlmops {vlmops.__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 

@@ -11,12 +11,13 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
 import vlmops
 from vlmops import _library
+from vlmops.cli import Parser
 from vlmops.demo.inputs import (
     DemoError,
     Subject,
@@ -53,14 +54,8 @@ def main(argv: Sequence[str], config: Any = None) -> int:
         return 2
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """One line, where argparse prints the whole usage."""
-        self.exit(2, f"{self.prog}: {message}; see '{self.prog} --help'\n")
-
-
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = _Parser(
+    parser = Parser(
         prog="vlmops demo",
         description="Generates from photographs before and after vlmops.patch, compares tokens and "
         "logits, and times each stage. Without --model: Qwen2-VL with random weights, no network.",

@@ -277,20 +277,14 @@ def _rotate_in_place(q: Tensor, k: Tensor, *args: Any) -> None:
             "vlmops.mrope_: expected no forward-mode differentiation, since tangents would stay "
             "unrotated; use vlmops.mrope"
         )
-    inference = q.is_inference(), k.is_inference()
-    if any(inference) and not torch.is_inference_mode_enabled():
+    if (q.is_inference() or k.is_inference()) and not torch.is_inference_mode_enabled():
         raise RuntimeError(
             "vlmops.mrope_: q, k: expected tensors made outside torch.inference_mode(), or to be "
             "called inside; clone them, or use vlmops.mrope"
         )
     with torch._C._AutoDispatchBelowAutograd():
         torch.ops.vlmops.mrope_.default(q, k, *args)
-    if not any(inference):
-        torch.autograd.graph.increment_version((q, k))
-    else:
-        torch.autograd.graph.increment_version(
-            [t for t, untracked in zip((q, k), inference, strict=True) if not untracked]
-        )
+    torch.autograd.graph.increment_version([t for t in (q, k) if not t.is_inference()])
 
 
 def _check_tensors(op: str, **tensors: Tensor) -> None:

@@ -176,10 +176,10 @@ def adapt(place: Place) -> dict[nn.Module, type[nn.Module]]:
     """See `Site.adapt`."""
     details: _Details = place.details
     layout, original = details.layout, type(details.rotary)
+    replaced = {details.apply_name: _make_apply(layout, details.apply)}
 
     def attention_class(attention: nn.Module) -> type[nn.Module]:
         forward: Any = type(attention).forward
-        replaced = {details.apply_name: _make_apply(layout, details.apply)}
         key = ("mrope", layout, references(forward))
         return subclass(type(attention), key, lambda label: rebind(forward, label, **replaced))
 
