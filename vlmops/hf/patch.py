@@ -129,7 +129,7 @@ def _patch_site(model: nn.Module, site: Site, verify: bool, changed: list[nn.Mod
         for module, new_class in site.adapt(place).items():
             module.__class__ = new_class
             changed.append(module)
-        rows.append(Row(*described, _backend(), "patched"))
+        rows.append(Row(*described, _backend(), "patched", place.note))
     return rows
 
 

@@ -23,6 +23,7 @@ class Row:
     backend: str
     status: Status
     reason: str = ""
+    """Why it was left alone; of what was patched, what else is in it."""
 
 
 @dataclasses.dataclass(frozen=True)

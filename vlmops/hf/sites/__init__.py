@@ -19,6 +19,8 @@ class Place:
     sites: int
     details: Any = None
     """What the site's own adapt and check need."""
+    note: str = ""
+    """For the report: what else is fused, or was not."""
 
 
 @dataclasses.dataclass(frozen=True)
