@@ -48,8 +48,7 @@ def twin(module: Any, given: list[Tensor] | None = None, seed: int = 0) -> Any:
     given = [] if given is None else given
     if hasattr(module, "in_features") and hasattr(module, "out_features"):
         return _StandIn(module, seed, given)
-    cls = type(module)
-    made = cls.__new__(cls)
+    made: Any = type(module).__new__(type(module))  # type: ignore[call-overload]
     made.__dict__.update({k: v for k, v in module.__dict__.items() if k != "forward"})
     for name, value in module.__dict__.items():
         if isinstance(value, OrderedDict) and name.endswith("_hooks"):

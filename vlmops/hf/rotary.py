@@ -296,9 +296,9 @@ def arranged(ids: Tensor, axes_dim: int | None) -> Tensor:
 def _tensors(out: Any) -> tuple[Tensor, ...]:
     """(cos, sin), or (freqs,)."""
     tensors: tuple[Tensor, ...] = out if isinstance(out, tuple) else (out,)
-    if all(isinstance(t, Tensor) for t in tensors):
-        if [t.is_complex() for t in tensors] in ([False, False], [True]):
-            return tensors
+    kinds = [isinstance(t, Tensor) and t.is_complex() for t in tensors]
+    if kinds in ([False, False], [True]) and all(isinstance(t, Tensor) for t in tensors):
+        return tensors
     raise _UnusualError("its rotary module returns neither cosines and sines nor complex numbers")
 
 

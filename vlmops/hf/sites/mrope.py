@@ -550,7 +550,9 @@ def _difference(
         if not error <= _TOLERANCE:
             return f"the numeric check failed: {name} or {apply.name} differs by {error:.3g}"
     # Norms are put off only where a whole forward has been compared.
-    return f"{name} cannot be patched: {unproved}" if unproved and attention.norms else None
+    if unproved is not None and isinstance(attention.norms, Norms):
+        return f"{name} cannot be patched: {unproved}"
+    return None
 
 
 class _NotRehearsedError(Exception):
