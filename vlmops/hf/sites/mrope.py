@@ -32,7 +32,7 @@ from vlmops.hf.norms import Deferred, Norms
 from vlmops.hf.rebind import original_class, rebind, references, subclass
 from vlmops.hf.rotary import Apply, Layout, LayoutKey
 from vlmops.hf.sites import AlreadyPatched, Place, Refused, Site
-from vlmops.ops.mrope import mrope, mrope_
+from vlmops.ops.mrope import Rotation, mrope, mrope_
 
 _DECORATORS = {"torch.utils._contextlib", "transformers.modeling_rope_utils"}
 _TOLERANCE = 1e-4  # float32, standard normal inputs, ids to 1,000: agreement is about 1e-6
@@ -249,15 +249,18 @@ class _Turn:
     """What an attention layer needs beside what travels: it depends on A and R alone."""
 
     freq_axis: tuple[int, ...]
-    rotation: Any
+    rotation: Rotation
     scaling: float
+    tensor: Tensor = dataclasses.field(compare=False)
+    """freq_axis on the CPU."""
 
 
 def _turns(layouts: Any) -> dict[tuple[int, int], _Turn] | None:
     """(A, R) -> turn for all layouts of a place; None if that is ambiguous."""
     turns: dict[tuple[int, int], _Turn] = {}
     for layout in (layout for by_key in layouts for layout in by_key.values()):
-        turn = _Turn(layout.freq_axis, layout.rotation, layout.scaling)
+        tensor = torch.tensor(layout.freq_axis, dtype=torch.int32)
+        turn = _Turn(layout.freq_axis, layout.rotation, layout.scaling, tensor)
         if turns.setdefault((layout.axes, len(layout.freq_axis)), turn) != turn:
             return None
     return turns
@@ -425,17 +428,20 @@ def _rotate(
         put_off: Those norms.
     """
     turn = turns[ids.shape[-1], bits.shape[-1]]
-    position_ids = ids.movedim(-1, 0)  # [A, *tokens]
-    if position_ids.dim() < q.dim() - 1:
-        position_ids = position_ids[:, None]
+    packed = ids.dim() == 2
+    position_ids = ids.T if packed else ids.permute(2, 0, 1)  # [A, *tokens]
+    if ids.shape[0] and ids.shape[-2]:
+        bits = bits[0] if packed else bits[0, 0]
+    else:
+        bits = bits.new_zeros(bits.shape[-1])
     if q.dim() == 4:
-        position_ids = position_ids.expand(-1, q.shape[0], -1)
-    while bits.dim() > 1:
-        bits = bits[0] if bits.shape[0] else bits.new_zeros(bits.shape[-1])
+        position_ids = position_ids[:, None] if packed else position_ids
+        if position_ids.shape[1] != q.shape[0]:
+            position_ids = position_ids.expand(-1, q.shape[0], -1)
     options: dict[str, Any] = {
         "position_ids": position_ids,
         "inv_freq": bits.view(torch.float32),
-        "freq_axis": _constant(turn.freq_axis, q.device),
+        "freq_axis": turn.tensor if q.device.type == "cpu" else turn.tensor.to(q.device),
         "rotation": turn.rotation,
         "scaling": turn.scaling,
         "head_axis": q.dim() - heads,
