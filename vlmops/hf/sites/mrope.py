@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from vlmops.hf import norms, rehearsal, rotary
 from vlmops.hf.aliasing import may_overwrite
-from vlmops.hf.norms import Deferred, Norms
+from vlmops.hf.norms import Deferred, Norms, Study
 from vlmops.hf.rebind import original_class, rebind, references, subclass
 from vlmops.hf.rotary import Apply, Layout, LayoutKey
 from vlmops.hf.sites import AlreadyPatched, Place, Refused, Site
@@ -44,10 +44,7 @@ Layouts = Mapping[LayoutKey, Layout]
 class _Attention:
     module: nn.Module
     apply: Apply
-    calls: int
-    """Of the function in one forward."""
-    norms: Norms | str | None
-    """See `norms.study`."""
+    study: Study
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,8 +80,8 @@ def find(model: nn.Module) -> Iterator[Place | Refused | AlreadyPatched]:
             yield Refused(place, f"{name} rotates with more than one function: {names}")
             continue
         studied = [_study(module, apply) for module, (apply,) in callers.items()]
-        attentions = tuple(a for a in studied if a.calls)  # some layers go without
-        place = dataclasses.replace(place, sites=sum(a.calls for a in attentions))
+        attentions = tuple(a for a in studied if a.study.calls)  # some layers go without
+        place = dataclasses.replace(place, sites=sum(a.study.calls for a in attentions))
         if all(original_class(m) for m in (*group.rotaries, *(a.module for a in attentions))):
             yield AlreadyPatched(place)
             continue
@@ -116,13 +113,13 @@ def _common(paths: list[str]) -> str:
 
 def _study(module: nn.Module, apply: Apply) -> _Attention:
     packed = apply.unsqueeze_dim is None and not apply.complex  # a tower's [N, H, D]
-    return _Attention(module, apply, *norms.study(module, apply, packed))
+    return _Attention(module, apply, norms.study(module, apply, packed))
 
 
 def _note(attentions: tuple[_Attention, ...]) -> str:
     """What the report says of the norms."""
     notes = []
-    for found in dict.fromkeys(a.norms for a in attentions):
+    for found in dict.fromkeys(a.study.norms for a in attentions):
         if isinstance(found, Norms):
             notes.append(f"with {found.q} and {found.k}")
         elif found is not None:
@@ -365,15 +362,20 @@ def _constant(values: tuple[int, ...], device: torch.device) -> Tensor:
     return _constants[values, device]
 
 
-def _make_apply(apply: Apply, turns: Mapping[tuple[int, int], _Turn], put_off: Norms | None) -> Any:
-    """The function that rotates, for what travels; the model's own for anything else."""
+def _make_apply(apply: Apply, turns: Mapping[tuple[int, int], _Turn], study: Study) -> Any:
+    """The function that rotates, for what travels; the model's own for anything else.
+
+    In place only for attention that has been rehearsed, in place too.
+    """
     default = apply.unsqueeze_dim
+    put_off = study.norms if isinstance(study.norms, Norms) else None
+    rehearsed = study.rehearsed
 
     def rotate_complex(q: Tensor, k: Tensor, freqs: Any = None, **named: Any) -> Any:
         freqs = named.popitem()[1] if freqs is None else freqs  # whatever its name is
         if freqs.is_complex():
             return apply.function(q, k, freqs)
-        in_place = may_overwrite(q) and may_overwrite(k)
+        in_place = rehearsed and may_overwrite(q) and may_overwrite(k)
         axes = next(axes for axes, frequencies in turns if axes + frequencies == freqs.shape[-1])
         if freqs.dim() == q.dim() - 1 and freqs.shape[1] == 1 != q.shape[1]:
             freqs = freqs[:, 0]  # a tower's table
@@ -382,7 +384,7 @@ def _make_apply(apply: Apply, turns: Mapping[tuple[int, int], _Turn], put_off: N
     def rotate_one(x: Tensor, cos: Any, sin: Any, unsqueeze_dim: int | None = default) -> Any:
         if sin.dtype != torch.int32:
             return apply.function(x, cos, sin, unsqueeze_dim=unsqueeze_dim)
-        in_place = may_overwrite(x)
+        in_place = rehearsed and may_overwrite(x)
         heads = rotary.heads_from_right(apply, cos.dim() - 1, unsqueeze_dim)
         return _rotate(turns, x, x.narrow(-heads, 0, 0), cos, sin, heads, in_place)[0]
 
@@ -395,7 +397,7 @@ def _make_apply(apply: Apply, turns: Mapping[tuple[int, int], _Turn], put_off: N
                 q, k = norms.normalise(deferred[0], q), norms.normalise(deferred[1], k)
             given = {} if unsqueeze_dim is None else {"unsqueeze_dim": unsqueeze_dim}
             return apply.function(q, k, cos, sin, **given)
-        in_place = may_overwrite(q) and may_overwrite(k)
+        in_place = rehearsed and may_overwrite(q) and may_overwrite(k)
         heads = rotary.heads_from_right(apply, cos.dim() - 1, unsqueeze_dim)
         weights: list[Any] = [n.weight if norms.defers(n) else None for n in deferred]
         return _rotate(turns, q, k, cos, sin, heads, in_place, weights, put_off)
@@ -470,8 +472,8 @@ def adapt(place: Place) -> dict[nn.Module, type[nn.Module]]:
     }
     for attention in details.attentions:
         classes[attention.module] = _attention_class(attention, turns)
-        if isinstance(attention.norms, Norms):
-            for name in (attention.norms.q, attention.norms.k):
+        if isinstance(attention.study.norms, Norms):
+            for name in (attention.study.norms.q, attention.study.norms.k):
                 norm = getattr(attention.module, name)
                 classes[norm] = norms.deferring_class(norm)
     return classes
@@ -486,15 +488,15 @@ def _attention_class(
     attention: _Attention, turns: Mapping[tuple[int, int], _Turn]
 ) -> type[nn.Module]:
     original: Any = type(attention.module)
-    put_off = attention.norms if isinstance(attention.norms, Norms) else None
-    apply = attention.apply
+    apply, study = attention.apply, attention.study
+    put_off = study.norms if isinstance(study.norms, Norms) else None
 
     def make_forward(label: str) -> Callable[..., Any]:
-        replaced = {apply.name: _make_apply(apply, turns, put_off)}
+        replaced = {apply.name: _make_apply(apply, turns, study)}
         forward = rebind(original.forward, label, **replaced)
         return forward if put_off is None else norms.defer(put_off, forward)
 
-    key = ("mrope", tuple(turns.items()), put_off, references(original.forward))
+    key = ("mrope", tuple(turns.items()), put_off, study.rehearsed, references(original.forward))
     return subclass(original, key, make_forward)
 
 
@@ -527,7 +529,7 @@ def _difference(
 ) -> str | None:
     """Why the replacement is not what it replaces: the function alone, and the whole attention."""
     apply, name = attention.apply, type(attention.module).__name__
-    ours = _make_apply(apply, turns, None)
+    ours = _make_apply(apply, turns, Study(1, False, None))
     carry = _make_rotary_forward(type(module).forward, layouts)
     unproved = None
     for (layer_type, axes), layout in layouts.items():
@@ -548,7 +550,9 @@ def _difference(
         )
         if error <= _TOLERANCE:
             try:
-                error = _largest_difference(*_rehearse(attention, turns, original, carried))
+                error = _largest_difference(
+                    *_rehearse(attention, layouts, turns, original, carried)
+                )
             except _NotRehearsedError as reason:
                 unproved = reason
             except rehearsal.ImpossibleError as reason:
@@ -556,7 +560,7 @@ def _difference(
         if not error <= _TOLERANCE:
             return f"the numeric check failed: {name} or {apply.name} differs by {error:.3g}"
     # Norms are put off only where a whole forward has been compared.
-    if unproved is not None and isinstance(attention.norms, Norms):
+    if unproved is not None and isinstance(attention.study.norms, Norms):
         return f"{name} cannot be patched: {unproved}"
     return None
 
@@ -566,7 +570,11 @@ class _NotRehearsedError(Exception):
 
 
 def _rehearse(
-    attention: _Attention, turns: Mapping[tuple[int, int], _Turn], original: Any, carried: Any
+    attention: _Attention,
+    layouts: Layouts,
+    turns: Mapping[tuple[int, int], _Turn],
+    original: Any,
+    carried: Any,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """What the linear layers of an attention module are given, patched and not."""
     given: tuple[list[Tensor], list[Tensor]] = ([], [])
@@ -578,9 +586,12 @@ def _rehearse(
         rehearsal.run(forward, theirs, packed, **dict.fromkeys(names, original))
     except rehearsal.ImpossibleError as reason:
         raise _NotRehearsedError(str(reason)) from reason
-    if isinstance(attention.norms, Norms):
-        for name in (attention.norms.q, attention.norms.k):
+    if isinstance(attention.study.norms, Norms):
+        for name in (attention.study.norms.q, attention.study.norms.k):
             getattr(ours, name).__class__ = norms.deferring_class(getattr(ours, name))
+    for child in list(ours.modules()):
+        if rotary.is_rotary(child):  # Idefics: in the attention module itself
+            child.__class__ = _rotary_class(type(child), layouts)
     forward = _attention_class(attention, turns).forward
     rehearsal.run(forward, ours, packed, **dict.fromkeys(names, carried))
     return given
