@@ -533,21 +533,23 @@ def _difference(
     carry = _make_rotary_forward(type(module).forward, layouts)
     unproved = None
     for (layer_type, axes), layout in layouts.items():
-        probe = rotary.on_cpu(module)
-        ids = torch.randint(
-            1000, (rehearsal.TOKENS, layout.axes), generator=torch.Generator().manual_seed(0)
-        )
-        x = torch.zeros(1, 1, 1, dtype=torch.float32)
-        given: tuple[Any, ...] = (x, rotary.arranged(ids, layout.axes_dim), layer_type)
-        given = given[: 1 if not axes else 2 if layer_type is None else 3]
-        original, carried = type(module).forward(probe, *given), carry(probe, *given)
-        tokens = rehearsal.TOKENS if axes else len(original)
-        noise = torch.randn(
-            tokens, 3, 2 * len(layout.freq_axis), generator=torch.Generator().manual_seed(1)
-        )
-        error = _largest_difference(
-            rotary.call(apply, carried, noise, ours), rotary.call(apply, original, noise)
-        )
+        pairs = []
+        for ids in _ids(module, layout):
+            probe = rotary.on_cpu(module)
+            x = torch.zeros(1, 1, 1, dtype=torch.float32)
+            given: tuple[Any, ...] = (x, rotary.arranged(ids, layout.axes_dim), layer_type)
+            given = given[: 1 if not axes else 2 if layer_type is None else 3]
+            pairs.append((type(module).forward(probe, *given), carry(probe, *given)))
+        error = 0.0
+        for original, carried in pairs:
+            last = [_last(made) if axes else made for made in (carried, original)]
+            tokens = rehearsal.TOKENS if axes else len(original)
+            noise = torch.randn(
+                tokens, 3, 2 * len(layout.freq_axis), generator=torch.Generator().manual_seed(1)
+            )
+            found = rotary.call(apply, last[0], noise, ours), rotary.call(apply, last[1], noise)
+            error = max(error, _largest_difference(*found))
+        original, carried = pairs[0]
         if error <= _TOLERANCE:
             try:
                 error = _largest_difference(
@@ -563,6 +565,22 @@ def _difference(
     if unproved is not None and isinstance(attention.study.norms, Norms):
         return f"{name} cannot be patched: {unproved}"
     return None
+
+
+def _ids(module: Any, layout: Layout) -> list[Tensor]:
+    """Position ids ``[T, A]``: a few, and more than the model was made for."""
+    generator = torch.Generator().manual_seed(0)
+    few = torch.randint(1000, (rehearsal.TOKENS, layout.axes), generator=generator)
+    longest = getattr(getattr(module, "config", None), "max_position_embeddings", None) or 1024
+    many = torch.arange(min(2 * longest, 1 << 15) + 1)[:, None].expand(-1, layout.axes)
+    return [few, many]
+
+
+def _last(made: Any) -> Any:
+    """Of what a rotary module returned, the last tokens."""
+    if isinstance(made, tuple):
+        return tuple(t[..., -rehearsal.TOKENS :, :] for t in made)
+    return made[..., -rehearsal.TOKENS :, :]
 
 
 class _NotRehearsedError(Exception):
