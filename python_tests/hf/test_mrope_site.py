@@ -33,6 +33,12 @@ BATCHES = {
 families = pytest.mark.parametrize("family", FAMILIES)
 
 
+@pytest.fixture(autouse=True)
+def _only_mrope(monkeypatch):
+    site = patching.all_sites()["mrope"]
+    monkeypatch.setattr(patching, "all_sites", lambda: {"mrope": site})
+
+
 def batch_of(name, dtype=torch.float32):
     return inputs(BATCHES[name], dtype, pad="right" if name == "right_padded" else "left")
 
