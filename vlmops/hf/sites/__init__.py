@@ -19,10 +19,10 @@ class Place:
     sites: int
     details: Any = None
     """What the site's own adapt and check need."""
-    note: str = ""
-    """For the report: what else is fused, or was not."""
     backend: str | None = None
     """What the op runs on there; None for the kernels of this build."""
+    note: str = ""
+    """For the report: what else is fused, or was not."""
 
 
 @dataclasses.dataclass(frozen=True)
