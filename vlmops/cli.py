@@ -8,9 +8,17 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import vlmops
+
+
+class CommandError(Exception):
+    """Ends a command: one line for the user, and the exit code."""
+
+    def __init__(self, message: str, code: int = 2):
+        super().__init__(message)
+        self.code = code
 
 
 class Parser(argparse.ArgumentParser):
@@ -21,10 +29,55 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}; see '{self.prog} --help'\n")
 
 
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """The option ``--json``, the same for every command; its value is for `write_json`."""
+    parser.add_argument(
+        "--json",
+        nargs="?",
+        const="-",
+        type=_json_target,
+        metavar="PATH",
+        help="print JSON in place of text; with PATH, write it there besides the text",
+    )
+
+
+def _json_target(text: str) -> str:
+    path = Path(text)  # looked at before minutes of measuring, not after
+    writable = os.access(path if path.exists() else path.absolute().parent, os.W_OK)
+    if text != "-" and (path.is_dir() or not writable):
+        raise argparse.ArgumentTypeError(
+            f"expected a file that can be written, in a folder that exists, got {text}"
+        )
+    return text
+
+
+def write_json(target: str, data: Any) -> None:
+    """Writes to stdout if ``target`` is ``-``, else to the file of that name."""
+    text = json.dumps(data, indent=1) + "\n"
+    if target == "-":
+        sys.stdout.write(text)
+        return
+    try:
+        Path(target).write_text(text)
+    except OSError as error:
+        raise CommandError(f"--json: {target} cannot be written ({error.strerror})") from error
+
+
+def _answer(args: argparse.Namespace, text: str, data: Any) -> None:
+    if args.json != "-":
+        print(text)
+    if args.json is not None:
+        write_json(args.json, data)
+
+
 def _parser() -> Parser:
-    parser = Parser(prog="vlmops", description="Speed-up kernels for vision-language models.")
+    parser = Parser(
+        prog="vlmops",
+        description="Speed-up kernels for vision-language models.",
+        epilog="Every command takes --json [PATH] and says in its --help what its exit codes mean.",
+    )
     parser.add_argument("--version", action="version", version=f"vlmops {vlmops.__version__}")
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(metavar="COMMAND", dest="command", required=True)
 
     bench = commands.add_parser(
         "bench",
@@ -49,43 +102,72 @@ def _parser() -> Parser:
     )
     bench.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     bench.add_argument("--quick", action="store_true", help="few rounds: a look, not a claim")
-    bench.add_argument("--json", metavar="PATH", type=Path, help="write the report there as JSON")
+    add_json(bench)
     bench.set_defaults(run=_bench)
+
+    inspect = commands.add_parser(
+        "inspect",
+        help="what vlmops.patch would do to a model, from its config alone",
+        description="Builds a model on the meta device, from its config, patches it and prints the "
+        "report. Needs no weights and no network.",
+        epilog="Exit code: 0 something would be patched; 1 nothing would; 2 the command is wrong, "
+        "or there is no such model.",
+    )
+    inspect.add_argument(
+        "model",
+        nargs="?",
+        metavar="MODEL",
+        help="a model type (qwen2_vl), a folder with a config.json (./qwen2_vl), or an id on the "
+        "Hub whose config is in the local cache",
+    )
+    inspect.add_argument(
+        "--all", action="store_true", help="every vision-language model type, in place of MODEL"
+    )
+    inspect.add_argument("--markdown", action="store_true", help="with --all: a table in Markdown")
+    add_json(inspect)
+    inspect.set_defaults(run=_inspect)
 
     commands.add_parser("demo", help="see what vlmops does to a model", add_help=False)
     return parser
 
 
 def _bench(args: argparse.Namespace) -> int:
-    from vlmops.bench import BenchError, report, runner
+    from vlmops.bench import report, runner
 
-    try:
-        request = runner.request(
-            args.op, args.case, args.dtype, args.isa, not args.no_compile, args.quick
-        )
-        if args.json is not None:
-            _check_writable(args.json)
-        measured = runner.run(request, args.threads)
-    except BenchError as error:
-        print(f"vlmops bench: {error}", file=sys.stderr)
-        return error.code
-    print(report.table(measured))
-    if args.json is not None:
-        args.json.write_text(json.dumps(measured, indent=1) + "\n")
+    request = runner.request(
+        args.op, args.case, args.dtype, args.isa, not args.no_compile, args.quick
+    )
+    measured = runner.run(request, args.threads)
+    _answer(args, report.table(measured), measured)
     disturbed = report.busy(measured["rows"], measured["threads"])
     if disturbed is not None:
         print(f"vlmops bench: {disturbed}", file=sys.stderr)
     return 0
 
 
-def _check_writable(path: Path) -> None:
-    """Before minutes of measuring, not after."""
-    from vlmops.bench import BenchError
-
-    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise BenchError(
-            f"--json: expected a file that can be written, in a folder that exists, got {path}"
+def _inspect(args: argparse.Namespace) -> int:
+    if args.all == (args.model is not None) or (args.markdown and not args.all):
+        raise CommandError(
+            "expected a MODEL, or --all with or without --markdown; --json takes the next word for "
+            "its PATH, so let it come last"
         )
+    from vlmops import survey
+
+    try:
+        if not args.all:
+            found = survey.inspect(args.model)
+            _answer(args, str(found), found.to_dict())
+            return 0 if found.patched else 1
+        every = []
+        for inspection in survey.inspect_all():
+            every.append(inspection)
+            if sys.stderr.isatty():
+                print(f"\r{len(every)} {inspection.model_type:24}", end="\r", file=sys.stderr)
+    except ImportError as error:
+        raise CommandError(str(error)) from error
+    text = survey.markdown(every) if args.markdown else survey.table(every)
+    _answer(args, text, [inspection.to_dict() for inspection in every])
+    return 0 if any(inspection.patched for inspection in every) else 1
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -97,7 +179,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             return demo.main(argv[1:])
         args = _parser().parse_args(argv)
-        code: int = args.run(args)
+        try:
+            code: int = args.run(args)
+        except CommandError as error:
+            print(f"vlmops {args.command}: {error}", file=sys.stderr)
+            return error.code
         return code
     except SystemExit as stop:  # argparse: help, version, a wrong command line
         return int(stop.code or 0)
