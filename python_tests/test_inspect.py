@@ -103,6 +103,15 @@ def test_inspect_says_why_a_model_cannot_be_built(run, tmp_path):
     assert "not built: AttributeError" in json.loads(out)["problem"]
 
 
+def test_inspect_says_why_a_default_config_cannot_be_made(monkeypatch):
+    def refuse(*_, **__):
+        raise ValueError("heads: 3 do not divide 32. See the documentation")
+
+    monkeypatch.setattr(transformers.AutoConfig, "for_model", refuse)
+    problem = survey.inspect("qwen2_vl").problem
+    assert problem.startswith("not built: ValueError: heads: 3 do not divide 32 (test_inspect.py:")
+
+
 @pytest.mark.parametrize("model_type", survey.COMPLETIONS)
 def test_inspect_completes_what_default_configs_lack(model_type, tmp_path):
     """Both halves: a completion that is no longer needed is to be removed."""

@@ -138,13 +138,16 @@ def inspect(model: str) -> Inspection:
         ImportError: as `vlmops.patch`.
     """
     with _quiet():
-        config, source = _config(model)
-        model_class = _model_class(config)
+        config, source = None, "default config"
         try:
+            config, source = _config(model)
             with torch.device("meta"):
-                built = model_class._from_config(config)
+                built = _model_class(config)._from_config(config)
+        except CommandError:
+            raise
         except Exception as error:  # foreign code, asked for what nobody may have tried
-            return Inspection(config.model_type, source, problem=_not_built(error))
+            model_type = model if config is None else config.model_type
+            return Inspection(model_type, source, problem=_not_built(error))
         return Inspection(config.model_type, source, vlmops.patch(built))
 
 
