@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
+import sys
 import types
 from collections import Counter
 from pathlib import Path
@@ -11,7 +13,7 @@ import pytest
 import torch
 
 import vlmops
-from vlmops import cli, ops
+from vlmops import _cpus, cli, ops
 from vlmops.bench import BenchError, measure, report, runner
 from vlmops.bench.gate import Gate
 from vlmops.bench.timer import ATTEMPTS, Timing, interleave, waits
@@ -315,6 +317,7 @@ def toy_bench(monkeypatch):
         assert (env["OMP_PROC_BIND"], env["OMP_PLACES"]) == ("true", "cores")
         assert not Path(env["TORCHINDUCTOR_CACHE_DIR"]).exists()  # nobody else's code
         environments.append(env)
+        assert os.sched_getaffinity(0) == _cpus.ALLOWED
         with monkeypatch.context() as inner:
             inner.setenv("THP_MEM_ALLOC_ENABLE", env["THP_MEM_ALLOC_ENABLE"])
             return types.SimpleNamespace(returncode=measure.main(command[3:]))
@@ -328,6 +331,27 @@ def toy_bench(monkeypatch):
     monkeypatch.setattr(runner, "_commit", lambda: {"commit": "0123456789abcdef", "dirty": True})
     monkeypatch.setattr(subprocess, "run", run_here)
     return run
+
+
+@pytest.fixture
+def bound():
+    """The main thread as torch's OpenMP leaves it under OMP_PROC_BIND=true."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(before)})
+    yield
+    os.sched_setaffinity(0, before)
+
+
+def test_bench_gives_its_processes_all_cpus(toy_bench, bound):
+    assert toy_bench(toy()) == 0
+    assert {env["OMP_NUM_THREADS"] for env in toy_bench.environments} == {str(_cpus.cores())}
+
+
+def test_cpus_are_read_before_torch_binds_the_main_thread():
+    script = "import vlmops; print(*sorted(vlmops._cpus.ALLOWED))"
+    env = {**os.environ, "OMP_PROC_BIND": "true", "OMP_PLACES": "cores"}
+    told = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True)
+    assert told.stdout.split() == [str(cpu) for cpu in sorted(os.sched_getaffinity(0))], told.stderr
 
 
 def test_bench_prints_no_number_for_a_wrong_kernel(toy_bench, capsys, tmp_path):

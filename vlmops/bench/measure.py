@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 import vlmops
-from vlmops import ops
+from vlmops import _cpus, ops
 from vlmops.bench import BenchError, report
 from vlmops.bench.gate import Gate
 from vlmops.bench.timer import Timing, interleave
@@ -239,31 +239,17 @@ def _rows(head: Row, timings: Mapping[Key, Timing]) -> Iterator[Row]:
 def environment(device: torch.device) -> dict[str, Any]:
     """What the numbers of this process depend on."""
     return {
-        "device": {"type": device.type, "name": _cpu_name()},
+        "device": {"type": device.type, "name": _cpus.name()},
         "isa": {"vlmops": vlmops.cpu_isa(), "torch": torch.backends.cpu.get_cpu_capability()},
         "threads": torch.get_num_threads(),
         "binding": {name: os.environ.get(name) for name in ("OMP_PROC_BIND", "OMP_PLACES")},
-        "huge_pages": _read("/sys/kernel/mm/transparent_hugepage/enabled"),
+        "huge_pages": _cpus.read("/sys/kernel/mm/transparent_hugepage/enabled"),
         "versions": {
             "vlmops": vlmops.__version__,
             "torch": torch.__version__,
             "python": platform.python_version(),
         },
     }
-
-
-def _cpu_name() -> str:
-    for line in (_read("/proc/cpuinfo") or "").splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.machine()
-
-
-def _read(path: str) -> str | None:
-    try:
-        return Path(path).read_text().strip()
-    except OSError:
-        return None
 
 
 def _progress(line: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import datetime
 import json
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import vlmops
-from vlmops import _library, ops
+from vlmops import _cpus, _library, ops
 from vlmops.bench import BenchError
 from vlmops.bench.measure import Request
 
@@ -78,16 +77,17 @@ def run(request: Request, threads: int | None = None) -> dict[str, Any]:
     Raises:
         BenchError: a wrong result (code 1), an impossible request (2), or a process that died.
     """
-    cpus = os.sched_getaffinity(0)
-    if threads is not None and not 1 <= threads <= len(cpus):
+    if threads is not None and not 1 <= threads <= len(_cpus.ALLOWED):
         raise BenchError(
-            f"--threads: expected 1 to {len(cpus)}, the CPUs this process may use, got {threads}"
+            f"--threads: expected 1 to {len(_cpus.ALLOWED)}, the CPUs this process may use, "
+            f"got {threads}"
         )
     try:
         _library.require()
     except ImportError as error:
         raise BenchError(str(error)) from None
-    env = _environment(request.isa, threads or _cores(cpus))
+    env = _environment(request.isa, threads or _cpus.cores())
+    os.sched_setaffinity(0, _cpus.ALLOWED)  # for the children, see _cpus
     results = [_measure(request, {**env, "THP_MEM_ALLOC_ENABLE": value}) for value in "01"]
     return {
         "schema": SCHEMA,
@@ -112,14 +112,6 @@ def _environment(isa: str | None, threads: int) -> dict[str, str]:
     if isa is not None:
         env |= {"VLMOPS_CPU_ISA": isa, **TORCH_CAPS[isa]}
     return env
-
-
-def _cores(cpus: set[int]) -> int:
-    """Physical cores: two threads on one core share its bandwidth."""
-    siblings = (Path(f"/sys/devices/system/cpu/cpu{n}/topology/thread_siblings_list") for n in cpus)
-    with contextlib.suppress(OSError):
-        return len({path.read_text() for path in siblings})
-    return len(cpus)
 
 
 def _measure(request: Request, env: dict[str, str]) -> dict[str, Any]:
