@@ -127,6 +127,22 @@ def _parser() -> Parser:
     add_json(inspect)
     inspect.set_defaults(run=_inspect)
 
+    doctor = commands.add_parser(
+        "doctor",
+        help="whether vlmops works here, and what would make it faster",
+        description="Looks at torch, transformers, the compiled library, the CPU, threads, huge "
+        "pages, environment variables, and at the places where vlmops.patch gets into models.",
+        epilog="Exit code: 0 vlmops works; 1 something keeps it from working; 2 the command is "
+        "wrong.",
+    )
+    doctor.add_argument(
+        "--sites",
+        action="store_true",
+        help="patch every vision-language model type of transformers: half a minute",
+    )
+    add_json(doctor)
+    doctor.set_defaults(run=_doctor)
+
     commands.add_parser("demo", help="see what vlmops does to a model", add_help=False)
     return parser
 
@@ -143,6 +159,15 @@ def _bench(args: argparse.Namespace) -> int:
     if disturbed is not None:
         print(f"vlmops bench: {disturbed}", file=sys.stderr)
     return 0
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from vlmops import doctor
+
+    findings = doctor.examine(args.sites)
+    result = doctor.to_dict(findings)
+    _answer(args, doctor.report(findings), result)
+    return 0 if result["works"] else 1
 
 
 def _inspect(args: argparse.Namespace) -> int:

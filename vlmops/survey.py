@@ -108,8 +108,12 @@ class Inspection:
             return "not built"
         if self.patched:
             return "patched"
-        refused = any(row.status == "refused" for row in self.report.rows)
-        return "refused" if refused else "nothing to patch"
+        return "refused" if self.refused else "nothing to patch"
+
+    @property
+    def refused(self) -> bool:
+        """Whether a site was found, or expected, that would not run on vlmops."""
+        return self.report is not None and any(r.status == "refused" for r in self.report.rows)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for JSON."""
@@ -173,14 +177,16 @@ def summary(inspections: list[Inspection]) -> str:
 
 def table(inspections: list[Inspection]) -> str:
     """One line per model type, for people."""
-    lines = []
-    for inspection in inspections:
-        rows = inspection.report.rows if inspection.report else ()
-        ops = dict.fromkeys(row.op for row in rows if row.status != "not present")
-        cells = [f"{op}: {_cell(inspection, op)}" for op in ops]
-        found = inspection.problem or "; ".join(cells) or "nothing to patch"
-        lines.append(f"{inspection.model_type:24}{found}")
+    lines = [f"{inspection.model_type:24}{cells(inspection)}" for inspection in inspections]
     return "\n".join([*lines, "", summary(inspections)])
+
+
+def cells(inspection: Inspection) -> str:
+    """What was found, op by op, in one line."""
+    rows = inspection.report.rows if inspection.report else ()
+    ops = dict.fromkeys(row.op for row in rows if row.status != "not present")
+    found = "; ".join(f"{op}: {_cell(inspection, op)}" for op in ops)
+    return inspection.problem or found or "nothing to patch"
 
 
 def markdown(inspections: list[Inspection]) -> str:
@@ -219,11 +225,11 @@ def _cell(inspection: Inspection, op: str, notes: Mapping[str, str] | None = Non
         if row.op == op and row.status != "not present":
             key = (row.status, row.reason)
             sites[key] = sites.get(key, 0) + row.sites
-    cells = []
+    parts = []
     for (status, reason), count in sites.items():
         said = notes[reason] if notes and reason else reason
-        cells.append(f"{count or ''} {status}{f' ({said})' if said else ''}".strip())
-    return ", ".join(cells) or "-"
+        parts.append(f"{count or ''} {status}{f' ({said})' if said else ''}".strip())
+    return ", ".join(parts) or "-"
 
 
 def _config(model: str) -> tuple[Any, str]:
