@@ -63,6 +63,13 @@ def write_json(target: str, data: Any) -> None:
         raise CommandError(f"--json: {target} cannot be written ({error.strerror})") from error
 
 
+def _sizes(text: str) -> list[int]:
+    sizes = text.split(",")
+    if not all(size.isdecimal() and int(size) > 0 for size in sizes):
+        raise argparse.ArgumentTypeError(f"expected whole numbers from 1, as 256,1024, got {text}")
+    return [int(size) for size in sizes]
+
+
 def _answer(args: argparse.Namespace, text: str, data: Any) -> None:
     if args.json != "-":
         print(text)
@@ -89,6 +96,17 @@ def _parser() -> Parser:
     )
     bench.add_argument("op", metavar="OP", help="the op's name, e.g. mrope")
     bench.add_argument("--case", action="append", help="a shape; may be repeated (default: all)")
+    bench.add_argument(
+        "--model",
+        action="append",
+        help="measure at this model's shapes, text and tower, e.g. qwen2_vl-7b; may be repeated; "
+        "'list' lists them",
+    )
+    bench.add_argument(
+        "--sizes",
+        type=_sizes,
+        help="with --model: tokens and patches, e.g. 256,1024,4096 (default: typical ones)",
+    )
     bench.add_argument(
         "--dtype",
         action="append",
@@ -151,7 +169,14 @@ def _bench(args: argparse.Namespace) -> int:
     from vlmops.bench import report, runner
 
     request = runner.request(
-        args.op, args.case, args.dtype, args.isa, not args.no_compile, args.quick
+        args.op,
+        args.case,
+        args.dtype,
+        args.isa,
+        not args.no_compile,
+        args.quick,
+        args.model,
+        args.sizes,
     )
     measured = runner.run(request, args.threads)
     _answer(args, report.table(measured), measured)

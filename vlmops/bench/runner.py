@@ -15,8 +15,8 @@ from typing import Any
 
 import vlmops
 from vlmops import _cpus, _library, ops
-from vlmops.bench import BenchError
-from vlmops.bench.measure import Request
+from vlmops.bench import BenchError, shapes
+from vlmops.bench.measure import Request, known_cases
 
 SCHEMA = 1
 
@@ -45,6 +45,8 @@ def request(
     isa: str | None = None,
     compile: bool = True,
     quick: bool = False,
+    models: Sequence[str] | None = None,
+    sizes: Sequence[int] | None = None,
 ) -> Request:
     """A request whose every name exists; all cases, float32 and bfloat16 by default.
 
@@ -52,19 +54,31 @@ def request(
         BenchError: a name does not exist; the message lists those that do.
     """
     try:
-        known = ops.spec(op).bench
+        spec = ops.spec(op)
     except ValueError as error:
         raise BenchError(str(error)) from None
-    cases, dtypes = cases or list(known), dtypes or ["float32", "bfloat16"]
-    for option, names, allowed in (
-        ("--case", cases, list(known)),
-        ("--dtype", dtypes, DTYPES),
-        ("--isa", [isa] if isa else [], list(TORCH_CAPS)),
-    ):
-        for name in names:
-            if name not in allowed:
-                raise BenchError(f"{option}: expected one of {', '.join(allowed)}, got {name!r}")
-    return Request(op, cases, dtypes, isa, compile, quick)
+    models, sizes = models or [], sizes or []
+    _check_names("--model", models, list(shapes.MODELS))
+    if models and spec.model_cases is None:
+        raise BenchError(
+            f"--model: {op} has no cases made from models; leave it out, or see --case"
+        )
+    if sizes and not models:
+        raise BenchError("--sizes: expected a --model, whose cases have sizes to choose")
+    known = known_cases(spec, models, sizes)
+    from_models = [case for case in known if case not in spec.bench]
+    cases = cases or from_models or list(spec.bench)
+    dtypes = dtypes or ["float32", "bfloat16"]
+    _check_names("--case", cases, list(known))
+    _check_names("--dtype", dtypes, DTYPES)
+    _check_names("--isa", [isa] if isa else [], list(TORCH_CAPS))
+    return Request(op, cases, dtypes, isa, compile, quick, models, sizes)
+
+
+def _check_names(option: str, names: Sequence[str], allowed: Sequence[str]) -> None:
+    for name in names:
+        if name not in allowed:
+            raise BenchError(f"{option}: expected one of {', '.join(allowed)}, got {name!r}")
 
 
 def run(request: Request, threads: int | None = None) -> dict[str, Any]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from vlmops.bench.shapes import MODELS, Model, Text, Tower
 from vlmops.ops.mrope import Rotation, mrope, mrope_, mrope_freq_axis, reference
 from vlmops.ops.spec import Arguments, BadCall, BenchCase, Case, Spec
 
@@ -145,17 +146,49 @@ def _flops(args: Arguments) -> float:
 
 
 def _bench(name: str, **kwargs: Any) -> BenchCase:
-    return BenchCase(name, _inputs(heads=(28, 4), max_id=4096, **kwargs), _moved, _flops)
+    return BenchCase(name, _inputs(**{"max_id": 4096, **kwargs}), _moved, _flops)
 
+
+def _text(text: Text) -> dict[str, Any]:
+    return {
+        "batch": 1,
+        "heads": (text.heads, text.kv_heads),
+        "head_dim": text.head_dim,
+        "sections": text.mrope_section,
+        "interleaved": text.interleaved,
+        "rotation": text.rotation,
+    }
+
+
+def _tower(tower: Tower) -> dict[str, Any]:
+    return {
+        "batch": None,
+        "heads": (tower.heads, tower.heads),
+        "head_dim": tower.head_dim,
+        "sections": (tower.head_dim // 4, tower.head_dim // 4),
+        "layout": "fused" if tower.fused else "contiguous",
+        "max_id": 127,
+    }
+
+
+def model_cases(model: Model, tokens: Sequence[int], patches: Sequence[int]) -> Iterator[BenchCase]:
+    """Rotary of the text and of the tower."""
+    for count in tokens:
+        yield _bench(f"s{count}", **_text(model.text), tokens=count)
+    for count in patches:
+        yield _bench(f"tower_n{count}", **_tower(model.tower), tokens=count)
+
+
+_QWEN2_VL = _text(MODELS["qwen2_vl-7b"].text)
 
 BENCH = {
     case.name: case
     for case in [
-        _bench("decode_b1", batch=1, tokens=1),
-        _bench("decode_b16", batch=16, tokens=1),
-        _bench("s1024", batch=1, tokens=1024),
-        _bench("s4096", batch=1, tokens=4096),
-        _bench("s16384", batch=1, tokens=16384),
+        _bench("decode_b1", **_QWEN2_VL, tokens=1),
+        _bench("decode_b16", **{**_QWEN2_VL, "batch": 16}, tokens=1),
+        _bench("s1024", **_QWEN2_VL, tokens=1024),
+        _bench("s4096", **_QWEN2_VL, tokens=4096),
+        _bench("s16384", **_QWEN2_VL, tokens=16384),
     ]
 }
 
@@ -285,4 +318,5 @@ SPEC = Spec(
     cases=CASES,
     bench=BENCH,
     errors=ERRORS,
+    model_cases=model_cases,
 )
