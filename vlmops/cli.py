@@ -92,7 +92,8 @@ def _parser() -> Parser:
         description="Measures an op against eager, torch.compile and the speed of memory, forward "
         "and backward, without and with huge pages in torch's allocator. Results are checked "
         "before they are timed.",
-        epilog="Exit code: 0 measured; 1 a result is wrong; 2 the command is.",
+        epilog="'vlmops bench plot' draws results. "
+        "Exit code: 0 measured; 1 a result is wrong; 2 the command is.",
     )
     bench.add_argument("op", metavar="OP", help="the op's name, e.g. mrope")
     bench.add_argument("--case", action="append", help="a shape; may be repeated (default: all)")
@@ -122,6 +123,18 @@ def _parser() -> Parser:
     bench.add_argument("--quick", action="store_true", help="few rounds: a look, not a claim")
     add_json(bench)
     bench.set_defaults(run=_bench)
+
+    plot = commands.add_parser(
+        "bench plot",
+        help="draw what bench wrote as JSON",
+        description="Draws times and per cent of copy speed against size: one SVG for each series "
+        "of cases, dtype and setting of huge pages.",
+        epilog="Exit code: 0 drawn; 2 a RESULT is no report, or the figures cannot be written.",
+    )
+    plot.add_argument("results", nargs="+", metavar="RESULT", type=Path, help="a report in JSON")
+    plot.add_argument("--out", metavar="FOLDER", type=Path, default=Path(), help="where to (here)")
+    add_json(plot)
+    plot.set_defaults(run=_plot)
 
     inspect = commands.add_parser(
         "inspect",
@@ -186,6 +199,15 @@ def _bench(args: argparse.Namespace) -> int:
     return 0
 
 
+def _plot(args: argparse.Namespace) -> int:
+    from vlmops.bench import plot
+
+    reports = [(plot.load(path), path.stem) for path in args.results]
+    written = [str(path) for report in reports for path in plot.write(*report, args.out)]
+    _answer(args, "\n".join(written), {"written": written})
+    return 0
+
+
 def _doctor(args: argparse.Namespace) -> int:
     from vlmops import doctor
 
@@ -228,6 +250,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             from vlmops import demo
 
             return demo.main(argv[1:])
+        if argv[:2] == ["bench", "plot"]:
+            argv = [" ".join(argv[:2]), *argv[2:]]
         args = _parser().parse_args(argv)
         try:
             code: int = args.run(args)
