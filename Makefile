@@ -7,7 +7,7 @@ BIN = .venv/bin
 SOURCES = CMakeLists.txt $(shell find csrc -type f)
 PYTHON_FILES = vlmops python_tests bench csrc
 
-.PHONY: setup demo test lint bench mutants clean FORCE
+.PHONY: setup demo test lint tables check-tables bench mutants clean FORCE
 
 setup: .venv/built
 
@@ -42,6 +42,12 @@ lint: setup
 	$(BIN)/ruff format --check $(PYTHON_FILES)
 	$(BIN)/clang-format --dry-run --Werror $$(find csrc -name '*.h' -o -name '*.cpp' -o -name '*.c')
 	$(BIN)/mypy
+
+tables: setup
+	$(BIN)/python bench/tables.py
+
+check-tables: setup
+	$(BIN)/python bench/tables.py --check
 
 bench: setup
 	$(BIN)/vlmops bench mrope

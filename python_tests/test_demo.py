@@ -126,6 +126,23 @@ def test_demo_takes_the_users_picture(run, picture):
     assert "12 of them from the images" in out
 
 
+def test_demo_prints_json_and_keeps_text_off_stdout(config, capsys):
+    small = ["--image-size", "84", "--new-tokens", "2", "--repeat", "1"]
+    assert demo.main([*small, "--json"], config=config) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["agreement"]["agree"]
+    assert "Agreement: yes" in err
+
+
+@pytest.mark.parametrize(("waiting", "busy"), [(0.001, False), (0.3, True)])
+def test_demo_compares_no_times_of_a_busy_machine(waiting, busy):
+    row = {"before": 2.0, "after": 1.0, "spread": 0.0}
+    times = {"waiting": waiting, "repeats": 3, "rope": {}}
+    assert demo._row(row, times).endswith("?" if busy else "2.00x")
+    told = [line for line in demo._conclusions(times) if "waiting for a core 30%" in line]
+    assert len(told) == busy
+
+
 def test_demo_tokens_come_from_both_codes(config, monkeypatch):
     ran = []
     original = vlmops.hf.sites.mrope.mrope_
@@ -248,7 +265,7 @@ def test_demo_model_without_images_is_exit_code_2(run, tmp_path):
         (["--layers", "0"], "expected a whole number from 1, got 0"),
         (["--layers", "2", "--model", "x"], "leave out --model"),
         (["--prompt", "hello"], "--prompt needs a tokenizer"),
-        (["--json", "/no/such/folder/x.json"], "no directory"),
+        (["--json", "/no/such/folder/x.json"], "--json: expected a file that can be written"),
     ],
 )
 def test_demo_bad_option_is_one_line_and_exit_code_2(capsys, argv, message):

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import inspect
 import math
-import resource
 import statistics
 import sys
 import time
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import vlmops
+from vlmops.bench.timer import longest_wait, waits
 from vlmops.demo.inputs import DemoError, Subject, first_line
 
 _SECONDS_OF_TIMING = 24.0
@@ -325,24 +325,19 @@ def time_stages(
                 if value > 0:
                     target.setdefault(name, {"before": [], "after": []})[when].append(value)
 
-    switches, start = _involuntary_switches(), time.perf_counter()
+    waited, start = waits(), time.perf_counter()
     for number in range(1, repeats + 1):
         progress(f"timing, round {number} of {repeats}")
         run("before")
         with vlmops.patched(subject.model):
             run("after")
-    switches = _involuntary_switches() - switches
+    elapsed = time.perf_counter() - start
     return {
         "repeats": repeats,
         "stages": _medians(stages),
         "rope": _medians(rope),
-        "involuntary_switches_per_second": switches / (time.perf_counter() - start),
+        "waiting": longest_wait(waited, waits()) / elapsed,
     }
-
-
-def _involuntary_switches() -> int:
-    """How often another program took a core from this one."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
 
 
 def _medians(samples: dict[str, dict[str, list[float]]]) -> dict[str, dict[str, float]]:

@@ -26,3 +26,10 @@ def expected_places(model_type: str) -> tuple[Expected, ...]:
     from vlmops.hf.targets import qwen_vl
 
     return qwen_vl.EXPECTED.get(model_type, ())
+
+
+def model_types() -> tuple[str, ...]:
+    """Every ``config.model_type`` of which something is expected."""
+    from vlmops.hf.targets import qwen_vl
+
+    return tuple(qwen_vl.EXPECTED)
