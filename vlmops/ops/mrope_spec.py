@@ -106,11 +106,10 @@ def _transposed_ids(shape: tuple[int, ...]) -> Tensor:
 
 
 def _grid_ids(shape: tuple[int, ...]) -> Tensor:
-    """A square image's patches as a tower orders them: in blocks of 2 x 2."""
-    side = math.isqrt(shape[-1])
-    block = torch.stack(torch.meshgrid(*[torch.arange(side)] * 2, indexing="ij"), dim=-1)
-    block = block.view(side // 2, 2, side // 2, 2, 2).transpose(1, 2)
-    return block.reshape(shape[::-1]).T
+    """Rows and columns of the patches of an image: [2, N] seen through a transpose, as in towers."""
+    patch = torch.arange(shape[-1])
+    width = max(math.isqrt(shape[-1]), 1)
+    return torch.stack((patch // width, patch % width), dim=-1).T
 
 
 def _negative_ids(shape: tuple[int, ...]) -> Tensor:
