@@ -106,7 +106,7 @@ def _transposed_ids(shape: tuple[int, ...]) -> Tensor:
 
 
 def _grid_ids(shape: tuple[int, ...]) -> Tensor:
-    """Rows and columns of the patches of an image: [2, N] seen through a transpose, as in towers."""
+    """Rows and columns of an image's patches: [2, N] seen through a transpose, as in towers."""
     patch = torch.arange(shape[-1])
     width = max(math.isqrt(shape[-1]), 1)
     return torch.stack((patch // width, patch % width), dim=-1).T
