@@ -331,7 +331,7 @@ def toy_bench(monkeypatch):
 
     environments = run.environments = []
     monkeypatch.setattr(measure, "interleave", fixed_timings)
-    monkeypatch.setattr(runner, "_commit", lambda: {"commit": "0123456789abcdef", "dirty": True})
+    monkeypatch.setattr(runner, "commit", lambda: {"commit": "0123456789abcdef", "dirty": True})
     monkeypatch.setattr(subprocess, "run", run_here)
     return run
 
@@ -401,6 +401,11 @@ def test_bench_json_and_table(toy_bench, capsys, tmp_path):
     assert "commit 0123456789 with changes" in out
     line = "small       float32   forward    vlmops               3.0000     20%    0.00      33"
     assert out.count(line) == 2
+
+
+def test_bench_prints_json_in_place_of_the_table(toy_bench, capsys):
+    assert toy_bench(toy(), "--json") == 0
+    assert len(json.loads(capsys.readouterr().out)["rows"]) == 12
 
 
 def test_bench_caps_torch_together_with_vlmops(toy_bench):
@@ -530,11 +535,50 @@ def test_cli_answers_a_wrong_command_in_one_line(argv, message, capsys, monkeypa
     assert re.search(message, err), err
 
 
-def test_cli_version_and_help(capsys):
+def test_cli_version(capsys):
     assert cli.main(["--version"]) == 0
     assert capsys.readouterr().out == f"vlmops {vlmops.__version__}\n"
-    assert cli.main(["bench", "--help"]) == 0
-    assert "--no-compile" in capsys.readouterr().out
+
+
+COMMANDS = ["bench", "bench plot", "bench compare", "inspect", "doctor", "demo"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_cli_every_command_tells_its_exit_codes_and_takes_json(command, capsys):
+    assert cli.main([*command.split(), "--help"]) == 0
+    told = capsys.readouterr().out
+    assert told.startswith(f"usage: vlmops {command} ")
+    assert "[--json [PATH]]" in told
+    codes = re.search(r"Exit code: 0 .*; 2 ", " ".join(told.split()))
+    assert codes is not None
+    assert ("; 1 " in codes[0]) == (command != "bench plot")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("wrong", [["--no-such-option"], ["--json", "/no/such/folder/x.json"]])
+def test_cli_a_wrong_option_is_exit_code_2(command, wrong, capsys):
+    needed = {"bench": ["mrope"], "bench plot": ["r.json"], "bench compare": ["--base=x", "mrope"]}
+    assert cli.main([*command.split(), *needed.get(command, []), *wrong]) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert err.startswith(f"vlmops {command}: ")
+    assert wrong[-1] in err
+
+
+def test_cli_lists_every_command(capsys):
+    assert cli.main(["--help"]) == 0
+    told = capsys.readouterr().out
+    for command in COMMANDS:
+        assert re.search(rf"^ +{command}\s+\w", told, re.MULTILINE), command
+
+
+def test_cli_json_goes_where_it_is_asked_to(capsys, tmp_path):
+    cli.write_json("-", {"a": 1})
+    assert json.loads(capsys.readouterr().out) == {"a": 1}
+    cli.write_json(str(tmp_path / "x.json"), [2])
+    assert json.loads((tmp_path / "x.json").read_text()) == [2]
+    with pytest.raises(cli.CommandError, match=r"--json: /dev/full cannot be written \(No space"):
+        cli.write_json("/dev/full", [])
 
 
 def test_cli_hands_everything_after_demo_to_the_demo(monkeypatch):

@@ -92,11 +92,10 @@ def _parser() -> Parser:
         description="Measures an op against eager, torch.compile and the speed of memory, forward "
         "and backward, without and with huge pages in torch's allocator. Results are checked "
         "before they are timed.",
-        epilog="'vlmops bench plot' draws results. "
+        epilog="'vlmops bench plot' draws results, 'vlmops bench compare' compares revisions. "
         "Exit code: 0 measured; 1 a result is wrong; 2 the command is.",
     )
     bench.add_argument("op", metavar="OP", help="the op's name, e.g. mrope")
-    bench.add_argument("--case", action="append", help="a shape; may be repeated (default: all)")
     bench.add_argument(
         "--model",
         action="append",
@@ -108,17 +107,7 @@ def _parser() -> Parser:
         type=_sizes,
         help="with --model: tokens and patches, e.g. 256,1024,4096 (default: typical ones)",
     )
-    bench.add_argument(
-        "--dtype",
-        action="append",
-        help="float32, bfloat16 or float16; may be repeated (default: float32 and bfloat16)",
-    )
-    bench.add_argument("--threads", type=int, help="bound threads (default: one per core)")
-    bench.add_argument(
-        "--isa",
-        help="cap the instruction set of vlmops and torch: portable, avx2 or avx512 "
-        "(default: the machine's best)",
-    )
+    _add_what(bench)
     bench.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     bench.add_argument("--quick", action="store_true", help="few rounds: a look, not a claim")
     add_json(bench)
@@ -135,6 +124,26 @@ def _parser() -> Parser:
     plot.add_argument("--out", metavar="FOLDER", type=Path, default=Path(), help="where to (here)")
     add_json(plot)
     plot.set_defaults(run=_plot)
+
+    compare = commands.add_parser(
+        "bench compare",
+        help="measure this checkout against another revision",
+        description="Builds another revision of this checkout, and the checkout as it is, and "
+        "times an op of both in turn.",
+        epilog="Exit code: 0 nothing is slower; 1 something is, beyond threshold and noise; 2 the "
+        "command is wrong, or something could not be measured.",
+    )
+    compare.add_argument("op", metavar="OP", help="the op's name, e.g. mrope")
+    compare.add_argument("--base", metavar="REV", required=True, help="e.g. main or HEAD~3")
+    compare.add_argument(
+        "--threshold",
+        type=float,
+        default=1.05,
+        help="new over base, from which on it is slower if the noise allows (default 1.05)",
+    )
+    _add_what(compare)
+    add_json(compare)
+    compare.set_defaults(run=_compare)
 
     inspect = commands.add_parser(
         "inspect",
@@ -178,6 +187,22 @@ def _parser() -> Parser:
     return parser
 
 
+def _add_what(parser: argparse.ArgumentParser) -> None:
+    """What to measure, and on what."""
+    parser.add_argument("--case", action="append", help="a shape; may be repeated (default: all)")
+    parser.add_argument(
+        "--dtype",
+        action="append",
+        help="float32, bfloat16 or float16; may be repeated (default: float32 and bfloat16)",
+    )
+    parser.add_argument("--threads", type=int, help="bound threads (default: one per core)")
+    parser.add_argument(
+        "--isa",
+        help="cap the instruction set of vlmops and torch: portable, avx2 or avx512 "
+        "(default: the machine's best)",
+    )
+
+
 def _bench(args: argparse.Namespace) -> int:
     from vlmops.bench import report, runner
 
@@ -205,6 +230,20 @@ def _plot(args: argparse.Namespace) -> int:
     reports = [(plot.load(path), path.stem) for path in args.results]
     written = [str(path) for report in reports for path in plot.write(*report, args.out)]
     _answer(args, "\n".join(written), {"written": written})
+    return 0
+
+
+def _compare(args: argparse.Namespace) -> int:
+    from vlmops.bench import compare, runner
+
+    request = runner.request(args.op, args.case, args.dtype, args.isa)
+    result = compare.run(args.base, request, args.threads, args.threshold)
+    _answer(args, compare.table(result), result)
+    verdicts = {row["verdict"] for row in result["rows"]}
+    if "slower" in verdicts:
+        return 1
+    if "not measured" in verdicts:
+        raise CommandError("the machine was too busy to measure everything; run it again")
     return 0
 
 
@@ -250,10 +289,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             from vlmops import demo
 
             return demo.main(argv[1:])
-        if argv[:2] == ["bench", "plot"]:
+        if argv[:2] in (["bench", "plot"], ["bench", "compare"]):
             argv = [" ".join(argv[:2]), *argv[2:]]
-        args = _parser().parse_args(argv)
+        args, unknown = _parser().parse_known_args(argv)
         try:
+            if unknown:  # argparse would name no command
+                raise CommandError(
+                    f"unrecognized arguments: {' '.join(unknown)}; see "
+                    f"'vlmops {args.command} --help'"
+                )
             code: int = args.run(args)
         except CommandError as error:
             print(f"vlmops {args.command}: {error}", file=sys.stderr)

@@ -91,34 +91,40 @@ def run(request: Request, threads: int | None = None) -> dict[str, Any]:
     Raises:
         BenchError: a wrong result (code 1), an impossible request (2), or a process that died.
     """
-    if threads is not None and not 1 <= threads <= len(_cpus.ALLOWED):
-        raise BenchError(
-            f"--threads: expected 1 to {len(_cpus.ALLOWED)}, the CPUs this process may use, "
-            f"got {threads}"
-        )
+    env = bound(request.isa, threads)
     try:
         _library.require()
     except ImportError as error:
         raise BenchError(str(error)) from None
-    env = _environment(request.isa, threads or _cpus.cores())
-    os.sched_setaffinity(0, _cpus.ALLOWED)  # for the children, see _cpus
     results = [_measure(request, {**env, "THP_MEM_ALLOC_ENABLE": value}) for value in "01"]
     return {
         "schema": SCHEMA,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "op": request.op,
         "quick": request.quick,
-        **_commit(),
+        **commit(),
         **results[0],
         "rows": [row for result in results for row in result["rows"]],
     }
 
 
-def _environment(isa: str | None, threads: int) -> dict[str, str]:
+def bound(isa: str | None, threads: int | None) -> dict[str, str]:
+    """The environment of processes that measure; they inherit all CPUs from this one.
+
+    Raises:
+        BenchError: there are not so many CPUs.
+    """
+    if threads is not None and not 1 <= threads <= len(_cpus.ALLOWED):
+        raise BenchError(
+            f"--threads: expected 1 to {len(_cpus.ALLOWED)}, the CPUs this process may use, "
+            f"got {threads}"
+        )
+    os.sched_setaffinity(0, _cpus.ALLOWED)  # see _cpus
+    count = str(threads or _cpus.cores())
     env = {
         **os.environ,
-        "OMP_NUM_THREADS": str(threads),
-        "MKL_NUM_THREADS": str(threads),
+        "OMP_NUM_THREADS": count,
+        "MKL_NUM_THREADS": count,
         "OMP_PROC_BIND": "true",
         "OMP_PLACES": "cores",
         "TORCHINDUCTOR_COMPILE_THREADS": "1",  # a pool of idle workers would share our cores
@@ -143,18 +149,19 @@ def _measure(request: Request, env: dict[str, str]) -> dict[str, Any]:
         code = subprocess.run(
             [sys.executable, "-m", "vlmops.bench.measure", *arguments],
             env=env,
-            cwd=_package().parent,
+            cwd=package().parent,
             check=False,
         ).returncode
         if code != 0:
-            raise BenchError(_death(code), code=1)
+            raise BenchError(death(code), code=1)
         result: dict[str, Any] = json.loads(output.read_text())
     if "error" in result:
         raise BenchError(result["error"], result["code"])
     return result
 
 
-def _death(code: int) -> str:
+def death(code: int) -> str:
+    """What to tell of a process that ended with this code."""
     if code < 0:
         return (
             f"the measuring process was ended by signal {-code}; if memory ran out, choose smaller "
@@ -163,16 +170,17 @@ def _death(code: int) -> str:
     return f"the measuring process failed with code {code}, for the reason above; please report it"
 
 
-def _package() -> Path:
+def package() -> Path:
+    """The folder of this very package."""
     return Path(vlmops.__file__).resolve().parent
 
 
-def _commit() -> dict[str, str | bool | None]:
+def commit() -> dict[str, str | bool | None]:
     """The commit that this package belongs to; an installed one belongs to none."""
 
     def git(*args: str) -> str:
         return subprocess.run(
-            ["git", *args], cwd=_package(), capture_output=True, text=True, check=True
+            ["git", *args], cwd=package(), capture_output=True, text=True, check=True
         ).stdout.strip()
 
     try:
