@@ -121,7 +121,9 @@ def mrope(
         return result
     _library.require()
     _check_tensors("mrope", *tensors, q_norm_weight, k_norm_weight)
-    return _forward(*tensors, rotation, scaling, head_axis, *norm)
+    if q_norm_weight is None and k_norm_weight is None:
+        return _rotate(False, *tensors, rotation, scaling, head_axis)
+    return _norm_rotate(*tensors, rotation, scaling, head_axis, *norm)
 
 
 def mrope_(
@@ -157,7 +159,8 @@ def mrope_(
     else:
         _library.require()
         _check_tensors("mrope_", *tensors, q_norm_weight, k_norm_weight)
-        _in_place(*tensors, rotation, scaling, head_axis, *norm)
+        normed = q_norm_weight is not None or k_norm_weight is not None
+        _in_place(*tensors, rotation, scaling, head_axis, *(norm if normed else ()))
     return q, k
 
 
@@ -332,7 +335,7 @@ def _rotate(inverse: bool, q: Tensor, k: Tensor, *args: Any) -> tuple[Tensor, Te
     return result
 
 
-def _forward(
+def _norm_rotate(
     q: Tensor,
     k: Tensor,
     position_ids: Tensor,
@@ -346,7 +349,7 @@ def _forward(
     eps: float = 1e-6,
     offset: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """As `_rotate`, with the norms. Defaults are the schema's: torch leaves those out."""
+    """As `_rotate`, with norms. Defaults are the schema's: torch leaves out what equals them."""
     args = (q, k, position_ids, inv_freq, freq_axis, rotation, scaling, head_axis)
     if q_weight is None and k_weight is None:
         return _rotate(False, *args)
@@ -414,33 +417,33 @@ def _norm_backward(
 ) -> Sequence[Tensor]:
     """The gradients of q, k and the weights; an empty tensor for one that nobody needs."""
     args = (position_ids, inv_freq, freq_axis, rotation, scaling, head_axis)
-    norm = (q_weight, k_weight, eps, offset)
-    if not (torch.is_grad_enabled() and _any_requires_grad(grad_q, grad_k, q, k, *norm[:2])):
+    differentiable = _any_requires_grad(grad_q, grad_k, q, k, q_weight, k_weight)
+    if not (torch.is_grad_enabled() and differentiable):
         with torch._C._AutoDispatchBelowAutograd():
             result: tuple[Tensor, ...] = torch.ops.vlmops.mrope_norm_backward.default(
-                grad_q, grad_k, q, k, *args, *norm, *needs
+                grad_q, grad_k, q, k, *args, q_weight, k_weight, eps, offset, *needs
             )
         return result
     # What has no norm is not saved: its gradient does not depend on it.
-    q = torch.zeros_like(grad_q, requires_grad=True) if q is None else q
-    k = torch.zeros_like(grad_k, requires_grad=True) if k is None else k
-    outputs = zip(_in_parts(q, k, *args, *norm), (grad_q, grad_k), strict=True)
-    used = [(output, grad) for output, grad in outputs if output.requires_grad]
+    q = torch.zeros_like(grad_q) if q is None else q
+    k = torch.zeros_like(grad_k) if k is None else k
+    inputs: list[Any] = [
+        t if t is None or t.requires_grad else t.detach().requires_grad_()
+        for t in (q, k, q_weight, k_weight)
+    ]
+    q, k, q_weight, k_weight = inputs
+    outputs = _in_parts(q, k, *args, q_weight, k_weight, eps, offset)
     needs = _all_needs(needs)
-    found = iter(
-        torch.autograd.grad(
-            [output for output, _ in used],
-            [t for t, needed in zip((q, k, *norm[:2]), needs, strict=True) if needed],
-            [grad for _, grad in used],
-            create_graph=True,
-        )
-    )
-    return [next(found) if needed else grad_q.new_empty(0) for needed in needs]
+    wanted = {i: t for i, t in enumerate(inputs) if needs[i] and t is not None}
+    grads = torch.autograd.grad(outputs, list(wanted.values()), (grad_q, grad_k), create_graph=True)
+    found = dict(zip(wanted, grads, strict=True))
+    return [found[i] if i in found else grad_q.new_empty(0) for i in range(4)]
 
 
 def _in_place(q: Tensor, k: Tensor, *args: Any) -> None:
-    weights = args[6:8]
-    if torch.is_grad_enabled() and _any_requires_grad(q, k, *weights):
+    if torch.is_grad_enabled() and (
+        q.requires_grad or k.requires_grad or _any_requires_grad(*args[6:8])
+    ):
         raise RuntimeError(
             "vlmops.mrope_: q, k and the weights of norms: expected tensors that require no grad, "
             "since q and k are written in place; use vlmops.mrope, or torch.no_grad()"
@@ -460,19 +463,17 @@ def _in_place(q: Tensor, k: Tensor, *args: Any) -> None:
     torch.autograd.graph.increment_version([t for t in (q, k) if not t.is_inference()])
 
 
-_OPTIONAL = ("q_norm_weight", "k_norm_weight")
-_TENSORS = ("q", "k", "position_ids", "inv_freq", "freq_axis", *_OPTIONAL)
+_TENSORS = ("q", "k", "position_ids", "inv_freq", "freq_axis", "q_norm_weight", "k_norm_weight")
 
 
-def _check_tensors(op: str, *tensors: Tensor | None) -> None:
+def _check_tensors(op: str, *tensors: Any) -> None:
     """What C++ cannot say: it sees tensors only, and no gradients."""
-    for name, tensor in zip(_TENSORS, tensors, strict=True):
-        if not isinstance(tensor, Tensor) and not (tensor is None and name in _OPTIONAL):
+    for i, tensor in enumerate(tensors):
+        if not isinstance(tensor, Tensor) and (tensor is not None or i < 5):  # norms are optional
             raise TypeError(
-                f"vlmops.{op}: {name}: expected a torch.Tensor, got {type(tensor).__name__}"
+                f"vlmops.{op}: {_TENSORS[i]}: expected a torch.Tensor, got {type(tensor).__name__}"
             )
-    inv_freq = tensors[3]
-    if inv_freq is not None and inv_freq.requires_grad:
+    if tensors[3].requires_grad:
         raise RuntimeError(
             f"vlmops.{op}: inv_freq: expected a tensor that requires no grad, since its gradient "
             "is not computed; detach it"
@@ -537,7 +538,7 @@ def _fake_norm_backward(
 
 if _library.error is None:
     _lib = torch.library.Library("vlmops", "IMPL")
-    _lib.impl("mrope", _forward, "Autograd")
+    _lib.impl("mrope", _norm_rotate, "Autograd")
     _lib.impl("mrope_backward", lambda *args: _rotate(True, *args), "Autograd")
     _lib.impl("mrope_norm_backward", _norm_backward, "Autograd")
     _lib.impl("mrope_", _in_place, "Autograd")

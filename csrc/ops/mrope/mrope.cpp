@@ -33,18 +33,23 @@ struct Frequencies {
   int32_t freq_axis[kMaxFrequencies];
 };
 
-float read_float(const Argument& a, int64_t i) {
+// inv_freq [R] as float32.
+void read_floats(const Argument& a, int64_t n, float* out) {
+  // Each call into torch costs as much as ten elements.
   const void* p = a.tensor.const_data_ptr();
-  const int64_t offset = i * a.tensor.stride(0);
+  const int64_t stride = a.tensor.stride(0);
+  const auto copy = [&](const auto* from) {
+    for (int64_t i = 0; i < n; ++i) out[i] = static_cast<float>(from[i * stride]);
+  };
   switch (a.tensor.scalar_type()) {
     case ScalarType::Float:
-      return static_cast<const float*>(p)[offset];
+      return copy(static_cast<const float*>(p));
     case ScalarType::Double:
-      return static_cast<float>(static_cast<const double*>(p)[offset]);
+      return copy(static_cast<const double*>(p));
     case ScalarType::BFloat16:
-      return static_cast<const torch::headeronly::BFloat16*>(p)[offset];
+      return copy(static_cast<const torch::headeronly::BFloat16*>(p));
     case ScalarType::Half:
-      return static_cast<const torch::headeronly::Half*>(p)[offset];
+      return copy(static_cast<const torch::headeronly::Half*>(p));
     default:
       fail(a.op, a.name, "expected a floating dtype, got ", describe(a.tensor.scalar_type()));
   }
@@ -163,16 +168,17 @@ Params check(const Options& o, const Argument& q, const Argument& k, const Argum
     fail(o.op, "norm_eps", "expected a positive, finite float32 number, got ", o.norm_eps);
   p.norm_offset = static_cast<float>(o.norm_offset);
 
+  read_floats(inv_freq, p.frequencies, frequencies.inv_freq);
   const IntType axis_type = freq_axis.integer();
+  const void* axes = freq_axis.tensor.const_data_ptr();
+  const int64_t axis_stride = freq_axis.tensor.stride(0);
   for (int64_t j = 0; j < p.frequencies; ++j) {
-    const int64_t axis =
-        load_int(freq_axis.tensor.const_data_ptr(), axis_type, j * freq_axis.tensor.stride(0));
+    const int64_t axis = load_int(axes, axis_type, j * axis_stride);
     if (axis < 0 || axis >= p.axes) {
       fail(o.op, freq_axis.name, "expected axes in [0, ", p.axes, "), as position_ids has ", p.axes,
            ", got ", axis, " at index ", j);
     }
     frequencies.freq_axis[j] = static_cast<int32_t>(axis);
-    frequencies.inv_freq[j] = read_float(inv_freq, j);
   }
   p.inv_freq = frequencies.inv_freq;
   p.freq_axis = frequencies.freq_axis;
