@@ -87,9 +87,9 @@ def run(config, tmp_path, capsys):
     def run(*argv, config=config):
         path = tmp_path / "results.json"
         small = ["--image-size", "84", "--new-tokens", "5", "--repeat", "1", "--json", str(path)]
-        code = demo.main([*small, *argv], config=config)
+        code = demo.main([*small, "--dtype", "float32", *argv], config=config)
         out, err = capsys.readouterr()
-        return code, out, err, json.loads(path.read_text()) if path.exists() else None
+        return code, out, err, json.loads(path.read_text())["runs"][0] if path.exists() else None
 
     return run
 
@@ -115,6 +115,16 @@ def test_demo_photographs(run, dtype):
     assert results["stages"]["first token, in all"]["before"] < whole["before"]
     assert results["rope"]["rope in the text prefill"]["before"] < whole["before"]
     assert "timing, round 1 of 1" in err
+
+
+def test_demo_runs_in_both_dtypes(config, tmp_path, capsys):
+    path = tmp_path / "results.json"
+    small = ["--image-size", "84", "--new-tokens", "2", "--repeat", "1"]
+    assert demo.main([*small, "--json", str(path)], config=config) == 0
+    runs = json.loads(path.read_text())["runs"]
+    assert [run["dtype"] for run in runs] == ["float32", "bfloat16"]
+    assert all(run["stages"]["decode, per token"]["after"] > 0 for run in runs)
+    assert capsys.readouterr().out.count("Times: medians") == 2
 
 
 def test_demo_takes_the_users_picture(run, picture):

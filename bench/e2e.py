@@ -1,0 +1,134 @@
+"""Measures a whole model: prefill and decoding as Hugging Face has them, and patched.
+
+    python bench/e2e.py [--isa avx2] [--dtype bfloat16] [--json PATH]
+
+A Qwen2-VL of the 2B model's width, 4 + 4 layers, random weights; one picture of 1,024 tokens. The
+variants are copies that share their weights, timed in turns by vlmops.bench's clock, which voids
+what other programs disturbed. Their logits are compared first.
+"""
+
+import argparse
+import copy
+import json
+import os
+import subprocess
+import sys
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+
+import vlmops
+from vlmops.bench import measure, runner
+from vlmops.bench.timer import interleave
+from vlmops.demo.inputs import pictures, random_subject
+
+VARIANTS = {"unpatched": [], "linear": ["linear"], "all": None}
+SIDE = 896  # pixels; 28 of them are one token
+TOLERANCE = {"float32": 1e-4, "bfloat16": 0.1}  # of the largest logit
+
+
+def variants(model):
+    """Copies of a model that share its tensors, and what was patched in each."""
+    shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    twins = {name: copy.deepcopy(model, dict(shared)) for name in VARIANTS}
+    return twins, {name: vlmops.patch(twins[name], ops=ops) for name, ops in VARIANTS.items()}
+
+
+def calls_of(model, inputs):
+    """Prefill of the prompt, and decoding of one token after it."""
+
+    def prefill():
+        model.model.rope_deltas = None
+        return model(**inputs, use_cache=True, logits_to_keep=1)
+
+    out = prefill()
+    cache = out.past_key_values
+    token = torch.tensor([[7]])
+
+    def decode():
+        model(input_ids=token, past_key_values=cache, use_cache=True)
+        cache.crop(-1)
+
+    return out.logits, {"prefill": prefill, "decode": decode}
+
+
+@torch.no_grad()
+def measured(dtype, seconds):
+    """Rows of one dtype."""
+    shown = pictures([], SIDE)[:1]
+    shown[0].image = shown[0].image.resize((SIDE, SIDE))
+    subject = random_subject(shown, 4, 4, getattr(torch, dtype))
+    twins, reports = variants(subject.model)
+    calls, logits = {}, {}
+    for name, model in twins.items():
+        logits[name], of_model = calls_of(model, subject.inputs)
+        calls |= {(stage, name): call for stage, call in of_model.items()}
+    largest = logits["unpatched"].abs().max()
+    for name, got in logits.items():
+        error = float((got - logits["unpatched"]).abs().max() / largest)
+        if not error < TOLERANCE[dtype]:
+            raise SystemExit(f"e2e: {dtype}, {name}: logits are off by {error:.2g}: not timed")
+    for stage in ("decode", "prefill"):
+        group = {key: call for key, call in calls.items() if key[0] == stage}
+        timings = interleave(group, seconds, (3, 60))
+        theirs = timings[stage, "unpatched"].median
+        for (_, name), timing in timings.items():
+            median = timing.median
+            yield {
+                "dtype": dtype,
+                "stage": stage,
+                "variant": name,
+                "sites": reports[name].counts,
+                "samples": timing.samples,
+                "voided": timing.voided,
+                "median_ms": None if median is None else median * 1e3,
+                "times_unpatched": theirs / median if theirs and median else None,
+            }
+
+
+def bind(isa):
+    """Starts this command again with bound threads and the cap, which torch reads at its start."""
+    if os.environ.get("OMP_PROC_BIND") != "true":
+        env = runner._environment(isa, runner._cores(os.sched_getaffinity(0)))
+        raise SystemExit(subprocess.run([sys.executable, *sys.argv], env=env).returncode)
+
+
+def write(path, op, rows):
+    """The report, as vlmops bench writes it."""
+    if path is not None:
+        report = {
+            "schema": runner.SCHEMA,
+            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "op": op,
+            **runner._commit(),
+            **measure.environment(torch.device("cpu")),
+            "rows": rows,
+        }
+        path.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--isa", choices=list(runner.TORCH_CAPS), help="cap the instruction set")
+    parser.add_argument("--dtype", choices=list(TOLERANCE), action="append")
+    parser.add_argument("--seconds", type=float, default=60, help="of timing for each stage")
+    parser.add_argument("--json", type=Path, help="write the report there")
+    options = parser.parse_args()
+    bind(options.isa)
+    rows = []
+    for dtype in options.dtype or TOLERANCE:
+        for row in measured(dtype, options.seconds):
+            rows.append(row)
+            shown = "busy" if row["median_ms"] is None else f"{row['median_ms']:.1f} ms"
+            ratio = row["times_unpatched"]
+            print(
+                f"{dtype:9} {row['stage']:8} {row['variant']:10}{shown:>12}"
+                f"{f'{ratio:.2f}x' if ratio else '':>8}  void {row['voided']}",
+                flush=True,
+            )
+    write(options.json, "e2e", rows)
+
+
+if __name__ == "__main__":
+    main()
