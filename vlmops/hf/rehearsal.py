@@ -61,7 +61,8 @@ def twin(module: Any, given: list[Tensor] | None = None, seed: int = 0) -> Any:
     }
     if getattr(module, "config", None) is not None:
         made.config = copy.copy(module.config)
-        made.config._attn_implementation = "eager"
+        # A string would reach the configs inside it, which the copy shares with the model.
+        made.config._attn_implementation = {"": "eager"}
     made.training = False
     return made
 
