@@ -139,8 +139,8 @@ def _below(holder: nn.Module, holders: set[int]) -> Iterator[nn.Module]:
 
 
 def _forward(module: nn.Module) -> Any:
-    """The function that a class's forward is, without decorators; None for C++ and TorchScript."""
-    forward = inspect.unwrap(type(module).forward)
+    """The model's own forward, without decorators; None for C++ and TorchScript."""
+    forward: Any = inspect.unwrap((original_class(module) or type(module)).forward)
     return forward if inspect.isfunction(forward) else None
 
 
