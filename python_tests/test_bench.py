@@ -151,7 +151,9 @@ def toy(function=right, in_place=None):
         moved=lambda args: [args["x"]],
         flops=lambda args: float(args["x"].numel()),
     )
-    return Spec("toy", function, in_place, right, lambda _: right, ("x",), (), {"small": case}, ())
+    return Spec(
+        "toy", function, in_place, right, lambda _: right, ("x",), ("x",), (), {"small": case}, ()
+    )
 
 
 def measure_toy(spec, request=REQUEST):

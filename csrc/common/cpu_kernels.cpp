@@ -11,6 +11,7 @@
 namespace vlmops {
 
 extern const CpuKernels VLMOPS_CONCAT(kernels_, VLMOPS_ISA);
-const CpuKernels VLMOPS_CONCAT(kernels_, VLMOPS_ISA) = {VLMOPS_STRING(VLMOPS_ISA), &mrope::run};
+const CpuKernels VLMOPS_CONCAT(kernels_, VLMOPS_ISA) = {VLMOPS_STRING(VLMOPS_ISA), &mrope::run,
+                                                        &mrope::run_backward};
 
 }  // namespace vlmops

@@ -8,6 +8,7 @@ namespace vlmops {
 struct CpuKernels {
   const char* isa;
   mrope::CpuKernel mrope;
+  mrope::CpuNormBackward mrope_norm_backward;
 };
 
 // The table in force: the best that this machine runs, capped by VLMOPS_CPU_ISA. Throws

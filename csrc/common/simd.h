@@ -164,6 +164,20 @@ inline void store_even_odd(bfloat16* p, Vec<float, N> even, Vec<float, N> odd) {
   *reinterpret_cast<Vec<uint32_t, N>*>(p) = lower | upper;
 }
 
+// Halves added until one lane is left.
+template <int N>
+inline float sum_lanes(Vec<float, N> v) {
+  if constexpr (N == 1) {
+    return v[0];
+  } else {
+    struct Halves {
+      Vec<float, N / 2> low, high;
+    };
+    const auto halves = bit_cast<Halves>(v);
+    return sum_lanes<N / 2>(halves.low + halves.high);
+  }
+}
+
 // (v1, v0, v3, v2, ..)
 template <int N>
 inline Vec<float, N> swap_neighbours(Vec<float, N> v) {

@@ -142,18 +142,19 @@ def _variants(spec: Spec, case: str, args: Arguments, compiled: bool) -> Variant
             return
         variants.calls[direction, variant] = call
 
-    exact = {**args, **{name: args[name].double() for name in spec.differentiable}}
+    differentiable = spec.differentiable_in(args)
+    exact = {**args, **{name: args[name].double() for name in differentiable}}
     outputs = _tensors(eager(**args))
     gate = Gate(_tensors(spec.reference(**exact)), outputs)
     for variant, function in functions.items():
         admit(gate, "forward", variant, functools.partial(functools.partial, function, **args))
     if spec.in_place is not None:
-        in_place, variants.restore = _in_place(spec.in_place, spec.differentiable, args)
+        in_place, variants.restore = _in_place(spec.in_place, spec.written, args)
         admit(gate, "forward", "vlmops in place", lambda: in_place)
 
-    if spec.differentiable:
+    if differentiable:
         upstream = [torch.randn_like(output) for output in outputs]
-        backward = functools.partial(_backward, spec.differentiable)
+        backward = functools.partial(_backward, differentiable)
         gate = Gate(
             backward(exact, [t.double() for t in upstream], spec.reference)(),
             backward(args, upstream, eager)(),

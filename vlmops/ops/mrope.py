@@ -1,6 +1,10 @@
 """Multimodal rotary position embedding (M-RoPE), fused: positions in, rotated q and k out.
 
-For token t and frequency j, with the axis a = freq_axis[j] that drives it::
+Optionally with the RMSNorm of each head of q and k in front (Qwen3, Gemma-3), in one pass::
+
+    x := x * rsqrt(mean(x ** 2) + norm_eps) * (norm_offset + norm_weight)
+
+over all D channels. For token t and frequency j, with the axis a = freq_axis[j] that drives it::
 
     angle = float32(position_ids[a, t]) * inv_freq[j]
     c, s  = scaling * cos(angle), scaling * sin(angle)
@@ -10,20 +14,32 @@ For token t and frequency j, with the axis a = freq_axis[j] that drives it::
 with channels (m, n) = (j, j + R) for ``rotation="half"`` (rotate_half, NeoX) and (2j, 2j + 1) for
 ``"pairs"`` (GPT-J). The layout of a model is data:
 
-==================  ==============================================  =====================
-model               freq_axis                                       rotation
-==================  ==============================================  =====================
+==================  ==============================================  ========  ===============
+model               freq_axis                                       rotation  norm
+==================  ==============================================  ========  ===============
 Llama, Qwen2        zeros, one axis                                 half
+Qwen3               zeros, one axis                                 half      q and k
+Gemma-3             zeros, one axis                                 half      norm_offset = 1
 Qwen2-VL, 2.5-VL    chunked: 0 x 16, 1 x 24, 2 x 24                 half
-Qwen3-VL            interleaved: 0, 1, 2, 0, 1, 2, ..               half
+Qwen3-VL            interleaved: 0, 1, 2, 0, 1, 2, ..               half      q and k
 GLM-4V              chunked, 2R < D                                 pairs
 Qwen, GLM towers    0 (height) x D/4, 1 (width) x D/4               half
-==================  ==============================================  =====================
+Pixtral tower       the same; inv_freq cat(f[0::2], f[1::2]) of     half
+                    one sequence f: even ones height, odd ones
+                    width
+Llama-4 tower       0 (width) x D/4, 1 (height) x D/4; ids + 1,     pairs
+                    0 for the class token
+==================  ==============================================  ========  ===============
 
 No tensor of cosines or sines exists. Backward is the rotation by the opposite angle, so all that
-is saved for it are the position ids.
+is saved for it are the position ids, and q and k where they are normalised: with g the gradient
+rotated back, r = rsqrt(mean(x ** 2) + norm_eps) and w = norm_offset + norm_weight::
 
-Sources: Su et al., RoFormer (arXiv 2104.09864); Wang et al., Qwen2-VL (arXiv 2409.12191).
+    dx           = r * (w * g - r * x * mean(w * g * r * x))
+    dnorm_weight = sum over tokens and heads of g * r * x
+
+Sources: Su et al., RoFormer (arXiv 2104.09864); Wang et al., Qwen2-VL (arXiv 2409.12191); Zhang and
+Sennrich, RMSNorm (arXiv 1910.07467).
 """
 
 from __future__ import annotations
@@ -50,8 +66,14 @@ def mrope(
     rotation: Rotation = "half",
     scaling: float = 1.0,
     head_axis: int = 1,
+    q_norm_weight: Tensor | None = None,
+    k_norm_weight: Tensor | None = None,
+    norm_eps: float = 1e-6,
+    norm_offset: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """Rotates q and k by their positions; differentiable in q and k.
+    """Normalises the heads of q and k, if asked to, and rotates them by their positions.
+
+    Differentiable in q, k and the weights of the norms. Arithmetic is float32, rounded once.
 
     Args:
         q: Queries ``[B, Hq, S, D]`` (``head_axis=1``), ``[B, S, Hq, D]`` (``head_axis=2``) or
@@ -60,12 +82,17 @@ def mrope(
         position_ids: Integer ids ``[A, B, S]`` (``[A, N]``), one row for each of the A axes; any
             strides; within +-2^24, the integers that float32 holds.
         inv_freq: Radians per position ``[R]``, floating; 2R <= D. The first 2R channels are
-            rotated, the others copied. ids x inv_freq is computed in float32.
+            rotated, the others are not. ids x inv_freq is computed in float32.
         freq_axis: The axis that drives each frequency ``[R]``, integer, in [0, A). See
             `mrope_freq_axis`.
         rotation: Which channels form a pair: ``"half"`` (j, j + R) or ``"pairs"`` (2j, 2j + 1).
         scaling: Multiplies cosine and sine (Hugging Face's ``attention_scaling``).
         head_axis: Dimension of q that holds the heads.
+        q_norm_weight: ``[D]``, float32, bfloat16 or float16, any stride: every head of q is
+            normalised before its rotation. None: no norm, and the rest of it has no effect.
+        k_norm_weight: The same for k.
+        norm_eps: Added to the mean of squares; positive.
+        norm_offset: Added to the weights in float32; 1.0 for Gemma's (1 + weight).
 
     Returns:
         The rotated q and k, with the shapes, dtype and order of strides of q and k.
@@ -85,15 +112,18 @@ def mrope(
         >>> q_rotated.shape
         torch.Size([1, 28, 17, 128])
     """
-    args = (q, k, position_ids, inv_freq, freq_axis, rotation, scaling, head_axis)
+    tensors = (q, k, position_ids, inv_freq, freq_axis)
+    norm = (q_norm_weight, k_norm_weight, norm_eps, norm_offset)
     if torch.compiler.is_compiling():
-        result: tuple[Tensor, Tensor] = torch.ops.vlmops.mrope(*args)
+        result: tuple[Tensor, Tensor] = torch.ops.vlmops.mrope(
+            *tensors, rotation, scaling, head_axis, *norm
+        )
         return result
     _library.require()
-    _check_tensors(
-        "mrope", q=q, k=k, position_ids=position_ids, inv_freq=inv_freq, freq_axis=freq_axis
-    )
-    return _rotate(False, *args)
+    _check_tensors("mrope", *tensors, q_norm_weight, k_norm_weight)
+    if q_norm_weight is None and k_norm_weight is None:
+        return _rotate(False, *tensors, rotation, scaling, head_axis)
+    return _norm_rotate(*tensors, rotation, scaling, head_axis, *norm)
 
 
 def mrope_(
@@ -106,6 +136,10 @@ def mrope_(
     rotation: Rotation = "half",
     scaling: float = 1.0,
     head_axis: int = 1,
+    q_norm_weight: Tensor | None = None,
+    k_norm_weight: Tensor | None = None,
+    norm_eps: float = 1e-6,
+    norm_offset: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """`mrope` written over q and k: no memory beyond theirs, for inference.
 
@@ -115,18 +149,18 @@ def mrope_(
         q and k themselves.
 
     Raises:
-        RuntimeError: as `mrope`; also if q or k requires grad while grad mode is on, under
-            forward-mode differentiation, or if elements of q and k may share memory.
+        RuntimeError: as `mrope`; also if q, k or a weight requires grad while grad mode is on,
+            under forward-mode differentiation, or if elements of q and k may share memory.
     """
-    args = (position_ids, inv_freq, freq_axis, rotation, scaling, head_axis)
+    tensors = (q, k, position_ids, inv_freq, freq_axis)
+    norm = (q_norm_weight, k_norm_weight, norm_eps, norm_offset)
     if torch.compiler.is_compiling():
-        torch.ops.vlmops.mrope_(q, k, *args)
+        torch.ops.vlmops.mrope_(*tensors, rotation, scaling, head_axis, *norm)
     else:
         _library.require()
-        _check_tensors(
-            "mrope_", q=q, k=k, position_ids=position_ids, inv_freq=inv_freq, freq_axis=freq_axis
-        )
-        _rotate_in_place(q, k, *args)
+        _check_tensors("mrope_", *tensors, q_norm_weight, k_norm_weight)
+        normed = q_norm_weight is not None or k_norm_weight is not None
+        _in_place(*tensors, rotation, scaling, head_axis, *(norm if normed else ()))
     return q, k
 
 
@@ -176,13 +210,21 @@ def reference(
     rotation: Rotation = "half",
     scaling: float = 1.0,
     head_axis: int = 1,
+    q_norm_weight: Tensor | None = None,
+    k_norm_weight: Tensor | None = None,
+    norm_eps: float = 1e-6,
+    norm_offset: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """`mrope` in plain torch: exact in float64 once the float32 angle is formed; slow."""
     ids = position_ids.float().movedim(0, -1)  # [*tokens, A]
     angle = (ids[..., freq_axis.long()] * inv_freq.float()).double().unsqueeze(head_axis)
     cos, sin = angle.cos() * scaling, angle.sin() * scaling
 
-    def rotate(x: Tensor) -> Tensor:
+    def rotate(x: Tensor, weight: Tensor | None) -> Tensor:
+        if weight is not None:
+            x = x.double()
+            x = x / (x.pow(2).mean(-1, keepdim=True) + norm_eps).sqrt()
+            x = x * (norm_offset + weight.double())
         width = 2 * inv_freq.shape[0]
         head, rest = x[..., :width].double(), x[..., width:].double()
         if rotation == "half":
@@ -193,7 +235,7 @@ def reference(
             turned = torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2)
         return torch.cat((turned, rest), dim=-1)
 
-    return rotate(q), rotate(k)
+    return rotate(q, q_norm_weight), rotate(k, k_norm_weight)
 
 
 # Registration. The schemas and the CPU kernels are the library's; measured costs of the ways to
@@ -246,6 +288,33 @@ class _RotateUnderTransforms(_Rotate):
         _Rotate.save(ctx, inputs)
 
 
+class _NormRotate(torch.autograd.Function):
+    """With norms: first derivatives; the others come from `_in_parts`."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+        *positions, rotation, scaling, head_axis, q_weight, k_weight, eps, offset = args
+        ctx.save_for_backward(
+            None if q_weight is None else q,
+            None if k_weight is None else k,
+            *positions,
+            q_weight,
+            k_weight,
+        )
+        ctx.options = rotation, scaling, head_axis
+        ctx.norm = eps, offset
+        return _call(False, q, k, *args)
+
+    @staticmethod
+    def backward(ctx: Any, grad_q: Tensor, grad_k: Tensor) -> tuple[Tensor | None, ...]:
+        needs = [ctx.needs_input_grad[i] for i in (0, 1, 8, 9)]
+        *tensors, q_weight, k_weight = ctx.saved_tensors
+        args = *tensors, *ctx.options, q_weight, k_weight, *ctx.norm
+        grads = _norm_backward(grad_q, grad_k, *args, *needs)
+        used = [grad if needed else None for grad, needed in zip(grads, needs, strict=True)]
+        return *used[:2], *[None] * 6, *used[2:], None, None
+
+
 def _call(inverse: bool, *args: Any) -> tuple[Tensor, Tensor]:
     op = torch.ops.vlmops.mrope_backward if inverse else torch.ops.vlmops.mrope
     with torch._C._AutoDispatchBelowAutograd():
@@ -266,11 +335,118 @@ def _rotate(inverse: bool, q: Tensor, k: Tensor, *args: Any) -> tuple[Tensor, Te
     return result
 
 
-def _rotate_in_place(q: Tensor, k: Tensor, *args: Any) -> None:
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
+def _norm_rotate(
+    q: Tensor,
+    k: Tensor,
+    position_ids: Tensor,
+    inv_freq: Tensor,
+    freq_axis: Tensor,
+    rotation: str = "half",
+    scaling: float = 1.0,
+    head_axis: int = 1,
+    q_weight: Tensor | None = None,
+    k_weight: Tensor | None = None,
+    eps: float = 1e-6,
+    offset: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """As `_rotate`, with norms. Defaults are the schema's: torch leaves out what equals them."""
+    args = (q, k, position_ids, inv_freq, freq_axis, rotation, scaling, head_axis)
+    if q_weight is None and k_weight is None:
+        return _rotate(False, *args)
+    norm = (q_weight, k_weight, eps, offset)
+    wants_grad = torch.is_grad_enabled() and _any_requires_grad(q, k, q_weight, k_weight)
+    if not wants_grad and forward_ad._current_level < 0:
+        return _call(False, *args, *norm)
+    if forward_ad._current_level >= 0 or torch._C._functorch.maybe_current_level() is not None:
+        return _in_parts(*args, *norm)
+    result: tuple[Tensor, Tensor] = _NormRotate.apply(*args, *norm)  # type: ignore[no-untyped-call]
+    return result
+
+
+def _any_requires_grad(*tensors: Tensor | None) -> bool:
+    return any(t is not None and t.requires_grad for t in tensors)
+
+
+def _in_parts(
+    q: Tensor,
+    k: Tensor,
+    position_ids: Tensor,
+    inv_freq: Tensor,
+    freq_axis: Tensor,
+    rotation: str,
+    scaling: float,
+    head_axis: int,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    eps: float,
+    offset: float,
+) -> tuple[Tensor, Tensor]:
+    """Norms by torch's operators, then the rotation: slower, for derivatives of every kind."""
+
+    def normalised(x: Tensor, weight: Tensor | None) -> Tensor:
+        x = x.float()
+        if weight is None:
+            return x
+        return x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * (offset + weight.float())
+
+    rest = (position_ids, inv_freq, freq_axis, rotation, scaling, head_axis)
+    rotated = _rotate(False, normalised(q, q_weight), normalised(k, k_weight), *rest)
+    return rotated[0].to(q.dtype), rotated[1].to(k.dtype)
+
+
+def _all_needs(needs: tuple[bool, ...]) -> tuple[bool, ...]:
+    return *needs, *[True] * (4 - len(needs))  # torch leaves out what is the schema's default
+
+
+def _norm_backward(
+    grad_q: Tensor,
+    grad_k: Tensor,
+    q: Tensor | None,
+    k: Tensor | None,
+    position_ids: Tensor,
+    inv_freq: Tensor,
+    freq_axis: Tensor,
+    rotation: str = "half",
+    scaling: float = 1.0,
+    head_axis: int = 1,
+    q_weight: Tensor | None = None,
+    k_weight: Tensor | None = None,
+    eps: float = 1e-6,
+    offset: float = 0.0,
+    *needs: bool,
+) -> Sequence[Tensor]:
+    """The gradients of q, k and the weights; an empty tensor for one that nobody needs."""
+    args = (position_ids, inv_freq, freq_axis, rotation, scaling, head_axis)
+    differentiable = _any_requires_grad(grad_q, grad_k, q, k, q_weight, k_weight)
+    if not (torch.is_grad_enabled() and differentiable):
+        with torch._C._AutoDispatchBelowAutograd():
+            result: tuple[Tensor, ...] = torch.ops.vlmops.mrope_norm_backward.default(
+                grad_q, grad_k, q, k, *args, q_weight, k_weight, eps, offset, *needs
+            )
+        return result
+    # What has no norm is not saved: its gradient does not depend on it.
+    q = torch.zeros_like(grad_q) if q is None else q
+    k = torch.zeros_like(grad_k) if k is None else k
+    inputs: list[Any] = [
+        t if t is None or t.requires_grad else t.detach().requires_grad_()
+        for t in (q, k, q_weight, k_weight)
+    ]
+    q, k, q_weight, k_weight = inputs
+    outputs = _in_parts(q, k, *args, q_weight, k_weight, eps, offset)
+    needs = _all_needs(needs)
+    wanted = {i: t for i, t in enumerate(inputs) if needs[i] and t is not None}
+    grads = torch.autograd.grad(outputs, list(wanted.values()), (grad_q, grad_k), create_graph=True)
+    found = dict(zip(wanted, grads, strict=True))
+    return [found[i] if i in found else grad_q.new_empty(0) for i in range(4)]
+
+
+def _in_place(q: Tensor, k: Tensor, *args: Any) -> None:
+    if torch.is_grad_enabled() and (
+        q.requires_grad or k.requires_grad or _any_requires_grad(*args[6:8])
+    ):
         raise RuntimeError(
-            "vlmops.mrope_: q, k: expected tensors that require no grad, since they are written in "
-            "place; use vlmops.mrope, or torch.no_grad()"
+            "vlmops.mrope_: q, k and the weights of norms: expected tensors that require no grad, "
+            "since q and k are written in place; use vlmops.mrope, or torch.no_grad()"
         )
     if forward_ad._current_level >= 0:
         raise RuntimeError(
@@ -287,14 +463,17 @@ def _rotate_in_place(q: Tensor, k: Tensor, *args: Any) -> None:
     torch.autograd.graph.increment_version([t for t in (q, k) if not t.is_inference()])
 
 
-def _check_tensors(op: str, **tensors: Tensor) -> None:
+_TENSORS = ("q", "k", "position_ids", "inv_freq", "freq_axis", "q_norm_weight", "k_norm_weight")
+
+
+def _check_tensors(op: str, *tensors: Any) -> None:
     """What C++ cannot say: it sees tensors only, and no gradients."""
-    for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor):
+    for i, tensor in enumerate(tensors):
+        if not isinstance(tensor, Tensor) and (tensor is not None or i < 5):  # norms are optional
             raise TypeError(
-                f"vlmops.{op}: {name}: expected a torch.Tensor, got {type(tensor).__name__}"
+                f"vlmops.{op}: {_TENSORS[i]}: expected a torch.Tensor, got {type(tensor).__name__}"
             )
-    if tensors["inv_freq"].requires_grad:
+    if tensors[3].requires_grad:
         raise RuntimeError(
             f"vlmops.{op}: inv_freq: expected a tensor that requires no grad, since its gradient "
             "is not computed; detach it"
@@ -307,22 +486,63 @@ def _fake(q: Tensor, k: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
 
 
 def _fake_in_place(
-    q: Tensor, k: Tensor, position_ids: Tensor, inv_freq: Tensor, freq_axis: Tensor, *_: Any
+    q: Tensor,
+    k: Tensor,
+    position_ids: Tensor,
+    inv_freq: Tensor,
+    freq_axis: Tensor,
+    rotation: str = "half",
+    scaling: float = 1.0,
+    head_axis: int = 1,
+    q_weight: Tensor | None = None,
+    k_weight: Tensor | None = None,
+    *_: Any,
 ) -> None:
     # On the meta device nothing else looks.
-    others = {"k": k, "position_ids": position_ids, "inv_freq": inv_freq, "freq_axis": freq_axis}
-    for name, tensor in others.items():
-        if tensor.device != q.device:
+    others = (k, position_ids, inv_freq, freq_axis, q_weight, k_weight)
+    for name, tensor in zip(_TENSORS[1:], others, strict=True):
+        if tensor is not None and tensor.device != q.device:
             raise RuntimeError(
                 f"vlmops.mrope: {name}: expected on {q.device}, where q is, got {tensor.device}"
             )
 
 
+def _fake_norm_backward(
+    grad_q: Tensor,
+    grad_k: Tensor,
+    q: Tensor | None,
+    k: Tensor | None,
+    position_ids: Tensor,
+    inv_freq: Tensor,
+    freq_axis: Tensor,
+    rotation: str = "half",
+    scaling: float = 1.0,
+    head_axis: int = 1,
+    q_weight: Tensor | None = None,
+    k_weight: Tensor | None = None,
+    eps: float = 1e-6,
+    offset: float = 0.0,
+    *needs: bool,
+) -> tuple[Tensor, ...]:
+    needs = _all_needs(needs)
+    grads = zip((grad_q, grad_k), needs[:2], strict=True)
+    weights = zip((q_weight, k_weight), (grad_q, grad_k), needs[2:], strict=True)
+    return (
+        *(torch.empty_like(g) if needed else g.new_empty(0) for g, needed in grads),
+        *(
+            g.new_empty(0) if w is None else w.new_empty(w.shape if needed else 0)
+            for w, g, needed in weights
+        ),
+    )
+
+
 if _library.error is None:
     _lib = torch.library.Library("vlmops", "IMPL")
-    _lib.impl("mrope", lambda *args: _rotate(False, *args), "Autograd")
+    _lib.impl("mrope", _norm_rotate, "Autograd")
     _lib.impl("mrope_backward", lambda *args: _rotate(True, *args), "Autograd")
-    _lib.impl("mrope_", _rotate_in_place, "Autograd")
+    _lib.impl("mrope_norm_backward", _norm_backward, "Autograd")
+    _lib.impl("mrope_", _in_place, "Autograd")
     torch.library.register_fake("vlmops::mrope", _fake)
     torch.library.register_fake("vlmops::mrope_backward", _fake)
+    torch.library.register_fake("vlmops::mrope_norm_backward", _fake_norm_backward)
     torch.library.register_fake("vlmops::mrope_", _fake_in_place)

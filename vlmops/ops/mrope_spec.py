@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -45,8 +46,14 @@ def _inputs(
     max_id: int = 5000,
     id_dtype: torch.dtype = torch.int64,
     freq_dtype: torch.dtype = torch.float32,
+    norms: str = "",
+    norm_dtype: torch.dtype | None = None,
+    norm_offset: float = 0.0,
 ) -> Callable[[torch.dtype, torch.device], Arguments]:
-    """``batch=None`` gives the packed form ``[N, H, D]``."""
+    """``batch=None`` gives the packed form ``[N, H, D]``; ``norms`` names those of q and k to norm.
+
+    The weights have the dtype of q unless ``norm_dtype`` is given.
+    """
 
     def make(dtype: torch.dtype, device: torch.device) -> Arguments:
         def rows(h: int) -> Tensor:
@@ -62,6 +69,10 @@ def _inputs(
                 return x
             return x.normal_()
 
+        def weight() -> Tensor:
+            scattered = torch.empty(head_dim, 3, dtype=norm_dtype or dtype, device=device)
+            return scattered.normal_(1.0 - norm_offset, 0.3)[:, 1]
+
         frequencies = sum(sections)
         shape = (len(sections), tokens) if batch is None else (len(sections), batch, tokens)
         position_ids = torch.randint(max_id + 1, shape) if ids is None else ids(shape)
@@ -75,6 +86,10 @@ def _inputs(
             "rotation": rotation,
             "scaling": scaling,
             "head_axis": head_axis,
+            "q_norm_weight": weight() if "q" in norms else None,
+            "k_norm_weight": weight() if "k" in norms else None,
+            "norm_eps": 1e-6,
+            "norm_offset": norm_offset,
         }
 
     return make
@@ -89,12 +104,22 @@ def _transposed_ids(shape: tuple[int, ...]) -> Tensor:
     return torch.randint(5000, shape[::-1]).permute(*reversed(range(len(shape))))
 
 
+def _grid_ids(shape: tuple[int, ...]) -> Tensor:
+    """A square image's patches as a tower orders them: in blocks of 2 x 2."""
+    side = math.isqrt(shape[-1])
+    block = torch.stack(torch.meshgrid(*[torch.arange(side)] * 2, indexing="ij"), dim=-1)
+    block = block.view(side // 2, 2, side // 2, 2, 2).transpose(1, 2)
+    return block.reshape(shape[::-1]).T
+
+
 def _negative_ids(shape: tuple[int, ...]) -> Tensor:
     return torch.randint(-5000, 5000, shape)
 
 
 CASES = [
     Case("qwen2vl_s17", _inputs()),
+    Case("qwen3vl_norm_s33", _inputs(tokens=33, sections=(24, 20, 20), interleaved=True,
+                                     norms="qk")),
     Case("qwen2vl_s1", _inputs(tokens=1, heads=(28, 4))),
     Case("qwen2vl_threads_s131", _inputs(tokens=131, heads=(28, 4))),
     Case("qwen2vl_text_s67", _inputs(tokens=67, ids=_text_ids)),
@@ -131,6 +156,32 @@ CASES = [
     Case("inv_freq_bf16", _inputs(freq_dtype=torch.bfloat16)),
     Case("empty_sequence", _inputs(tokens=0)),
     Case("empty_batch", _inputs(batch=0)),
+    Case("norm_threads_s131", _inputs(tokens=131, heads=(32, 8), norms="qk")),
+    Case("norm_s1", _inputs(tokens=1, heads=(32, 8), norms="qk")),
+    Case("norm_q_alone", _inputs(norms="q", heads=(17, 2))),
+    Case("norm_k_alone", _inputs(norms="k", layout="contiguous")),
+    Case("norm_gemma_d256", _inputs(norms="qk", norm_offset=1.0, head_dim=256, sections=(128,))),
+    Case("norm_pairs_partial", _inputs(norms="qk", sections=(8, 12, 12), rotation="pairs")),
+    Case("norm_half_partial_d256_r32", _inputs(norms="qk", norm_offset=1.0, head_dim=256,
+                                               sections=(32,))),
+    Case("norm_d72_fused", _inputs(norms="qk", batch=None, heads=(3, 3), head_dim=72,
+                                   sections=(18, 18), layout="fused", max_id=64)),
+    Case("norm_d80_pairs", _inputs(norms="qk", batch=None, heads=(3, 3), head_dim=80,
+                                   sections=(20, 20), rotation="pairs", layout="contiguous")),
+    Case("norm_d88", _inputs(norms="qk", head_dim=88, sections=(22, 22))),
+    Case("norm_odd_r23_half", _inputs(norms="qk", head_dim=50, sections=(11, 6, 6))),
+    Case("norm_odd_r5_half", _inputs(norms="qk", head_dim=10, sections=(2, 2, 1))),
+    Case("norm_no_frequencies", _inputs(norms="qk", sections=(0,))),
+    Case("norm_bshd_strided", _inputs(norms="qk", head_axis=2, layout="view", heads=(5, 3))),
+    Case("norm_channels_strided", _inputs(norms="qk", layout="channels", scaling=1.3)),
+    Case("norm_channels_strided_pairs", _inputs(norms="qk", layout="channels", rotation="pairs",
+                                                head_dim=40, sections=(6, 6, 6))),
+    Case("norm_expanded_heads", _inputs(norms="qk", layout="expanded")),
+    Case("norm_weight_fp32", _inputs(norms="qk", norm_dtype=torch.float32)),
+    Case("norm_weight_bf16", _inputs(norms="qk", norm_dtype=torch.bfloat16, norm_offset=1.0)),
+    Case("norm_weight_fp16", _inputs(norms="qk", norm_dtype=torch.float16)),
+    Case("norm_no_k_heads", _inputs(norms="qk", heads=(4, 0))),
+    Case("norm_empty_sequence", _inputs(norms="qk", tokens=0)),
     Case("empty_packed", _inputs(batch=None, tokens=0, layout="contiguous")),
 ]  # fmt: skip
 
@@ -140,12 +191,27 @@ def _moved(args: Arguments) -> list[Tensor]:
 
 
 def _flops(args: Arguments) -> float:
-    rows: float = (args["q"].numel() + args["k"].numel()) / args["q"].shape[-1]
-    return 6.0 * rows * len(args["inv_freq"])  # per pair of channels 4 products, 2 sums
+    head_dim = args["q"].shape[-1]
+    flops = 0.0
+    for x, weight in (("q", "q_norm_weight"), ("k", "k_norm_weight")):
+        # Per pair of channels 4 products, 2 sums; the norm squares, sums and scales twice.
+        per_head = 6.0 * len(args["inv_freq"]) + (0 if args[weight] is None else 4.0 * head_dim)
+        flops += args[x].numel() / head_dim * per_head
+    return flops
 
 
 def _bench(name: str, **kwargs: Any) -> BenchCase:
-    return BenchCase(name, _inputs(heads=(28, 4), max_id=4096, **kwargs), _moved, _flops)
+    return BenchCase(name, _inputs(**{"heads": (28, 4), "max_id": 4096, **kwargs}), _moved, _flops)
+
+
+# Qwen2-VL's tower, with the position ids of an image: [2, N] seen through a transpose.
+_tower_bench = functools.partial(
+    _bench, batch=None, heads=(16, 16), head_dim=80, sections=(20, 20), layout="fused",
+    ids=_grid_ids,
+)  # fmt: skip
+_norm_bench = functools.partial(
+    _bench, batch=1, heads=(32, 8), sections=(24, 20, 20), interleaved=True, norms="qk"
+)
 
 
 BENCH = {
@@ -156,6 +222,11 @@ BENCH = {
         _bench("s1024", batch=1, tokens=1024),
         _bench("s4096", batch=1, tokens=4096),
         _bench("s16384", batch=1, tokens=16384),
+        _tower_bench("tower_n4900", tokens=4900),
+        _tower_bench("tower_n16384", tokens=16384),
+        _norm_bench("qwen3vl_norm_b1", tokens=1),
+        _norm_bench("qwen3vl_norm_s1024", tokens=1024),
+        _norm_bench("qwen3vl_norm_s4096", tokens=4096),
     ]
 }
 
@@ -164,7 +235,8 @@ def eager_for(args: Arguments) -> Callable[..., tuple[Tensor, Tensor]]:
     """The steps of Hugging Face's Qwen2-VL in their order and dtypes, for every layout.
 
     Angles for all axes, cosine and sine in float32, recomposed from splits, cast to the dtype of q,
-    then ``q * cos + rotate_half(q) * sin``.
+    then ``q * cos + rotate_half(q) * sin``. Towers, which are packed, cast q and k to float32 and
+    the results back instead. In front the RMSNorm of Qwen3, or with an offset that of Gemma-3.
     """
     runs = [(axis, len(list(g))) for axis, g in itertools.groupby(args["freq_axis"].tolist())]
     axes, lengths = zip(*runs, strict=True) if runs else ((0,), (0,))
@@ -179,7 +251,12 @@ def eager_for(args: Arguments) -> Callable[..., tuple[Tensor, Tensor]]:
         rotation: Rotation = "half",
         scaling: float = 1.0,
         head_axis: int = 1,
+        q_norm_weight: Tensor | None = None,
+        k_norm_weight: Tensor | None = None,
+        norm_eps: float = 1e-6,
+        norm_offset: float = 0.0,
     ) -> tuple[Tensor, Tensor]:
+        dtype = torch.float32 if q.dim() == 3 else q.dtype
         angles = position_ids[..., None].float() * inv_freq.float()  # [A, *tokens, R]
 
         def recompose(table: Tensor) -> Tensor:
@@ -188,11 +265,21 @@ def eager_for(args: Arguments) -> Callable[..., tuple[Tensor, Tensor]]:
             doubled = torch.cat((table, table), -1)
             if rotation == "pairs":
                 doubled = table.repeat_interleave(2, -1)
-            return doubled.to(q.dtype).unsqueeze(head_axis)
+            return doubled.to(dtype).unsqueeze(head_axis)
 
         cos, sin = recompose(angles.cos() * scaling), recompose(angles.sin() * scaling)
 
-        def rotate(x: Tensor) -> Tensor:
+        def norm(x: Tensor, weight: Tensor) -> Tensor:
+            y = x.float()
+            y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + norm_eps)
+            if norm_offset:
+                return (y * (norm_offset + weight.float())).type_as(x)
+            return (weight * y.to(x.dtype)).to(x.dtype)
+
+        def rotate(x: Tensor, weight: Tensor | None) -> Tensor:
+            if weight is not None:
+                x = norm(x, weight)
+            x = x.to(dtype)
             head, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
             if rotation == "half":
                 a, b = head.chunk(2, dim=-1)
@@ -200,15 +287,25 @@ def eager_for(args: Arguments) -> Callable[..., tuple[Tensor, Tensor]]:
             else:
                 turned = torch.stack((-head[..., 1::2], head[..., 0::2]), dim=-1).flatten(-2)
             head = head * cos + turned * sin
-            return torch.cat((head, rest), dim=-1) if rest.shape[-1] else head
+            head = torch.cat((head, rest), dim=-1) if rest.shape[-1] else head
+            return head.to(q.dtype)
 
-        return rotate(q), rotate(k)
+        return rotate(q, q_norm_weight), rotate(k, k_norm_weight)
 
     return eager
 
 
 def _with(**changes: Any) -> Callable[[Arguments], Arguments]:
     return lambda args: {**args, **changes}
+
+
+def _with_norm(**changes: Any) -> Callable[[Arguments], Arguments]:
+    return _with(q_norm_weight=torch.ones(128), **changes)
+
+
+def _too_wide(args: Arguments) -> Arguments:
+    q = args["q"].repeat_interleave(17, dim=-1)[..., :2050]
+    return {**args, "q": q, "k": q.clone(), "k_norm_weight": torch.ones(2050)}
 
 
 def _each(*names: str, change: Callable[[Tensor], Tensor]) -> Callable[[Arguments], Arguments]:
@@ -271,6 +368,27 @@ ERRORS = [
             r"expected.* on .*got"),
     BadCall("rotation", _with(rotation="quarter"),
             r"rotation: expected 'half' or 'pairs', got 'quarter'"),
+    BadCall("norm_eps_zero", _with_norm(norm_eps=0.0),
+            r"norm_eps: expected a positive, finite float32 number, got 0"),
+    BadCall("norm_eps_negative", _with_norm(norm_eps=-1e-6), r"norm_eps: .*got -1e-06"),
+    BadCall("norm_eps_no_number", _with_norm(norm_eps=math.nan), r"norm_eps: .*got nan"),
+    BadCall("norm_eps_infinite", _with_norm(norm_eps=math.inf), r"norm_eps: .*got inf"),
+    BadCall("norm_eps_underflows", _with_norm(norm_eps=1e-60), r"norm_eps: .*got 1e-60"),
+    BadCall("q_norm_weight_length", _with(q_norm_weight=torch.ones(127)),
+            r"q_norm_weight: expected shape \[128\].*got \[127\]"),
+    BadCall("k_norm_weight_length", _with(k_norm_weight=torch.ones(1)),
+            r"k_norm_weight: expected shape \[128\].*got \[1\]"),
+    BadCall("q_norm_weight_rank", _with(q_norm_weight=torch.ones(4, 128)),
+            r"q_norm_weight: expected shape \[128\].*got \[4, 128\]"),
+    BadCall("k_norm_weight_integer", _with(k_norm_weight=torch.ones(128, dtype=torch.int64)),
+            r"k_norm_weight: expected dtype float32, bfloat16 or float16, got int64"),
+    BadCall("q_norm_weight_float64", _with(q_norm_weight=torch.ones(128).double()),
+            r"q_norm_weight: expected dtype float32, bfloat16 or float16, got float64"),
+    BadCall("q_norm_weight_device", _with(q_norm_weight=torch.ones(128, device="meta")),
+            r"expected.* on .*got"),
+    BadCall("k_norm_weight_device", _with(k_norm_weight=torch.ones(128, device="meta")),
+            r"expected.* on .*got"),
+    BadCall("norm_too_wide", _too_wide, r"k_norm_weight: expected at most 2048 channels, got 2050"),
     BadCall("head_axis", _with(head_axis=3), r"head_axis: expected 1.*or 2.*got 3"),
 ]  # fmt: skip
 
@@ -281,7 +399,8 @@ SPEC = Spec(
     in_place=mrope_,
     reference=reference,
     eager_for=eager_for,
-    differentiable=("q", "k"),
+    differentiable=("q", "k", "q_norm_weight", "k_norm_weight"),
+    written=("q", "k"),
     cases=CASES,
     bench=BENCH,
     errors=ERRORS,

@@ -59,7 +59,13 @@ class Spec:
     Written out for the layout of the given arguments, as a model's code is for its own.
     """
     differentiable: Sequence[str]
-    """Arguments that get gradients; in_place writes over them."""
+    """Arguments that get gradients; optional ones may be None."""
+    written: Sequence[str]
+    """Arguments that in_place writes over, one for each output; outputs have their strides."""
     cases: Sequence[Case]
     bench: Mapping[str, BenchCase]
     errors: Sequence[BadCall]
+
+    def differentiable_in(self, args: Arguments) -> list[str]:
+        """The arguments of a call that get gradients."""
+        return [name for name in self.differentiable if args[name] is not None]

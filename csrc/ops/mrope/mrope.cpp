@@ -3,6 +3,8 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <limits>
+#include <optional>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -13,12 +15,16 @@
 namespace vlmops::mrope {
 namespace {
 
+using OptionalTensor = std::optional<Tensor>;
+
 struct Options {
   const char* op;
   std::string rotation;
   double scaling;
   int64_t head_axis;
   float sine_sign;
+  double norm_eps = 1e-6;
+  double norm_offset = 0.0;
 };
 
 // inv_freq and freq_axis as the kernels want them: a few hundred bytes, copied per call.
@@ -27,38 +33,58 @@ struct Frequencies {
   int32_t freq_axis[kMaxFrequencies];
 };
 
-float read_float(const Argument& a, int64_t i) {
+// inv_freq [R] as float32.
+void read_floats(const Argument& a, int64_t n, float* out) {
+  // Each call into torch costs as much as ten elements.
   const void* p = a.tensor.const_data_ptr();
-  const int64_t offset = i * a.tensor.stride(0);
+  const int64_t stride = a.tensor.stride(0);
+  const auto copy = [&](const auto* from) {
+    for (int64_t i = 0; i < n; ++i) out[i] = static_cast<float>(from[i * stride]);
+  };
   switch (a.tensor.scalar_type()) {
     case ScalarType::Float:
-      return static_cast<const float*>(p)[offset];
+      return copy(static_cast<const float*>(p));
     case ScalarType::Double:
-      return static_cast<float>(static_cast<const double*>(p)[offset]);
+      return copy(static_cast<const double*>(p));
     case ScalarType::BFloat16:
-      return static_cast<const torch::headeronly::BFloat16*>(p)[offset];
+      return copy(static_cast<const torch::headeronly::BFloat16*>(p));
     case ScalarType::Half:
-      return static_cast<const torch::headeronly::Half*>(p)[offset];
+      return copy(static_cast<const torch::headeronly::Half*>(p));
     default:
       fail(a.op, a.name, "expected a floating dtype, got ", describe(a.tensor.scalar_type()));
   }
 }
 
+void arrange(const Tensor& t, int64_t head_axis, int64_t* stride) {
+  const bool packed = t.dim() == 3;  // [N, H, D]: one batch of N tokens
+  stride[0] = packed ? 0 : t.stride(0);
+  stride[1] = packed ? t.stride(0) : t.stride(head_axis == 1 ? 2 : 1);
+  stride[2] = t.stride(head_axis);
+  stride[3] = t.stride(packed ? 2 : 3);
+}
+
 Rows rows_of(const Tensor& src, const Tensor& dst, int64_t head_axis) {
-  Rows rows;
+  Rows rows{};
   rows.src = src.const_data_ptr();
   rows.dst = dst.mutable_data_ptr();
   rows.heads = src.size(head_axis);
-  const auto arrange = [&](const Tensor& t, int64_t* stride) {
-    const bool packed = t.dim() == 3;  // [N, H, D]: one batch of N tokens
-    stride[0] = packed ? 0 : t.stride(0);
-    stride[1] = packed ? t.stride(0) : t.stride(head_axis == 1 ? 2 : 1);
-    stride[2] = t.stride(head_axis);
-    stride[3] = t.stride(packed ? 2 : 3);
-  };
-  arrange(src, rows.src_stride);
-  arrange(dst, rows.dst_stride);
+  arrange(src, head_axis, rows.src_stride);
+  arrange(dst, head_axis, rows.dst_stride);
   return rows;
+}
+
+// Checks a norm's weight, which lies next to q, and hands it to rows.
+void set_norm(Rows& rows, const Argument& q, const char* name, const OptionalTensor& weight) {
+  if (!weight.has_value()) return;
+  const Argument a{q.op, name, *weight};
+  rows.norm_dtype = a.floating();
+  a.device_like(q);
+  const int64_t head_dim[] = {q.tensor.size(q.tensor.dim() - 1)};
+  a.shape({head_dim, 1}, "[D], one weight for each channel of a head");
+  if (head_dim[0] > kMaxNormDim)
+    fail(a.op, a.name, "expected at most ", kMaxNormDim, " channels, got ", head_dim[0]);
+  rows.norm_weight = weight->const_data_ptr();
+  rows.norm_stride = weight->stride(0);
 }
 
 // Checks everything that no kernel checks, and fills all of Params but rows.
@@ -137,17 +163,22 @@ Params check(const Options& o, const Argument& q, const Argument& k, const Argum
   }
   p.scaling = o.scaling == o.scaling ? static_cast<float>(o.scaling) : __builtin_nanf("");
   p.sine_sign = o.sine_sign;
+  p.norm_eps = static_cast<float>(o.norm_eps);
+  if (!(p.norm_eps > 0.0f && p.norm_eps <= std::numeric_limits<float>::max()))
+    fail(o.op, "norm_eps", "expected a positive, finite float32 number, got ", o.norm_eps);
+  p.norm_offset = static_cast<float>(o.norm_offset);
 
+  read_floats(inv_freq, p.frequencies, frequencies.inv_freq);
   const IntType axis_type = freq_axis.integer();
+  const void* axes = freq_axis.tensor.const_data_ptr();
+  const int64_t axis_stride = freq_axis.tensor.stride(0);
   for (int64_t j = 0; j < p.frequencies; ++j) {
-    const int64_t axis =
-        load_int(freq_axis.tensor.const_data_ptr(), axis_type, j * freq_axis.tensor.stride(0));
+    const int64_t axis = load_int(axes, axis_type, j * axis_stride);
     if (axis < 0 || axis >= p.axes) {
       fail(o.op, freq_axis.name, "expected axes in [0, ", p.axes, "), as position_ids has ", p.axes,
            ", got ", axis, " at index ", j);
     }
     frequencies.freq_axis[j] = static_cast<int32_t>(axis);
-    frequencies.inv_freq[j] = read_float(inv_freq, j);
   }
   p.inv_freq = frequencies.inv_freq;
   p.freq_axis = frequencies.freq_axis;
@@ -171,38 +202,67 @@ void check_ids(const Params& p, const Argument& position_ids) {
   }
 }
 
+// About 32k elements are 5 us of work, the price of waking a thread.
+int64_t grain(int64_t elements_per_token) {
+  return std::max<int64_t>(1, 32768 / elements_per_token);
+}
+
 void launch_cpu(const Params& p) {
   const int64_t tokens = p.batch * p.tokens;
   const int64_t elements = (p.rows[0].heads + p.rows[1].heads) * p.head_dim;  // per token
   if (tokens == 0 || elements == 0) return;
   const mrope::CpuKernel kernel = cpu_kernels().mrope;
-  // About 32k elements are 5 us of work, the price of waking a thread.
-  const int64_t grain = std::max<int64_t>(1, 32768 / elements);
-  if (tokens <= grain) return kernel(p, 0, tokens);
-  torch::stable::parallel_for(0, tokens, grain,
+  if (tokens <= grain(elements)) return kernel(p, 0, tokens);
+  torch::stable::parallel_for(0, tokens, grain(elements),
                               [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
+}
+
+// Returns the weights' gradients [2, D]. Each chunk of tokens has its own sum, and chunks depend
+// neither on the number of threads nor on what is needed: neither does the result. `heads` are
+// those of q and k, needed or not.
+std::vector<double> launch_norm_backward_cpu(const Params& p, int64_t heads) {
+  const int64_t tokens = p.batch * p.tokens;
+  const int64_t elements = heads * p.head_dim;  // per token
+  std::vector<double> total(2 * p.head_dim);
+  if (tokens == 0 || elements == 0) return total;
+  const int64_t chunk = std::max(grain(elements), (tokens + 63) / 64);
+  const int64_t chunks = (tokens + chunk - 1) / chunk;
+  std::vector<double> sums(chunks * total.size());
+  const CpuNormBackward kernel = cpu_kernels().mrope_norm_backward;
+  torch::stable::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      kernel(p, i * chunk, std::min(tokens, (i + 1) * chunk), sums.data() + i * total.size());
+    }
+  });
+  for (size_t i = 0; i < sums.size(); ++i) total[i % total.size()] += sums[i];
+  return total;
 }
 
 std::tuple<Tensor, Tensor> out_of_place(const Options& o, const Argument& q, const Argument& k,
                                         const Argument& position_ids, const Argument& inv_freq,
-                                        const Argument& freq_axis) {
+                                        const Argument& freq_axis, const OptionalTensor& q_weight,
+                                        const OptionalTensor& k_weight) {
   Frequencies frequencies;
   Params p = check(o, q, k, position_ids, inv_freq, freq_axis, frequencies);
   check_ids(p, position_ids);
   Tensor q_out = torch::stable::empty_like(q.tensor), k_out = torch::stable::empty_like(k.tensor);
   p.rows[0] = rows_of(q.tensor, q_out, o.head_axis);
   p.rows[1] = rows_of(k.tensor, k_out, o.head_axis);
+  set_norm(p.rows[0], q, "q_norm_weight", q_weight);
+  set_norm(p.rows[1], q, "k_norm_weight", k_weight);
   launch_cpu(p);
   return {q_out, k_out};
 }
 
 std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tensor& position_ids,
                                    const Tensor& inv_freq, const Tensor& freq_axis,
-                                   std::string rotation, double scaling, int64_t head_axis) {
+                                   std::string rotation, double scaling, int64_t head_axis,
+                                   OptionalTensor q_norm_weight, OptionalTensor k_norm_weight,
+                                   double norm_eps, double norm_offset) {
   const char* op = "mrope";
-  return out_of_place({op, rotation, scaling, head_axis, 1.0f}, {op, "q", q}, {op, "k", k},
-                      {op, "position_ids", position_ids}, {op, "inv_freq", inv_freq},
-                      {op, "freq_axis", freq_axis});
+  return out_of_place({op, rotation, scaling, head_axis, 1.0f, norm_eps, norm_offset}, {op, "q", q},
+                      {op, "k", k}, {op, "position_ids", position_ids}, {op, "inv_freq", inv_freq},
+                      {op, "freq_axis", freq_axis}, q_norm_weight, k_norm_weight);
 }
 
 std::tuple<Tensor, Tensor> backward(const Tensor& grad_q, const Tensor& grad_k,
@@ -212,41 +272,140 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad_q, const Tensor& grad_k,
   const char* op = "mrope_backward";
   return out_of_place({op, rotation, scaling, head_axis, -1.0f}, {op, "grad_q", grad_q},
                       {op, "grad_k", grad_k}, {op, "position_ids", position_ids},
-                      {op, "inv_freq", inv_freq}, {op, "freq_axis", freq_axis});
+                      {op, "inv_freq", inv_freq}, {op, "freq_axis", freq_axis}, {}, {});
 }
 
 void in_place(Tensor q, Tensor k, const Tensor& position_ids, const Tensor& inv_freq,
-              const Tensor& freq_axis, std::string rotation, double scaling, int64_t head_axis) {
+              const Tensor& freq_axis, std::string rotation, double scaling, int64_t head_axis,
+              OptionalTensor q_norm_weight, OptionalTensor k_norm_weight, double norm_eps,
+              double norm_offset) {
   const char* op = "mrope_";
   const Argument q_arg{op, "q", q}, k_arg{op, "k", k}, ids_arg{op, "position_ids", position_ids};
   Frequencies frequencies;
-  Params p = check({op, rotation, scaling, head_axis, 1.0f}, q_arg, k_arg, ids_arg,
-                   {op, "inv_freq", inv_freq}, {op, "freq_axis", freq_axis}, frequencies);
+  Params p = check({op, rotation, scaling, head_axis, 1.0f, norm_eps, norm_offset}, q_arg, k_arg,
+                   ids_arg, {op, "inv_freq", inv_freq}, {op, "freq_axis", freq_axis}, frequencies);
   check_ids(p, ids_arg);
   q_arg.no_internal_overlap();
   k_arg.no_internal_overlap();
   k_arg.no_overlap_with(q_arg);
   p.rows[0] = rows_of(q, q, head_axis);
   p.rows[1] = rows_of(k, k, head_axis);
+  set_norm(p.rows[0], q_arg, "q_norm_weight", q_norm_weight);
+  set_norm(p.rows[1], q_arg, "k_norm_weight", k_norm_weight);
   launch_cpu(p);
+}
+
+// Of q or k: what its gradients are made from, and which are wanted.
+struct NormBackward {
+  Argument grad;
+  const char* name;  // of x
+  const OptionalTensor& x;
+  const char* weight_name;
+  const OptionalTensor& weight;
+  bool needs_grad, needs_weight_grad;
+};
+
+// Returns the gradient of x, like that of the result; empty if nobody needs it.
+Tensor norm_backward_rows(const NormBackward& b, int64_t head_axis, Rows& rows) {
+  const int64_t none[] = {0};
+  const Tensor& grad = b.grad.tensor;
+  Tensor out =
+      b.needs_grad ? torch::stable::empty_like(grad) : torch::stable::new_empty(grad, {none, 1});
+  rows = rows_of(grad, b.needs_grad ? out : grad, head_axis);
+  if (!b.needs_grad && !(b.weight.has_value() && b.needs_weight_grad)) rows.heads = 0;
+  set_norm(rows, b.grad, b.weight_name, b.weight);
+  if (!b.weight.has_value()) return out;
+  if (!b.x.has_value())
+    fail(b.grad.op, b.name, "expected a tensor, since ", b.weight_name, " is given, got None");
+  const Argument x{b.grad.op, b.name, *b.x};
+  x.device_like(b.grad);
+  x.shape(grad.sizes(), "that of its gradient");
+  if (b.x->scalar_type() != grad.scalar_type()) {
+    fail(x.op, x.name, "expected dtype ", describe(grad.scalar_type()),
+         ", that of its gradient, got ", describe(b.x->scalar_type()));
+  }
+  rows.x = b.x->const_data_ptr();
+  arrange(*b.x, head_axis, rows.x_stride);
+  rows.needs_grad = b.needs_grad;
+  rows.needs_weight_grad = b.needs_weight_grad;
+  return out;
+}
+
+// sum [D] in the dtype of the weight; empty if nobody needs it.
+Tensor weight_gradient(const NormBackward& b, const double* sum) {
+  const bool wanted = b.weight.has_value() && b.needs_weight_grad;
+  const int64_t size[] = {wanted ? b.weight->size(0) : 0};
+  Tensor out =
+      torch::stable::new_empty(b.weight.has_value() ? *b.weight : b.grad.tensor, {size, 1});
+  void* p = out.mutable_data_ptr();
+  for (int64_t i = 0; i < size[0]; ++i) {
+    const float value = static_cast<float>(sum[i]);
+    switch (out.scalar_type()) {
+      case ScalarType::BFloat16:
+        static_cast<torch::headeronly::BFloat16*>(p)[i] = value;
+        break;
+      case ScalarType::Half:
+        static_cast<torch::headeronly::Half*>(p)[i] = value;
+        break;
+      default:
+        static_cast<float*>(p)[i] = value;
+    }
+  }
+  return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> norm_backward(
+    const Tensor& grad_q, const Tensor& grad_k, OptionalTensor q, OptionalTensor k,
+    const Tensor& position_ids, const Tensor& inv_freq, const Tensor& freq_axis,
+    std::string rotation, double scaling, int64_t head_axis, OptionalTensor q_norm_weight,
+    OptionalTensor k_norm_weight, double norm_eps, double norm_offset, bool needs_q, bool needs_k,
+    bool needs_q_weight, bool needs_k_weight) {
+  const char* op = "mrope_norm_backward";
+  const NormBackward of_q{{op, "grad_q", grad_q}, "q", q, "q_norm_weight", q_norm_weight, needs_q,
+                          needs_q_weight};
+  const NormBackward of_k{{op, "grad_k", grad_k}, "k", k, "k_norm_weight", k_norm_weight, needs_k,
+                          needs_k_weight};
+  const Argument ids{op, "position_ids", position_ids};
+  Frequencies frequencies;
+  Params p =
+      check({op, rotation, scaling, head_axis, -1.0f, norm_eps, norm_offset}, of_q.grad, of_k.grad,
+            ids, {op, "inv_freq", inv_freq}, {op, "freq_axis", freq_axis}, frequencies);
+  check_ids(p, ids);
+  Tensor q_out = norm_backward_rows(of_q, head_axis, p.rows[0]);
+  Tensor k_out = norm_backward_rows(of_k, head_axis, p.rows[1]);
+  const std::vector<double> sums =
+      launch_norm_backward_cpu(p, grad_q.size(head_axis) + grad_k.size(head_axis));
+  return {q_out, k_out, weight_gradient(of_q, sums.data()),
+          weight_gradient(of_k, sums.data() + p.head_dim)};
 }
 
 }  // namespace
 }  // namespace vlmops::mrope
 
-#define VLMOPS_MROPE_OPTIONS                                                              \
+#define VLMOPS_MROPE_ROTATION                                                             \
   "Tensor position_ids, Tensor inv_freq, Tensor freq_axis, str rotation=\"half\", float " \
   "scaling=1.0, int head_axis=1"
+#define VLMOPS_MROPE_NORM                                                                 \
+  ", Tensor? q_norm_weight=None, Tensor? k_norm_weight=None, float norm_eps=1e-6, float " \
+  "norm_offset=0.0"
 
 STABLE_TORCH_LIBRARY_FRAGMENT(vlmops, m) {
-  m.def("mrope(Tensor q, Tensor k, " VLMOPS_MROPE_OPTIONS ") -> (Tensor, Tensor)");
-  m.def("mrope_(Tensor(a!) q, Tensor(b!) k, " VLMOPS_MROPE_OPTIONS ") -> ()");
-  m.def("mrope_backward(Tensor grad_q, Tensor grad_k, " VLMOPS_MROPE_OPTIONS
+  m.def("mrope(Tensor q, Tensor k, " VLMOPS_MROPE_ROTATION VLMOPS_MROPE_NORM
         ") -> (Tensor, Tensor)");
+  m.def("mrope_(Tensor(a!) q, Tensor(b!) k, " VLMOPS_MROPE_ROTATION VLMOPS_MROPE_NORM ") -> ()");
+  m.def("mrope_backward(Tensor grad_q, Tensor grad_k, " VLMOPS_MROPE_ROTATION
+        ") -> (Tensor, Tensor)");
+  // The four gradients; those that nobody needs are empty.
+  m.def(
+      "mrope_norm_backward(Tensor grad_q, Tensor grad_k, Tensor? q, Tensor? "
+      "k, " VLMOPS_MROPE_ROTATION VLMOPS_MROPE_NORM
+      ", bool needs_q=True, bool needs_k=True, bool needs_q_norm_weight=True, bool "
+      "needs_k_norm_weight=True) -> (Tensor, Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(vlmops, CPU, m) {
   m.impl("mrope", TORCH_BOX(&vlmops::mrope::forward));
   m.impl("mrope_", TORCH_BOX(&vlmops::mrope::in_place));
   m.impl("mrope_backward", TORCH_BOX(&vlmops::mrope::backward));
+  m.impl("mrope_norm_backward", TORCH_BOX(&vlmops::mrope::norm_backward));
 }

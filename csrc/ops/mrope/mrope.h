@@ -8,16 +8,26 @@ namespace vlmops::mrope {
 enum class Rotation : int { kHalf, kPairs };
 
 constexpr int64_t kMaxFrequencies = 1024;  // R: head_dim up to 2048 rotated channels
+constexpr int64_t kMaxNormDim = 2048;      // D where there is a norm
 constexpr int64_t kMaxAxes = 16;           // A
 constexpr int64_t kMaxId = 1 << 24;        // beyond it float32 cannot hold every integer
 
 // One of q, k. Strides in elements, order batch, token, head, channel. src == dst means in place.
 struct Rows {
-  const void* src;
+  const void* src;  // in backward the gradient of the result
   void* dst;
-  int64_t heads;  // H
+  int64_t heads;  // H; 0 where nothing is to be done
   int64_t src_stride[4];
   int64_t dst_stride[4];
+  // RMSNorm of every head before its rotation.
+  const void* norm_weight;  // [D]; null: no norm
+  DType norm_dtype;
+  int64_t norm_stride;
+  // Its backward alone:
+  const void* x;  // what was normalised
+  int64_t x_stride[4];
+  bool needs_grad;         // else dst is not written
+  bool needs_weight_grad;  // else the weight's gradient is not computed
 };
 
 struct Params {
@@ -36,9 +46,15 @@ struct Params {
   const int32_t* freq_axis;  // [R], in [0, A)
   float scaling;             // multiplies cosine and sine; if NaN, canonical (simd.h)
   float sine_sign;           // +1 forward, -1 backward
+  float norm_eps;            // added to the mean of squares
+  float norm_offset;         // added to the weights
 };
 
 // Rotates the tokens [begin, end) of the B * S tokens, b-major.
 using CpuKernel = void (*)(const Params&, int64_t begin, int64_t end);
+
+// Backward where there is a norm. Adds the tokens' share of the weights' gradients to weight_grad
+// [2, D], q's before k's.
+using CpuNormBackward = void (*)(const Params&, int64_t begin, int64_t end, double* weight_grad);
 
 }  // namespace vlmops::mrope
