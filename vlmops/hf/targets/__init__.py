@@ -18,11 +18,22 @@ class Expected:
     path: str
     """As in ``model.named_modules()`` of the ``...ForConditionalGeneration``."""
     sites: Callable[[Any], int]
-    """Number of calls in one forward pass, from the model's config."""
+    """Number of calls in one forward pass, from the model's config; 0 for models without it."""
+
+
+def text(path: str = "model.language_model") -> Expected:
+    """A language model that rotates in every layer."""
+    return Expected("mrope", path, lambda config: int(config.get_text_config().num_hidden_layers))
+
+
+def tower(path: str, layers: str = "num_hidden_layers") -> Expected:
+    """A vision tower that rotates in every layer; layers: what its config calls their number."""
+    return Expected("mrope", path, lambda config: int(getattr(config.vision_config, layers)))
 
 
 def expected_places(model_type: str) -> tuple[Expected, ...]:
     """What is expected in a model of this ``config.model_type``; empty for unknown families."""
-    from vlmops.hf.targets import qwen_vl
+    from vlmops.hf.targets import cohere, gemma, glm, idefics, llama, llava, paddle, phi, qwen
 
-    return qwen_vl.EXPECTED.get(model_type, ())
+    groups = (cohere, gemma, glm, idefics, llama, llava, paddle, phi, qwen)
+    return next((g.EXPECTED[model_type] for g in groups if model_type in g.EXPECTED), ())
