@@ -97,7 +97,7 @@ def _patch(
     changed: list[nn.Module] = []
     try:
         for op in _requested(ops, sites):
-            with torch.device("cpu"):  # where probes run, whatever the default is
+            with _where_probes_run():
                 found = _patch_site(model, sites[op], verify, changed)
             rows += found or [Row(op, "", "", 0, "", "not present")]
     except BaseException:
@@ -110,6 +110,18 @@ def _patch(
         if report.counts[op] == 0 and not left_alone:
             raise ValueError(f"ops: {op!r} has no site that can be patched in this model\n{report}")
     return report, changed
+
+
+@contextlib.contextmanager
+def _where_probes_run() -> Iterator[None]:
+    """On the CPU in float32, whatever the caller's defaults are."""
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.device("cpu"):
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
 
 
 def _patch_site(model: nn.Module, site: Site, verify: bool, changed: list[nn.Module]) -> list[Row]:
@@ -165,7 +177,7 @@ def _missing(model: nn.Module, rows: list[Row]) -> list[Row]:
             "differently; please report it with the version",
         )
         for expected in expected_places(getattr(config, "model_type", ""))
-        if expected.op in ops and not found(expected)
+        if expected.op in ops and expected.sites(config) and not found(expected)
     ]
 
 

@@ -6,7 +6,7 @@ Nothing is patched because it stands here; sites find their places by structure.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 
@@ -18,18 +18,27 @@ class Expected:
     path: str
     """As in ``model.named_modules()`` of the ``...ForConditionalGeneration``."""
     sites: Callable[[Any], int]
-    """Number of calls in one forward pass, from the model's config."""
+    """Number of calls in one forward pass, from the model's config; 0 for models without it."""
+
+
+def text(path: str = "model.language_model") -> Expected:
+    """A language model that rotates in every layer."""
+    return Expected("mrope", path, lambda config: int(config.get_text_config().num_hidden_layers))
+
+
+def tower(path: str, layers: str = "num_hidden_layers") -> Expected:
+    """A vision tower that rotates in every layer; layers: what its config calls their number."""
+    return Expected("mrope", path, lambda config: int(getattr(config.vision_config, layers)))
 
 
 def expected_places(model_type: str) -> tuple[Expected, ...]:
     """What is expected in a model of this ``config.model_type``; empty for unknown families."""
-    from vlmops.hf.targets import qwen_vl
-
-    return qwen_vl.EXPECTED.get(model_type, ())
+    return next((family[model_type] for family in families() if model_type in family), ())
 
 
-def model_types() -> tuple[str, ...]:
-    """Every ``config.model_type`` of which something is expected."""
-    from vlmops.hf.targets import qwen_vl
+def families() -> tuple[Mapping[str, tuple[Expected, ...]], ...]:
+    """What is expected, by model type, of each family."""
+    from vlmops.hf.targets import cohere, gemma, glm, idefics, llama, llava, paddle, phi, qwen
 
-    return tuple(qwen_vl.EXPECTED)
+    groups = (cohere, gemma, glm, idefics, llama, llava, paddle, phi, qwen)
+    return tuple(group.EXPECTED for group in groups)

@@ -1,0 +1,15 @@
+"""Aya Vision and Command A Vision: Cohere 2 rotates in its sliding layers only, Cohere in all."""
+
+from typing import Any
+
+from vlmops.hf.targets import Expected
+
+
+def _rotating(config: Any) -> int:
+    types = getattr(config.text_config, "layer_types", None)
+    return types.count("sliding_attention") if types else int(config.text_config.num_hidden_layers)
+
+
+EXPECTED = dict.fromkeys(
+    ("aya_vision", "cohere2_vision"), (Expected("mrope", "model.language_model", _rotating),)
+)

@@ -1,0 +1,25 @@
+"""Llama-4 and Llama-3.2-Vision (Mllama)."""
+
+from vlmops.hf.targets import Expected, tower
+
+EXPECTED = {
+    "llama4": (
+        tower("vision_model"),
+        # One stands for a layer with positions.
+        Expected(
+            "mrope",
+            "language_model.model",
+            lambda config: int(sum(config.text_config.no_rope_layers)),
+        ),
+    ),
+    "mllama": (
+        Expected(
+            "mrope",
+            "model.language_model",
+            lambda config: (
+                config.text_config.num_hidden_layers
+                - len(config.text_config.cross_attention_layers)
+            ),
+        ),
+    ),
+}
