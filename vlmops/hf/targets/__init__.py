@@ -6,7 +6,7 @@ Nothing is patched because it stands here; sites find their places by structure.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 
@@ -23,13 +23,11 @@ class Expected:
 
 def expected_places(model_type: str) -> tuple[Expected, ...]:
     """What is expected in a model of this ``config.model_type``; empty for unknown families."""
+    return next((family[model_type] for family in families() if model_type in family), ())
+
+
+def families() -> tuple[Mapping[str, tuple[Expected, ...]], ...]:
+    """What is expected, by model type, of each family."""
     from vlmops.hf.targets import qwen_vl
 
-    return qwen_vl.EXPECTED.get(model_type, ())
-
-
-def model_types() -> tuple[str, ...]:
-    """Every ``config.model_type`` of which something is expected."""
-    from vlmops.hf.targets import qwen_vl
-
-    return tuple(qwen_vl.EXPECTED)
+    return (qwen_vl.EXPECTED,)
