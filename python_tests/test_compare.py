@@ -119,6 +119,31 @@ def test_compare_finds_what_became_slower(checkout):
     assert re.search(r"decode_b1 +float32 +forward .* slower$", compare.table(result), re.MULTILINE)
 
 
+def test_compare_starts_either_revision_first(monkeypatch):
+    class Told:
+        def __init__(self, site, env):
+            started.append(site)
+            self.site = site
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def ask(self, **_):
+            return {"forward": 1.0}
+
+    started, turns = [], []
+    monkeypatch.setattr(compare, "_Worker", Told)
+    monkeypatch.setattr(compare, "_turns", lambda base, new, *_: turns.append((base, new)))
+    request = runner.request("mrope", ["decode_b1"], ["float32"])
+    for new_first in (False, True):
+        list(compare._launch(request, ["base", "new"], {}, new_first))
+    assert started == ["base", "new", "new", "base"]
+    assert [(base.site, new.site) for base, new in turns] == [("base", "new")] * 2
+
+
 def test_compare_leaves_no_worktree_behind_a_failed_build(checkout, monkeypatch, capsys):
     def fail(source, site):
         raise BenchError(f"{source} does not build", code=1)
@@ -149,7 +174,7 @@ def test_compare_times_no_other_vlmops_than_the_revisions(tmp_path, capfd):
 def test_compare_refuses_what_it_cannot_compare(checkout, monkeypatch, capsys):
     assert cli.main(["bench", "compare", "mrope", "--base", "no-such"]) == 2
     assert "--base: expected a revision of " in capsys.readouterr().err
-    monkeypatch.setattr(compare, "_launch", lambda *_: [])
+    monkeypatch.setattr(compare, "_launch", lambda *_, **__: [])
     assert cli.main(["bench", "compare", "mrope", "--base", "HEAD"]) == 2
     assert "--base: HEAD has none of the cases" in capsys.readouterr().err
     monkeypatch.setattr(runner, "package", lambda: checkout.parent)

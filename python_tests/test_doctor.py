@@ -43,9 +43,8 @@ def test_doctor_finds_that_this_machine_works(capsys, tmp_path):
         "CPU": f"{_cpus.cores()} cores",
     }.items():
         assert says in found[topic]["found"]
-    for model_type in targets.model_types():
-        assert f"{model_type}: mrope: " in found["sites"]["found"]
-    assert found["sites"]["grade"] == "ok"
+    for family in targets.families():
+        assert f"{next(iter(family))}: mrope: " in found["sites"]["found"]
     counts = [sum(f["grade"] == grade for f in found.values()) for grade in ("ok", "advice")]
     assert out.splitlines()[-1] == f"{counts[0]} ok, {counts[1]} advice, 0 problem"
     assert max(map(len, out.splitlines())) <= max(100, len(str(_library.path)) + 30)
@@ -217,9 +216,10 @@ def test_doctor_knows_every_variable_that_is_read(monkeypatch):
 def test_doctor_tells_sites_that_rotted(monkeypatch, statuses, grade):
     reports = [PatchReport("M", (Row("mrope", "A", "", 2, "", status),)) for status in statuses]
     monkeypatch.setattr(vlmops, "patch", lambda _: reports.pop(0))
-    monkeypatch.setattr(targets, "model_types", lambda: ("qwen2_vl", "qwen2_5_vl"))
+    families = ({"qwen2_vl": (), "qwen2_5_vl": ()}, {"qwen3_vl": ()})
+    monkeypatch.setattr(targets, "families", lambda: families)
     remedy = "" if grade == "ok" else "please report this with the versions above"
-    _says(doctor._sites(), grade, r"qwen2_vl: .*; qwen2_5_vl: ", remedy)
+    _says(doctor._sites(), grade, r"^qwen2_vl: .*; qwen3_vl: ", remedy)
 
 
 def test_doctor_tells_what_it_could_not_look_at(monkeypatch, capsys):

@@ -56,7 +56,7 @@ def examine(all_sites: bool = False) -> list[Finding]:
     """Looks at everything.
 
     Args:
-        all_sites: Patch every vision-language model type, not only those that are expected to be.
+        all_sites: Patch every vision-language model type, not one of each family that is known.
     """
     checks: dict[str, Callable[[], Finding]] = {
         "vlmops": _vlmops,
@@ -271,7 +271,7 @@ def _sites() -> Finding:
     from vlmops import survey
     from vlmops.hf import targets
 
-    found = [survey.inspect(model_type) for model_type in targets.model_types()]
+    found = [survey.inspect(next(iter(family))) for family in targets.families()]
     cells = "; ".join(f"{i.model_type}: {survey.cells(i)}" for i in found)
     if not any(inspection.patched for inspection in found):
         return Finding("sites", "problem", cells, "please report this with the versions above")

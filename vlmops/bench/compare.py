@@ -74,7 +74,7 @@ def run(
         build(root, sites[1])
         for launch in range(launches):
             _progress(f"launch {launch + 1} of {launches}")
-            for key, times in _launch(request, sites, env):
+            for key, times in _launch(request, sites, env, new_first=launch % 2 == 1):
                 found.setdefault(key, []).append(times)
     if not found:
         raise BenchError(f"--base: {base} has none of the cases; nothing was compared")
@@ -200,9 +200,11 @@ class _Worker:
 
 
 def _launch(
-    request: Request, sites: Sequence[Path], env: Mapping[str, str]
+    request: Request, sites: Sequence[Path], env: Mapping[str, str], new_first: bool
 ) -> Iterator[tuple[Key, Times | None]]:
-    with _Worker(sites[0], env) as base, _Worker(sites[1], env) as new:
+    order = (1, 0) if new_first else (0, 1)  # the first gets other memory than the second
+    with _Worker(sites[order[0]], env) as first, _Worker(sites[order[1]], env) as second:
+        base, new = (second, first) if new_first else (first, second)
         for dtype in request.dtypes:
             for case in request.cases:
                 about = {"op": request.op, "case": case, "dtype": dtype}
