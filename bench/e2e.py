@@ -2,7 +2,7 @@
 
     python bench/e2e.py [--isa avx2] [--dtype bfloat16] [--json PATH]
 
-A Qwen2-VL of the 2B model's width, 4 + 4 layers, random weights; one picture of 1,024 tokens. The
+A Qwen2-VL of the 2B model's width, 4 + 4 layers, random weights, one picture of 1,024 tokens. The
 variants are copies that share their weights, timed in turns by vlmops.bench's clock, which voids
 what other programs disturbed. Their logits are compared first.
 """
@@ -13,6 +13,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -24,8 +25,7 @@ from vlmops.bench.timer import interleave
 from vlmops.demo.inputs import pictures, random_subject
 
 VARIANTS = {"unpatched": [], "linear": ["linear"], "all": None}
-SIDE = 896  # pixels; 28 of them are one token
-TOLERANCE = {"float32": 1e-4, "bfloat16": 0.1}  # of the largest logit
+TOLERANCE = {"float32": 1e-4, "bfloat16": 0.1, "float16": 0.02}  # of the largest logit
 
 
 def variants(model):
@@ -54,10 +54,10 @@ def calls_of(model, inputs):
 
 
 @torch.no_grad()
-def measured(dtype, seconds):
+def measured(dtype, options):
     """Rows of one dtype."""
-    shown = pictures([], SIDE)[:1]
-    shown[0].image = shown[0].image.resize((SIDE, SIDE))
+    shown = pictures([], options.side)[:1]
+    shown[0].image = shown[0].image.resize((options.side, options.side))
     subject = random_subject(shown, 4, 4, getattr(torch, dtype))
     twins, reports = variants(subject.model)
     calls, logits = {}, {}
@@ -71,13 +71,14 @@ def measured(dtype, seconds):
             raise SystemExit(f"e2e: {dtype}, {name}: logits are off by {error:.2g}: not timed")
     for stage in ("decode", "prefill"):
         group = {key: call for key, call in calls.items() if key[0] == stage}
-        timings = interleave(group, seconds, (3, 60))
+        timings = timings_of(group, options)
         theirs = timings[stage, "unpatched"].median
         for (_, name), timing in timings.items():
             median = timing.median
             yield {
                 "dtype": dtype,
                 "stage": stage,
+                "tokens": subject.inputs["input_ids"].shape[1],
                 "variant": name,
                 "sites": reports[name].counts,
                 "samples": timing.samples,
@@ -87,38 +88,56 @@ def measured(dtype, seconds):
             }
 
 
-def bind(isa):
-    """Starts this command again with bound threads and the cap, which torch reads at its start."""
+def options_of(description, **more):
+    """The command line; starts the command again with what torch reads at its start."""
+    parser = argparse.ArgumentParser(description=description.splitlines()[0])
+    for name, (value, text) in more.items():
+        parser.add_argument(f"--{name}", type=type(value), default=value, help=text)
+    parser.add_argument("--isa", choices=list(runner.TORCH_CAPS), help="cap the instruction set")
+    parser.add_argument("--dtype", choices=runner.DTYPES, action="append")
+    parser.add_argument("--seconds", type=float, default=30, help="of timing for each comparison")
+    parser.add_argument(
+        "--cpu-time",
+        action="store_true",
+        help="one thread, by the time it runs: for a machine that others use too",
+    )
+    parser.add_argument("--json", type=Path, help="write the report there")
+    options = parser.parse_args()
     if os.environ.get("OMP_PROC_BIND") != "true":
-        env = runner._environment(isa, runner._cores(os.sched_getaffinity(0)))
+        threads = 1 if options.cpu_time else runner._cores(os.sched_getaffinity(0))
+        env = runner._environment(options.isa, threads)
         raise SystemExit(subprocess.run([sys.executable, *sys.argv], env=env).returncode)
+    return options
 
 
-def write(path, op, rows):
+def timings_of(calls, options):
+    """`interleave`, by the chosen clock."""
+    if not options.cpu_time:
+        return interleave(calls, options.seconds, (3, 60))
+    never = {"clock": time.process_time, "waiting": lambda: {0: 0.0}}
+    return interleave(calls, options.seconds, (3, 60), **never)
+
+
+def write(options, op, rows):
     """The report, as vlmops bench writes it."""
-    if path is not None:
+    if options.json is not None:
         report = {
             "schema": runner.SCHEMA,
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "op": op,
+            "clock": "cpu" if options.cpu_time else "wall",
             **runner._commit(),
             **measure.environment(torch.device("cpu")),
             "rows": rows,
         }
-        path.write_text(json.dumps(report, indent=1) + "\n")
+        options.json.write_text(json.dumps(report, indent=1) + "\n")
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--isa", choices=list(runner.TORCH_CAPS), help="cap the instruction set")
-    parser.add_argument("--dtype", choices=list(TOLERANCE), action="append")
-    parser.add_argument("--seconds", type=float, default=60, help="of timing for each stage")
-    parser.add_argument("--json", type=Path, help="write the report there")
-    options = parser.parse_args()
-    bind(options.isa)
+    options = options_of(__doc__, side=(896, "pixels of the picture, 28 to a token"))
     rows = []
-    for dtype in options.dtype or TOLERANCE:
-        for row in measured(dtype, options.seconds):
+    for dtype in options.dtype or ("float32", "bfloat16"):
+        for row in measured(dtype, options):
             rows.append(row)
             shown = "busy" if row["median_ms"] is None else f"{row['median_ms']:.1f} ms"
             ratio = row["times_unpatched"]
@@ -127,7 +146,7 @@ def main():
                 f"{f'{ratio:.2f}x' if ratio else '':>8}  void {row['voided']}",
                 flush=True,
             )
-    write(options.json, "e2e", rows)
+    write(options, "e2e", rows)
 
 
 if __name__ == "__main__":

@@ -6,15 +6,11 @@ Shapes of Qwen2-VL-2B, one weight of each, which the caches hold where it is sma
 single rows, the speed at which the weight is read, and that of copying it.
 """
 
-import argparse
-from pathlib import Path
-
 import torch
-from e2e import bind, write
+from e2e import options_of, timings_of, write
 from torch.nn import functional
 
 from vlmops.bench import runner
-from vlmops.bench.timer import interleave
 from vlmops.ops.linear import alternative
 
 SHAPES = [(256, 1536), (1536, 1536), (8960, 1536), (1536, 8960), (5120, 1280), (151936, 1536)]
@@ -22,7 +18,7 @@ ROWS = [1, 4, 8, 64, 1024]
 
 
 @torch.no_grad()
-def measured(dtype, seconds):
+def measured(dtype, options):
     for n, k in SHAPES:
         weight = torch.randn(n, k).to(dtype)
         existing = torch.empty_like(weight)
@@ -33,7 +29,7 @@ def measured(dtype, seconds):
                 "alternative": lambda x=x, w=weight: alternative(x, w),
                 "copy": lambda w=weight, to=existing: to.copy_(w),
             }
-            timings = interleave(calls, seconds, (3, 60))
+            timings = timings_of(calls, options)
             row = {"dtype": str(dtype).removeprefix("torch."), "n": n, "k": k, "rows": rows}
             for name, timing in timings.items():
                 row[name] = None if timing.median is None else timing.median * 1e3
@@ -56,20 +52,14 @@ def line(row):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--isa", choices=list(runner.TORCH_CAPS), help="cap the instruction set")
-    parser.add_argument("--dtype", choices=runner.DTYPES, action="append")
-    parser.add_argument("--seconds", type=float, default=1, help="of timing for each line")
-    parser.add_argument("--json", type=Path, help="write the report there")
-    options = parser.parse_args()
-    bind(options.isa)
+    options = options_of(__doc__)
     print(f"{'':37}{'F.linear':>10}   {'alternative':>11}")
     rows = []
     for dtype in options.dtype or runner.DTYPES:
-        for row in measured(getattr(torch, dtype), options.seconds):
+        for row in measured(getattr(torch, dtype), options):
             rows.append(row)
             print(line(row), flush=True)
-    write(options.json, "linear", rows)
+    write(options, "linear", rows)
 
 
 if __name__ == "__main__":

@@ -92,7 +92,9 @@ def test_linear_over_long_rows(rows, dtype, by_alternative):
 
 
 @dtypes
-def test_panels_and_blocks_meet_at_their_edges(dtype, monkeypatch, by_alternative):
+@pytest.mark.parametrize("onednn", [True, False], ids=["onednn", "torch"])
+def test_panels_and_blocks_meet_at_their_edges(dtype, onednn, monkeypatch, by_alternative):
+    monkeypatch.setattr(ways, "_default", lambda _: (onednn,) * len(FROM_ROWS))
     monkeypatch.setattr(ways, "_PANEL", 16 * 48)
     monkeypatch.setattr(ways, "_BLOCK", 4)
     for rows in (3, 4, 5, 9):
@@ -321,17 +323,18 @@ def test_unknown_activation():
 
 
 @pytest.mark.parametrize(
-    ("vendor", "primitive", "expected"),
+    ("vendor", "isa", "primitive", "expected"),
     [
-        ("AuthenticAMD", True, {torch.float32: "11111", torch.bfloat16: "00000"}),
-        ("AuthenticAMD", False, {torch.float32: "11111", torch.bfloat16: "00111"}),
-        ("GenuineIntel", True, {torch.float32: "00000", torch.float16: "00000"}),
-        (None, False, {torch.float32: "00000", torch.float16: "00111"}),
+        ("AuthenticAMD", "AVX512", True, {torch.float32: "11111", torch.bfloat16: "00000"}),
+        ("AuthenticAMD", "AVX2", False, {torch.float32: "11100", torch.bfloat16: "00111"}),
+        ("GenuineIntel", "AVX512", True, {torch.float32: "00000", torch.float16: "00000"}),
+        (None, "DEFAULT", False, {torch.float32: "00000", torch.float16: "00111"}),
     ],
 )
-def test_defaults(vendor, primitive, expected, monkeypatch):
+def test_defaults(vendor, isa, primitive, expected, monkeypatch):
     monkeypatch.setattr(ways, "_vendor", lambda: vendor)
     monkeypatch.setattr(ways, "_has_primitive", lambda _: primitive)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: isa)
     ways._default.cache_clear()
     try:
         for dtype, pattern in {**expected, torch.float64: "00000"}.items():
