@@ -17,6 +17,7 @@ from hf.tiny import FAMILIES, TEXT, UNLISTED, build, config_of, row_of, run
 import vlmops
 from vlmops.hf import rotary, targets
 
+pytestmark = pytest.mark.usefixtures("only_mrope")
 everywhere = pytest.mark.parametrize("family", [*FAMILIES, *UNLISTED])
 with_towers = pytest.mark.parametrize(
     "family", [name for name in (*FAMILIES, *UNLISTED) if row_of(name).towers]

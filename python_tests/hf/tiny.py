@@ -230,7 +230,6 @@ def _moe(**names):
     return {"num_experts_per_tok": 2, "moe_intermediate_size": 32, **names}
 
 
-_PACKED = "one projection makes q, k and v"
 _CUBES = _patches([3 * 2 * P * P])
 _LLAMA_CLIP = {"image_token_index": IMAGE, "vision_feature_layer": -1}
 
@@ -243,7 +242,6 @@ FAMILIES: dict[str, Family] = {
         | {"patch_size": P},
         {"model.visual": 2, "model.language_model": 3},
         _IDS,
-        copies={"model.visual": _PACKED},
     ),
     "qwen2_5_vl": Family(
         "Qwen2_5_VLForConditionalGeneration",
@@ -252,7 +250,6 @@ FAMILIES: dict[str, Family] = {
         {**_DEPTH, **_WINDOWS, "intermediate_size": 48, "out_hidden_size": 64},
         {"model.visual": 2, "model.language_model": 3},
         _IDS,
-        copies={"model.visual": _PACKED},
     ),
     "qwen3_vl": Family(
         "Qwen3VLForConditionalGeneration",
@@ -262,7 +259,6 @@ FAMILIES: dict[str, Family] = {
         | {"deepstack_visual_indexes": [0]},
         {"model.visual": 2, "model.language_model": 3},
         _IDS,
-        copies={"model.visual": _PACKED},
     ),
     "qwen3_vl_moe": Family(
         "Qwen3VLMoeForConditionalGeneration",
@@ -273,7 +269,6 @@ FAMILIES: dict[str, Family] = {
         | {"deepstack_visual_indexes": [0]},
         {"model.visual": 2, "model.language_model": 3},
         _IDS,
-        copies={"model.visual": _PACKED},
     ),
     "qwen2_5_omni_thinker": Family(
         "Qwen2_5OmniThinkerForConditionalGeneration",
@@ -304,7 +299,6 @@ FAMILIES: dict[str, Family] = {
         {**_DEPTH, "intermediate_size": 48, "out_hidden_size": 64, "image_size": 32},
         {"model.visual": 2, "model.language_model": 3},
         {**_IDS, "image_start_token_id": START, "image_end_token_id": END},
-        copies={"model.visual": _PACKED},
     ),
     "glm_ocr": Family(
         "GlmOcrForConditionalGeneration",
@@ -313,7 +307,6 @@ FAMILIES: dict[str, Family] = {
         {**_DEPTH, "intermediate_size": 48, "out_hidden_size": 64},
         {"model.visual": 2, "model.language_model": 3},
         {**_IDS, "image_start_token_id": START, "image_end_token_id": END},
-        copies={"model.visual": _PACKED},
     ),
     "ernie4_5_vl_moe": Family(
         "Ernie4_5_VLMoeForConditionalGeneration",
@@ -328,7 +321,6 @@ FAMILIES: dict[str, Family] = {
             "image_end_token_id": END,
             "video_token_id": VIDEO,
         },
-        copies={"model.vision_tower": _PACKED},
     ),
     "paddleocr_vl": Family(
         "PaddleOCRVLForConditionalGeneration",
@@ -515,7 +507,6 @@ FAMILIES: dict[str, Family] = {
         },
         flat=True,
         decoder="model",
-        copies={"model": _PACKED},
     ),
     "aya_vision": Family(
         "AyaVisionForConditionalGeneration",
@@ -555,7 +546,6 @@ UNLISTED: dict[str, Family] = {
         | {"num_key_value_heads": 1},
         {"model.visual": 2, "model.language_model": 2},  # full attention has no positions
         {"image_token_id": IMAGE, "video_token_id": VIDEO},
-        copies={"model.visual": _PACKED},
     ),
     "minimax_m3_vl": Family(
         "MiniMaxM3SparseForConditionalGeneration",
