@@ -20,26 +20,23 @@ MUTATIONS = {
     "unchanged": ("ops/mrope/mrope_cpu.h", "#pragma once", "#pragma once"),
     "flip a sign (half)": (
         "ops/mrope/mrope_cpu.h", "a * cosine - b * sine", "a * cosine + b * sine"),
-    "flip a sign (half, bfloat16, odd channels)": (
-        "ops/mrope/mrope_cpu.h", "b.odd * c1 + a.odd * s1", "b.odd * c1 - a.odd * s1"),
-    "flip a sign (pairs, bfloat16)": (
-        "ops/mrope/mrope_cpu.h", "v.even * cosine - v.odd * sine",
-        "v.even * cosine + v.odd * sine"),
+    "turn odd channels by the angles of even ones (half, bfloat16)": (
+        "ops/mrope/mrope_cpu.h", "row, at + t.padded / 2, t)", "row, at, t)"),
     "flip a sign (pairs)": (
         "ops/mrope/mrope_cpu.h", "sines[2 * j] = -sine[j]", "sines[2 * j] = sine[j]"),
     "backward rotates forward": (
         "ops/mrope/mrope.cpp", "{op, rotation, scaling, head_axis, -1.0f}",
         "{op, rotation, scaling, head_axis, 1.0f}"),
     "drop the tail of the channels": (
-        "ops/mrope/mrope_cpu.h", "return f(Lanes<kNarrowest>{}, i);", "return i;"),
+        "ops/mrope/mrope_cpu.h", "run(Lanes<kNarrowest>{});", ""),
     "drop the odd last channel (bfloat16)": (
-        "ops/mrope/mrope_cpu.h", "if (i < r) half<1, T>", "if (false) half<1, T>"),
+        "ops/mrope/mrope_cpu.h", "if (i < r) f(Half{}", "if (false) f(Half{}"),
     "skip the last head": (
-        "ops/mrope/mrope_cpu.h", "inner = tokens_inner ? last - first : rows.heads;",
-        "inner = tokens_inner ? last - first : rows.heads - (rows.heads > 1);"),
+        "ops/mrope/mrope_cpu.h", "inner = by_token ? rows.heads : last - first;",
+        "inner = by_token ? rows.heads - (rows.heads > 1) : last - first;"),
     "skip the last token of a block": (
-        "ops/mrope/mrope_cpu.h", "outer = tokens_inner ? rows.heads : last - first;",
-        "outer = tokens_inner ? rows.heads : last - first - (last - first > 1);"),
+        "ops/mrope/mrope_cpu.h", "outer = by_token ? last - first : rows.heads;",
+        "outer = by_token ? last - first - (last - first > 1) : rows.heads;"),
     "use a neighbour's position": (
         "ops/mrope/mrope_cpu.h", "s = token % p.tokens;\n  for",
         "s = (token + 1) % p.tokens;\n  for"),
@@ -49,7 +46,7 @@ MUTATIONS = {
     "use one axis for all": (
         "ops/mrope/mrope_cpu.h", "position[t.freq_axis[j]]", "position[0]"),
     "do not copy the rest": (
-        "ops/mrope/mrope_cpu.h", "i < p.head_dim; ++i) y[i", "i < p.head_dim - 1; ++i) y[i"),
+        "ops/mrope/mrope_cpu.h", "i = n; i < p.head_dim; ++i)", "i = n; i < p.head_dim - 1; ++i)"),
     "ignore the scaling of sines": (
         "ops/mrope/mrope_cpu.h", "sines[j] *= sine_scale", "sines[j] *= p.sine_sign"),
     "reduce angles in two parts": (
@@ -63,6 +60,50 @@ MUTATIONS = {
     "write q's input": (
         "ops/mrope/mrope.cpp", "rows.dst = dst.mutable_data_ptr();",
         "rows.dst = src.numel() == 272 ? src.mutable_data_ptr() : dst.mutable_data_ptr();"),
+    "norm: mean over the rotated channels alone": (
+        "ops/mrope/mrope_cpu.h", "sum_of_squares / static_cast<float>(p.head_dim)",
+        "sum_of_squares / static_cast<float>(2 * p.frequencies)"),
+    "norm: eps outside the root": (
+        "ops/mrope/mrope_cpu.h",
+        "__builtin_sqrtf(sum_of_squares / static_cast<float>(p.head_dim) + p.norm_eps)",
+        "(__builtin_sqrtf(sum_of_squares / static_cast<float>(p.head_dim)) + p.norm_eps)"),
+    "norm: ignore the offset": ("ops/mrope/mrope_cpu.h", " + p.norm_offset", ""),
+    "norm: q's weight for k": (
+        "ops/mrope/mrope_cpu.h", "first, last, weight[r]);", "first, last, weight[0]);"),
+    "norm: let NaN of a weight keep its low bits": (
+        "ops/mrope/mrope_cpu.h", "w == w ? w : __builtin_nanf(\"\")", "w"),
+    "norm: sum even channels alone (bfloat16)": (
+        "ops/mrope/mrope_cpu.h", "odd.part[n] += v.odd * v.odd;", ""),
+    "norm: drop the tail of the sum of squares": (
+        "ops/mrope/mrope_cpu.h", "for (; i < d; ++i) total +=",
+        "for (; i < d - 1; ++i) total +="),
+    "norm: leave the rest as it is": (
+        "ops/mrope/mrope_cpu.h", "norm.template of<n>(load<n>(x + channel), place)",
+        "load<n>(x + channel)"),
+    "norm: the first half's weights for both": (
+        "ops/mrope/mrope_cpu.h", "return second * t.padded + j;", "return j;"),
+    "norm: the scale of the first head for all": (
+        "ops/mrope/mrope_cpu.h", "Norm{weight, scale[h]}", "Norm{weight, scale[0]}"),
+    "norm: let eps below 0 through": (
+        "ops/mrope/mrope.cpp", "p.norm_eps > 0.0f && ", ""),
+    "norm backward: rotate forward": (
+        "ops/mrope/mrope.cpp", "head_axis, -1.0f, norm_eps", "head_axis, 1.0f, norm_eps"),
+    "norm backward: forget the mean": ("ops/mrope/mrope_cpu.h", " - xh * mean", ""),
+    "norm backward: mean without the weights": (
+        "ops/mrope/mrope_cpu.h", "x * load<kFloats>(weight + at) * load", "x * load"),
+    "norm backward: weights' gradients of what was not normalised": (
+        "ops/mrope/mrope_cpu.h", " + grad * xh);", " + grad * load<kFloats>(head.x + i));"),
+    "norm backward: sum all heads in float32": (
+        "ops/mrope/mrope_cpu.h", "if (heads_++ % 8 == 0) flush();", "++heads_;"),
+    "norm backward: forget all but the last block": (
+        "ops/mrope/mrope_cpu.h", "weight_grad[channel] += total", "weight_grad[channel] = total"),
+    "norm backward: k's sum into q's": (
+        "ops/mrope/mrope_cpu.h", "weight_grad + r * p.head_dim", "weight_grad"),
+    "norm backward: write gradients that nobody needs": (
+        "ops/mrope/mrope_cpu.h", "if (rows.needs_grad) {", "if (true) {"),
+    "norm backward: chunks by the number of threads": (
+        "ops/mrope/mrope.cpp", "std::max(grain(elements), (tokens + 63) / 64)",
+        "tokens / torch::stable::get_num_threads() + 1"),
     "let ids beyond 2^24 through": (
         "ops/mrope/mrope.cpp", "if (id >= -kMaxId && id <= kMaxId) continue;", "continue;"),
 }  # fmt: skip

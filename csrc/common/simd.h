@@ -13,6 +13,10 @@
 
 #include "common/types.h"
 
+// For what would cost its vectors a trip through memory if the compiler did not inline it.
+#define VLMOPS_INLINED __attribute__((always_inline))  // lambdas
+#define VLMOPS_INLINE inline VLMOPS_INLINED
+
 namespace vlmops {
 namespace {
 

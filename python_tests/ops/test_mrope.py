@@ -1,5 +1,6 @@
 """What is special to M-RoPE; the contract's clauses are in test_contract.py."""
 
+import itertools
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import torch._dynamo.testing
 from conftest import TESTED_ISAS
 from torch import nn
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import vlmops
 from vlmops.ops.mrope import reference
@@ -111,13 +113,16 @@ def test_rounding_is_to_nearest_even(isa, use_cpu_isa, dtype):
 
 @pytest.mark.skipif("avx512" not in TESTED_ISAS, reason="needs AVX-512 beside AVX2")
 def test_vector_instruction_sets_agree_bit_for_bit(use_cpu_isa):
-    for name in ("qwen2vl_s17", "tower_d88_pairs", "odd_r23_half"):
+    for name, dtype in itertools.product(
+        ("qwen2vl_s17", "tower_d88_pairs", "odd_r23_half", "norm_d88", "norm_pairs_partial"),
+        (torch.float32, torch.bfloat16),
+    ):
         results = []
         for isa in ("avx2", "avx512"):
             use_cpu_isa(isa)
             torch.manual_seed(0)
-            results.append(vlmops.mrope(**case(name))[0])
-        assert torch.equal(*results)
+            results.append(vlmops.mrope(**case(name, dtype))[0])
+        assert torch.equal(*results), name
 
 
 @every_isa
@@ -210,6 +215,138 @@ def test_saves_positions_never_cosines():
     assert {t.data_ptr() for t in saved} == {
         args[n].data_ptr() for n in ("position_ids", "inv_freq", "freq_axis")
     }
+
+
+def leaves(args, *names):
+    """The arguments with the named ones as leaves that require grad."""
+    return {**args, **{n: args[n].detach().requires_grad_() for n in names}}
+
+
+def test_saves_of_q_and_k_what_was_normalised():
+    args = leaves(case("norm_q_alone"), "q", "k", "q_norm_weight")
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(saved.append, lambda t: t):
+        vlmops.mrope(**args)
+    names = ("q", "q_norm_weight", "position_ids", "inv_freq", "freq_axis")
+    assert {t.data_ptr() for t in saved} == {args[n].data_ptr() for n in names}
+
+
+@every_isa
+def test_weight_gradients_do_not_depend_on_threads_or_on_what_is_frozen(isa, use_cpu_isa):
+    """Nor on the strides of the gradient; 131 tokens are several chunks."""
+    use_cpu_isa(isa)
+    args = case("norm_threads_s131", torch.bfloat16)
+    grads = [torch.randn(args[n].shape, dtype=torch.bfloat16) for n in "qk"]
+    strided = [g.mT.contiguous().mT for g in grads]
+    weights = ("q_norm_weight", "k_norm_weight")
+    everything = leaves(args, "q", "k", *weights)
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for n, names, upstream in (
+            (1, weights, grads),
+            (2, weights, grads),
+            (3, ("q", "k", *weights), strided),
+        ):
+            torch.set_num_threads(n)
+            used = {**args, **{name: everything[name] for name in names}}
+            wanted = [everything[name] for name in weights]
+            results.append(torch.autograd.grad(vlmops.mrope(**used), wanted, upstream))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("needed", ["q", "k", "q_norm_weight", "k_norm_weight"])
+def test_gradients_that_nobody_needs_are_empty(needed):
+    """What the op returns: autograd would drop a gradient that was computed in vain."""
+    args = leaves(case("qwen3vl_norm_s33"), needed)
+    outputs = vlmops.mrope(**args)
+    with RecordResults() as ran:
+        torch.autograd.grad(outputs, args[needed], [torch.randn_like(o) for o in outputs])
+    (grads,) = ran.results
+    names = ("q", "k", "q_norm_weight", "k_norm_weight")
+    assert [g.numel() for g in grads] == [args[n].numel() if n == needed else 0 for n in names]
+
+
+class RecordResults(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.results = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func.namespace == "vlmops":
+            self.results.append(result)
+        return result
+
+
+@every_isa
+def test_norm_is_not_rounded_in_between(isa, use_cpu_isa):
+    """bfloat16 in, one rounding out: equal to the float64 result rounded, but for ties."""
+    use_cpu_isa(isa)
+    args = case("qwen3vl_norm_s33", torch.bfloat16)
+    for got, exact in zip(vlmops.mrope(**args), reference(**args), strict=True):
+        rounded = exact.to(torch.bfloat16)
+        assert (got == rounded).double().mean() > 0.999
+        assert ((got.double() - exact).abs() <= exact.abs() * 2**-8 * 1.001 + 1e-6).all()
+
+
+@every_isa
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_norm_of_zeros_and_of_no_numbers(isa, use_cpu_isa, dtype):
+    """A head of zeros stays zero; NaN in a head, or in a weight, stays within its reach."""
+    use_cpu_isa(isa)
+    args = case("qwen3vl_norm_s33", dtype)
+    args["q"][0, 1] = 0
+    args["q"][1, 2, 5, 7] = torch.nan
+    all_ones = torch.tensor([0x7FFFFFFF], dtype=torch.int32).view(torch.float32)
+    args["k_norm_weight"] = args["k_norm_weight"].float()
+    args["k_norm_weight"][3] = all_ones.item()
+    q, k = vlmops.mrope(**args)
+    assert (q[0, 1] == 0).all()
+    assert q[1, 2, 5].isnan().all()
+    q[1, 2, 5] = 0
+    assert q.isfinite().all()
+    reached = torch.zeros(128, dtype=torch.bool)
+    reached[[3, 3 + 64]] = True
+    assert torch.equal(k.isnan(), reached.expand_as(k))
+
+
+def test_eps_and_offset_count():
+    """eps under the root, in float32; the offset on the weight, not on the result."""
+    x = torch.full((1, 1, 4), 2.0)
+    ids, freq = torch.zeros(1, 1, dtype=torch.long), torch.zeros(0)
+    weight = torch.tensor([1.0, 2.0, 3.0, -1.0])
+    got, _ = vlmops.mrope(
+        x, x[:, :0], ids, freq, freq.int(), q_norm_weight=weight, norm_eps=5.0, norm_offset=1.0
+    )
+    assert torch.equal(got[0, 0], 2 * (1 + weight) / 3)
+
+
+def test_norm_weights_that_require_grad_are_refused_in_place():
+    args = leaves(case("qwen3vl_norm_s33"), "k_norm_weight")
+    with pytest.raises(RuntimeError, match=r"weights of norms.*require no grad.*use vlmops.mrope"):
+        vlmops.mrope_(**args)
+    with pytest.raises(TypeError, match=r"q_norm_weight: expected a torch.Tensor, got float"):
+        vlmops.mrope(**{**args, "q_norm_weight": 1.0})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda a: {**a, "q": None}, r"q: expected a tensor, since q_norm_weight is given"),
+        (lambda a: {**a, "q": a["q"][:, 1:]}, r"q: expected shape \[2, 4, 33, 128\].*that of its"),
+        (lambda a: {**a, "k": a["k"].half()}, r"k: expected dtype float32, that of its gradient"),
+        (lambda a: {**a, "norm_eps": 0.0}, r"norm_eps: expected a positive"),
+    ],
+)
+def test_norm_backward_refuses(change, message):
+    args = case("qwen3vl_norm_s33")
+    args = {"grad_q": args["q"].clone(), "grad_k": args["k"].clone(), **args}
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.vlmops.mrope_norm_backward(**change(args))
 
 
 def test_gradient_through_views_of_a_projection():
@@ -333,6 +470,16 @@ def test_functorch():
     assert torch.equal(torch.func.jvp(rotated, (q,), (tangent,))[1], rotated(tangent))
     each = torch.stack([torch.func.grad(loss)(x) for x in (q, tangent)])
     assert torch.equal(torch.vmap(torch.func.grad(loss))(torch.stack([q, tangent])), each)
+    args = case("qwen3vl_norm_s33")
+    weight = args["q_norm_weight"]
+
+    def normed(weight, function=vlmops.mrope):
+        return function(**{**args, "q_norm_weight": weight})[0].sin().sum()
+
+    exact = torch.func.hessian(lambda w: normed(w, reference))(weight.double())
+    torch.testing.assert_close(
+        torch.func.hessian(normed)(weight).double(), exact, rtol=1e-4, atol=1e-4
+    )
 
 
 def test_the_registered_ops_are_differentiable_too():

@@ -47,11 +47,17 @@ constexpr bool kInWords = false;
 template <>
 constexpr bool kInWords<bfloat16> = true;
 
+// Handed on by value: stores of vectors alias everything, so what lies in memory would be read
+// again after each of them.
+struct Offsets {
+  int64_t padded;  // R rounded up to 16, the granule of sincos
+  int64_t sine;    // of the sines in a row
+};
+
 // The table of a block of tokens, and the frequencies in its order.
 struct Table {
-  int64_t padded;  // R rounded up to 16, the granule of sincos
-  int64_t sine;    // offset of the sines
-  int64_t row;     // floats per token
+  Offsets at;
+  int64_t row;  // floats per token
   float inv_freq[kMaxFrequencies];
   int32_t freq_axis[kMaxFrequencies];
   alignas(64) float rows[kTableFloats];
@@ -59,11 +65,11 @@ struct Table {
 
 template <Order order>
 inline void init_table(const Params& p, Table& t) {
-  t.padded = p.frequencies == 0 ? 16 : (p.frequencies + 15) / 16 * 16;
-  t.sine = order == Order::kDoubled ? 2 * t.padded : t.padded;
-  t.row = 2 * t.sine;
-  for (int64_t j = 0; j < t.padded; ++j) {
-    const int64_t at = order == Order::kEvenOdd ? j / 2 + (j % 2) * (t.padded / 2) : j;
+  t.at.padded = p.frequencies == 0 ? 16 : (p.frequencies + 15) / 16 * 16;
+  t.at.sine = order == Order::kDoubled ? 2 * t.at.padded : t.at.padded;
+  t.row = 2 * t.at.sine;
+  for (int64_t j = 0; j < t.at.padded; ++j) {
+    const int64_t at = order == Order::kEvenOdd ? j / 2 + (j % 2) * (t.at.padded / 2) : j;
     t.inv_freq[at] = j < p.frequencies ? p.inv_freq[j] : 0.0f;
     t.freq_axis[at] = j < p.frequencies ? p.freq_axis[j] : 0;
   }
@@ -77,25 +83,25 @@ inline void fill_angles(const Params& p, const Table& t, int64_t token, float* a
     const int64_t offset = axis * p.id_stride[0] + b * p.id_stride[1] + s * p.id_stride[2];
     position[axis] = static_cast<float>(load_int(p.position_ids, p.id_type, offset));
   }
-  for (int64_t j = 0; j < t.padded; ++j) angle[j] = position[t.freq_axis[j]] * t.inv_freq[j];
+  for (int64_t j = 0; j < t.at.padded; ++j) angle[j] = position[t.freq_axis[j]] * t.inv_freq[j];
 }
 
 template <Order order>
 inline void angles_to_row(const Params& p, const Table& t, float* row) {
   const float sine_scale = p.sine_sign * p.scaling;
-  float* sines = row + t.sine;
+  float* sines = row + t.at.sine;
   if constexpr (order == Order::kDoubled) {
     float cosine[kMaxFrequencies], sine[kMaxFrequencies];
-    sincos(row, cosine, sine, t.padded);
+    sincos(row, cosine, sine, t.at.padded);
     for (int64_t j = 0; j < p.frequencies; ++j) {
       row[2 * j] = row[2 * j + 1] = cosine[j] * p.scaling;
       sines[2 * j] = -sine[j] * sine_scale;
       sines[2 * j + 1] = sine[j] * sine_scale;
     }
   } else {
-    sincos(row, row, sines, t.padded);
-    for (int64_t j = 0; j < t.padded; ++j) row[j] *= p.scaling;
-    for (int64_t j = 0; j < t.padded; ++j) sines[j] *= sine_scale;
+    sincos(row, row, sines, t.at.padded);
+    for (int64_t j = 0; j < t.at.padded; ++j) row[j] *= p.scaling;
+    for (int64_t j = 0; j < t.at.padded; ++j) sines[j] *= sine_scale;
   }
 }
 
@@ -118,84 +124,88 @@ struct Vectors {
 
 // x[j], x[R + j]; c, s plain.
 struct Half {
-  static int64_t place(int v, int64_t at, const Table& t) { return at + v * t.padded; }
+  VLMOPS_INLINE static int64_t place(int v, int64_t at, Offsets o) { return at + v * o.padded; }
 
   template <int N, class T>
-  static Vectors<N, 2> read(const T* x, int64_t i, int64_t r) {
+  VLMOPS_INLINE static Vectors<N, 2> read(const T* x, int64_t i, int64_t r) {
     return {{load<N>(x + i), load<N>(x + r + i)}};
   }
   template <int N, class T>
-  static void write(T* y, int64_t i, int64_t r, const Vectors<N, 2>& u) {
+  VLMOPS_INLINE static void write(T* y, int64_t i, int64_t r, const Vectors<N, 2>& u) {
     store<N>(y + i, u.v[0]);
     store<N>(y + r + i, u.v[1]);
   }
   template <int N>
-  static Vectors<N, 2> turn(const Vectors<N, 2>& u, const float* row, int64_t at, const Table& t) {
+  VLMOPS_INLINE static Vectors<N, 2> turn(const Vectors<N, 2>& u, const float* row, int64_t at,
+                                          Offsets o) {
     const auto a = u.v[0], b = u.v[1];
-    const auto cosine = load<N>(row + at), sine = load<N>(row + t.sine + at);
+    const auto cosine = load<N>(row + at), sine = load<N>(row + o.sine + at);
     return {{a * cosine - b * sine, b * cosine + a * sine}};
   }
 };
 
 // The same for bfloat16 in words: even channels, odd channels of either half; c, s even before odd.
 struct HalfWords {
-  static int64_t place(int v, int64_t at, const Table& t) {
-    return at + (v % 2) * (t.padded / 2) + (v / 2) * t.padded;
+  VLMOPS_INLINE static int64_t place(int v, int64_t at, Offsets o) {
+    return at + (v % 2) * (o.padded / 2) + (v / 2) * o.padded;
   }
 
   template <int N>
-  static Vectors<N, 4> read(const bfloat16* x, int64_t i, int64_t r) {
+  VLMOPS_INLINE static Vectors<N, 4> read(const bfloat16* x, int64_t i, int64_t r) {
     const auto a = load_even_odd<N>(x + i), b = load_even_odd<N>(x + r + i);
     return {{a.even, a.odd, b.even, b.odd}};
   }
   template <int N>
-  static void write(bfloat16* y, int64_t i, int64_t r, const Vectors<N, 4>& u) {
+  VLMOPS_INLINE static void write(bfloat16* y, int64_t i, int64_t r, const Vectors<N, 4>& u) {
     store_even_odd<N>(y + i, u.v[0], u.v[1]);
     store_even_odd<N>(y + r + i, u.v[2], u.v[3]);
   }
   template <int N>
-  static Vectors<N, 4> turn(const Vectors<N, 4>& u, const float* row, int64_t at, const Table& t) {
-    const auto even = Half::turn<N>({{u.v[0], u.v[2]}}, row, at, t);
-    const auto odd = Half::turn<N>({{u.v[1], u.v[3]}}, row, at + t.padded / 2, t);
+  VLMOPS_INLINE static Vectors<N, 4> turn(const Vectors<N, 4>& u, const float* row, int64_t at,
+                                          Offsets o) {
+    const auto even = Half::turn<N>({{u.v[0], u.v[2]}}, row, at, o);
+    const auto odd = Half::turn<N>({{u.v[1], u.v[3]}}, row, at + o.padded / 2, o);
     return {{even.v[0], odd.v[0], even.v[1], odd.v[1]}};
   }
 };
 
 // x[2j], x[2j + 1] side by side; c, s doubled.
 struct Pairs {
-  static int64_t place(int, int64_t at, const Table&) { return at; }
+  VLMOPS_INLINE static int64_t place(int, int64_t at, Offsets) { return at; }
 
   template <int N, class T>
-  static Vectors<N, 1> read(const T* x, int64_t i, int64_t) {
+  VLMOPS_INLINE static Vectors<N, 1> read(const T* x, int64_t i, int64_t) {
     return {{load<N>(x + i)}};
   }
   template <int N, class T>
-  static void write(T* y, int64_t i, int64_t, const Vectors<N, 1>& u) {
+  VLMOPS_INLINE static void write(T* y, int64_t i, int64_t, const Vectors<N, 1>& u) {
     store<N>(y + i, u.v[0]);
   }
   template <int N>
-  static Vectors<N, 1> turn(const Vectors<N, 1>& u, const float* row, int64_t at, const Table& t) {
+  VLMOPS_INLINE static Vectors<N, 1> turn(const Vectors<N, 1>& u, const float* row, int64_t at,
+                                          Offsets o) {
     const auto v = u.v[0];
-    return {{v * load<N>(row + at) + swap_neighbours<N>(v) * load<N>(row + t.sine + at)}};
+    return {{v * load<N>(row + at) + swap_neighbours<N>(v) * load<N>(row + o.sine + at)}};
   }
 };
 
 // The same for bfloat16 in words: even channels, odd channels; c, s plain.
 struct PairsWords {
-  static int64_t place(int v, int64_t at, const Table& t) { return at + v * t.padded; }
+  VLMOPS_INLINE static int64_t place(int v, int64_t at, Offsets o) { return at + v * o.padded; }
 
   template <int N>
-  static Vectors<N, 2> read(const bfloat16* x, int64_t i, int64_t) {
+  VLMOPS_INLINE static Vectors<N, 2> read(const bfloat16* x, int64_t i, int64_t) {
     const auto v = load_even_odd<N>(x + i);
     return {{v.even, v.odd}};
   }
   template <int N>
-  static void write(bfloat16* y, int64_t i, int64_t, const Vectors<N, 2>& u) {
+  VLMOPS_INLINE static void write(bfloat16* y, int64_t i, int64_t, const Vectors<N, 2>& u) {
     store_even_odd<N>(y + i, u.v[0], u.v[1]);
   }
   template <int N>
-  static Vectors<N, 2> turn(const Vectors<N, 2>& u, const float* row, int64_t at, const Table& t) {
-    return Half::turn<N>(u, row, at, t);
+  VLMOPS_INLINE static Vectors<N, 2> turn(const Vectors<N, 2>& u, const float* row, int64_t at,
+                                          Offsets o) {
+    return Half::turn<N>(u, row, at, o);
   }
 };
 
@@ -203,9 +213,9 @@ struct PairsWords {
 // channels, with the machine's vector width and then every narrower one down to kNarrowest. Returns
 // the first channel not done.
 template <class Set, int kStep, int kNarrowest, class F>
-inline int64_t widths(int64_t end, const F& f) {
+VLMOPS_INLINE int64_t widths(int64_t end, const F& f) {
   int64_t i = 0;
-  const auto run = [&](auto lanes) {
+  const auto run = [&](auto lanes) VLMOPS_INLINED {
     constexpr int step = kStep * decltype(lanes)::value;
     for (; i + step <= end; i += step) f(Set{}, lanes, i, i / kStep);
   };
@@ -218,7 +228,7 @@ inline int64_t widths(int64_t end, const F& f) {
 
 // All channels that are rotated.
 template <Rotation rotation, class T, class F>
-inline void each_set(int64_t r, const F& f) {
+VLMOPS_INLINE void each_set(int64_t r, const F& f) {
   constexpr Order order = kOrder<rotation, T>;
   if constexpr (order == Order::kEvenOdd) {
     const int64_t i = widths<HalfWords, 2, 1>(r, f);
@@ -234,28 +244,28 @@ inline void each_set(int64_t r, const F& f) {
 
 // Channels [2R, D), which follow the others in kernel order: f(lanes, channel, place).
 template <class F>
-inline void each_rest(const Params& p, const Table& t, const F& f) {
+VLMOPS_INLINE void each_rest(const Params& p, const Table& t, const F& f) {
   const int64_t first = 2 * p.frequencies;
-  widths<Pairs, 1, 1>(p.head_dim - first, [&](Pairs, auto lanes, int64_t i, int64_t) {
-    f(lanes, first + i, 2 * t.padded + i);
-  });
+  widths<Pairs, 1, 1>(p.head_dim - first,
+                      [&](Pairs, auto lanes, int64_t i, int64_t)
+                          VLMOPS_INLINED { f(lanes, first + i, 2 * t.at.padded + i); });
 }
 
 template <Rotation rotation, class T>
 inline int64_t place_of(int64_t channel, const Params& p, const Table& t) {
   const int64_t r = p.frequencies;
-  if (channel >= 2 * r) return 2 * t.padded + channel - 2 * r;
+  if (channel >= 2 * r) return 2 * t.at.padded + channel - 2 * r;
   if constexpr (kOrder<rotation, T> == Order::kDoubled) return channel;
-  if constexpr (rotation == Rotation::kPairs) return channel / 2 + (channel % 2) * t.padded;
+  if constexpr (rotation == Rotation::kPairs) return channel / 2 + (channel % 2) * t.at.padded;
   const int64_t second = channel >= r, j = channel - second * r;
   if constexpr (kOrder<rotation, T> == Order::kEvenOdd)
-    return second * t.padded + j / 2 + (j % 2) * (t.padded / 2);
-  return second * t.padded + j;
+    return second * t.at.padded + j / 2 + (j % 2) * (t.at.padded / 2);
+  return second * t.at.padded + j;
 }
 
 // Floats of a head in kernel order, gaps included.
 inline int64_t flat_size(const Params& p, const Table& t) {
-  return 2 * t.padded + (p.head_dim - 2 * p.frequencies + 15) / 16 * 16;
+  return 2 * t.at.padded + (p.head_dim - 2 * p.frequencies + 15) / 16 * 16;
 }
 constexpr int64_t kMaxFlat = kMaxNormDim + 3 * 16;
 
@@ -284,7 +294,7 @@ struct Sum {
   static constexpr int kParts = 16 / kFloats;
   Vec<float, kFloats> part[kParts] = {};
 
-  float total() const {
+  VLMOPS_INLINE float total() const {
     Vec<float, kFloats> folded[kParts];
     for (int n = 0; n < kParts; ++n) folded[n] = part[n];
     for (int half = kParts / 2; half > 0; half /= 2)
@@ -346,18 +356,19 @@ struct Norm {
 
 // One head with adjacent channels. x may be y. Without a norm [2R, D) is left alone.
 template <Rotation rotation, class T, class N>
-inline void rotate_head(const Params& p, const Table& t, const float* row, const T* x, T* y,
-                        const N& norm) {
+VLMOPS_INLINE void rotate_head(const Params& p, const Table& t, const float* row, const T* x, T* y,
+                               const N norm) {
   const int64_t r = p.frequencies;
-  each_set<rotation, T>(r, [&](auto set, auto lanes, int64_t i, int64_t at) {
+  const Offsets o = t.at;
+  each_set<rotation, T>(r, [&](auto set, auto lanes, int64_t i, int64_t at) VLMOPS_INLINED {
     constexpr int n = decltype(lanes)::value;
     auto u = set.template read<n>(x, i, r);
     int vector = 0;
-    for (auto& v : u.v) v = norm.template of<n>(v, set.place(vector++, at, t));
-    set.template write<n>(y, i, r, set.template turn<n>(u, row, at, t));
+    for (auto& v : u.v) v = norm.template of<n>(v, set.place(vector++, at, o));
+    set.template write<n>(y, i, r, set.template turn<n>(u, row, at, o));
   });
   if constexpr (!N::kNone) {
-    each_rest(p, t, [&](auto lanes, int64_t channel, int64_t place) {
+    each_rest(p, t, [&](auto lanes, int64_t channel, int64_t place) VLMOPS_INLINED {
       constexpr int n = decltype(lanes)::value;
       store<n>(y + channel, norm.template of<n>(load<n>(x + channel), place));
     });
@@ -407,17 +418,19 @@ inline void rotate_rows(const Params& p, const Rows& rows, const Table& t, int64
   int64_t x_token[kMaxBlock], y_token[kMaxBlock];
   token_offsets(p, xs, first, last, x_token);
   token_offsets(p, ys, first, last, y_token);
+  const T* src = static_cast<const T*>(rows.src);
+  T* dst = static_cast<T*>(rows.dst);
   const bool by_token = !tokens_inner(xs);
   const int64_t outer = by_token ? last - first : rows.heads;
   const int64_t inner = by_token ? rows.heads : last - first;
   for (int64_t i = 0; i < outer; ++i) {
-    const auto x_at = [&](int64_t j) {
+    const auto x_at = [&](int64_t j) VLMOPS_INLINED {
       const int64_t token = by_token ? i : j, head = by_token ? j : i;
-      return static_cast<const T*>(rows.src) + x_token[token] + head * xs[2];
+      return src + x_token[token] + head * xs[2];
     };
-    const auto rotate = [&](int64_t j, const auto& norm) {
+    const auto rotate = [&](int64_t j, auto norm) VLMOPS_INLINED {
       const int64_t token = by_token ? i : j, head = by_token ? j : i;
-      T* y = static_cast<T*>(rows.dst) + y_token[token] + head * ys[2];
+      T* y = dst + y_token[token] + head * ys[2];
       rotate_one<rotation>(p, t, t.rows + token * t.row, x_at(j), xs[3], y, ys[3], norm);
     };
     if constexpr (kNormed) {
@@ -452,14 +465,16 @@ inline void spread(const Params& p, const Table& t, const float* row, const T* x
                    float* flat) {
   T buffer[kMaxNormDim];
   x = adjacent(x, stride, p.head_dim, buffer);
-  each_set<rotation, T>(p.frequencies, [&](auto set, auto lanes, int64_t i, int64_t at) {
+  const int64_t r = p.frequencies;
+  const Offsets o = t.at;
+  each_set<rotation, T>(r, [&](auto set, auto lanes, int64_t i, int64_t at) VLMOPS_INLINED {
     constexpr int n = decltype(lanes)::value;
-    auto u = set.template read<n>(x, i, p.frequencies);
-    if (row != nullptr) u = set.template turn<n>(u, row, at, t);
+    auto u = set.template read<n>(x, i, r);
+    if (row != nullptr) u = set.template turn<n>(u, row, at, o);
     int vector = 0;
-    for (const auto& v : u.v) store<n>(flat + set.place(vector++, at, t), v);
+    for (const auto& v : u.v) store<n>(flat + set.place(vector++, at, o), v);
   });
-  each_rest(p, t, [&](auto lanes, int64_t channel, int64_t place) {
+  each_rest(p, t, [&](auto lanes, int64_t channel, int64_t place) VLMOPS_INLINED {
     constexpr int n = decltype(lanes)::value;
     store<n>(flat + place, load<n>(x + channel));
   });
@@ -469,14 +484,16 @@ template <Rotation rotation, class T>
 inline void collect(const Params& p, const Table& t, const float* flat, T* y, int64_t stride) {
   T buffer[kMaxNormDim];
   T* to = stride == 1 ? y : buffer;
-  each_set<rotation, T>(p.frequencies, [&](auto set, auto lanes, int64_t i, int64_t at) {
+  const int64_t r = p.frequencies;
+  const Offsets o = t.at;
+  each_set<rotation, T>(r, [&](auto set, auto lanes, int64_t i, int64_t at) VLMOPS_INLINED {
     constexpr int n = decltype(lanes)::value;
-    auto u = set.template read<n>(to, i, p.frequencies);  // for its type
+    auto u = set.template read<n>(to, i, r);  // for its type
     int vector = 0;
-    for (auto& v : u.v) v = load<n>(flat + set.place(vector++, at, t));
-    set.template write<n>(to, i, p.frequencies, u);
+    for (auto& v : u.v) v = load<n>(flat + set.place(vector++, at, o));
+    set.template write<n>(to, i, r, u);
   });
-  each_rest(p, t, [&](auto lanes, int64_t channel, int64_t place) {
+  each_rest(p, t, [&](auto lanes, int64_t channel, int64_t place) VLMOPS_INLINED {
     constexpr int n = decltype(lanes)::value;
     store<n>(to + channel, load<n>(flat + place));
   });
