@@ -1,4 +1,4 @@
-# make setup, make demo, make test; make bench and make mutants take longer and are not in CI.
+# make setup, make demo, make test; the others take longer and are not in CI.
 PYTHON ?= python3
 # Pinned here, since the package itself takes every torch from 2.11 on. Its version is the one that
 # the numbers in bench/results come from.
@@ -7,7 +7,7 @@ BIN = .venv/bin
 SOURCES = CMakeLists.txt $(shell find csrc -type f)
 PYTHON_FILES = vlmops python_tests bench csrc
 
-.PHONY: setup demo test lint tables check-tables bench mutants clean FORCE
+.PHONY: setup demo test lint families tables check-tables bench mutants clean FORCE
 
 setup: .venv/built
 
@@ -33,9 +33,26 @@ demo: setup
 test: setup
 	.ci/suite lint 60 $(MAKE) --no-print-directory lint
 	.ci/suite contract 240 $(BIN)/python -m pytest -q python_tests/test_contract.py python_tests/ops
-	.ci/suite hf 300 $(BIN)/python -m pytest -q python_tests/hf
+	# One thread: the models are tiny, a second one only waits.
+	OMP_NUM_THREADS=1 .ci/suite hf 300 $(BIN)/python -m pytest -q python_tests/hf
 	.ci/suite tools 180 $(BIN)/python -m pytest -q --ignore=python_tests/ops \
 	  --ignore=python_tests/hf --ignore=python_tests/test_contract.py
+
+# Patching with the oldest transformers that vlmops supports and with the newest, each in an
+# environment of its own over .venv.
+families: .venv-oldest/built .venv-newest/built
+	OMP_NUM_THREADS=1 .ci/suite oldest 600 .venv-oldest/bin/python -m pytest -q python_tests/hf
+	OMP_NUM_THREADS=1 .ci/suite newest 600 .venv-newest/bin/python -m pytest -q python_tests/hf
+
+.venv-oldest/built: TRANSFORMERS = transformers==5.17.0
+.venv-newest/built: TRANSFORMERS = transformers
+
+.venv-%/built: setup FORCE
+	$(PYTHON) -m venv $(@D)
+	$(BIN)/python -c "import sysconfig; print('import site; site.addsitedir(%r)' % \
+	  sysconfig.get_path('purelib'))" > $$(echo $(@D)/lib/python*/site-packages)/base.pth
+	$(@D)/bin/pip install --quiet --disable-pip-version-check --upgrade "$(TRANSFORMERS)"
+	touch $@
 
 lint: setup
 	$(BIN)/ruff check $(PYTHON_FILES)
@@ -56,4 +73,4 @@ mutants: setup
 	$(BIN)/python python_tests/mutate.py
 
 clean:
-	rm -rf .venv build
+	rm -rf .venv .venv-oldest .venv-newest build

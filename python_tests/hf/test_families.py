@@ -12,7 +12,18 @@ import torch
 import transformers
 from dispatch import CountOps
 from hf.checks import BATCHES, assert_agree, assert_gradients_agree, batch_of, gradients
-from hf.tiny import FAMILIES, TEXT, UNLISTED, build, config_of, row_of, run
+from hf.tiny import (
+    FAMILIES,
+    ROPES,
+    TEXT,
+    UNLISTED,
+    build,
+    config_of,
+    inputs,
+    row_of,
+    run,
+    stretched,
+)
 
 import vlmops
 from vlmops.hf import rotary, targets
@@ -22,6 +33,10 @@ everywhere = pytest.mark.parametrize("family", [*FAMILIES, *UNLISTED])
 with_towers = pytest.mark.parametrize(
     "family", [name for name in (*FAMILIES, *UNLISTED) if row_of(name).towers]
 )
+
+
+# Of transformers 5.17's own call of its own layer.
+pytestmark = pytest.mark.filterwarnings("ignore:`hidden_state` is deprecated:FutureWarning")
 
 
 def skip_unless_able(family, check):
@@ -39,6 +54,9 @@ def counted(ran):
 def image_features(model, batch):
     accepted = inspect.signature(model.base_model.get_image_features).parameters
     given = {name: value for name, value in batch.items() if name in accepted}
+    strategy = accepted.get("vision_feature_select_strategy")
+    if strategy is not None and strategy.default is inspect.Parameter.empty:  # transformers 5.17
+        given["vision_feature_select_strategy"] = "default"
     out = model.base_model.get_image_features(**given)
     features = out.last_hidden_state if out.pooler_output is None else out.pooler_output
     return features if isinstance(features, torch.Tensor) else torch.cat(list(features))
@@ -264,6 +282,7 @@ def test_signatures_are_unchanged_and_unknown_kwargs_pass(family):
 
 @everywhere
 def test_autocast_and_inference_mode(family):
+    skip_unless_able(family, "autocast")
     model, batch = build(family), batch_of(family, "several_images")
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
         theirs = run(model, batch).logits
@@ -346,3 +365,77 @@ def test_a_model_of_real_size_is_patched_at_once(family):
     assert time.perf_counter() - start < 2
     assert report.rows[-1].sites == 28
     assert vlmops.unpatch(model) > 28
+
+
+@everywhere
+@pytest.mark.parametrize("rope", ROPES)
+def test_rope_types(family, rope):
+    """Below and above the trained length in turn: some types change their frequencies then."""
+    skip_unless_able(family, rope)
+    model = build(family, **stretched(family, rope))
+    plain = copy.deepcopy(model)
+    assert vlmops.patch(model).counts["mrope"] == sum(row_of(family).places.values())
+    with torch.no_grad():
+        for length in (9, 40, 9, 60, 12):
+            batch = inputs(family, [[length]])
+            expected = run(plain, batch).logits
+            assert_agree(run(model, batch).logits, expected, f"{length} tokens")
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "llava_pixtral", "llama4"])
+def test_towers_compile(family):
+    """To one graph where Hugging Face's own code does: others read sizes back to the host."""
+    model, batch = build(family), batch_of(family, "several_images")
+    vlmops.patch(model)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        expected = image_features(model, batch)
+        for path in row_of(family).towers:
+            model.get_submodule(path).compile(fullgraph=family == "llama4", backend="eager")
+        assert_agree(image_features(model, batch), expected, "compiled")
+
+
+class WideTensors(CountOps):
+    """Also keeps the shapes of floating tensors with a row for each token and no heads."""
+
+    def __init__(self, tokens, head_dim):
+        super().__init__()
+        self._widths = {(tokens, head_dim), (tokens, head_dim // 2)}
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = super().__torch_dispatch__(func, types, args, kwargs)
+        for tensor in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(tensor, torch.Tensor) and self._owns(tensor):
+                self.found.append((func._schema.name, list(tensor.shape)))
+        return out
+
+    def _owns(self, tensor):
+        shape = [size for size in tensor.shape if size > 1]
+        size = tensor.numel() * tensor.element_size()
+        if not tensor.is_floating_point():  # Qwen2.5-VL sorts the bits of frequencies by windows
+            return False
+        return tuple(shape) in self._widths and tensor.untyped_storage().nbytes() >= size
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
+@pytest.mark.parametrize("part", ["tower", "decoder"])
+def test_no_cosine_is_computed_and_nothing_is_kept_for_each_token(family, part):
+    model, batch = build(family), batch_of(family, "several_images")
+    tokens, head_dim = (len(batch["pixel_values"]), 20) if part == "tower" else (57, 16)
+    embeds = torch.randn(1, 57, 64)
+    decoder = model.model.language_model
+
+    def seen():
+        with torch.no_grad(), WideTensors(tokens, head_dim) as ran:
+            if part == "tower":
+                image_features(model, batch)
+            else:
+                decoder(inputs_embeds=embeds, use_cache=False)
+        return ran.counts["aten::cos"] + ran.counts["aten::sin"], ran.found
+
+    trigonometry, found = seen()
+    assert trigonometry == 2
+    assert found
+    vlmops.patch(model)
+    assert seen() == (0, [])

@@ -13,7 +13,7 @@ import torch
 from dispatch import CountOps
 from hf import checks
 from hf.checks import assert_agree, gradients
-from hf.tiny import build, run
+from hf.tiny import build, run, stretched
 from torch import nn
 
 import vlmops
@@ -559,3 +559,188 @@ def test_patched_restores_even_after_an_exception():
     with vlmops.patched(model):
         pass
     assert vlmops.unpatch(model) == MODULES
+
+
+def test_layer_types_of_two_scalings_are_refused():
+    model = build("gemma3", **stretched("gemma3", "yarn"))
+    assert "layer types differ in scaling" in refusal(model)
+
+
+def rotates(function):
+    """A model whose attention turns q and k by this function."""
+    model = build("qwen2_vl")
+    original = attention_class()
+    body = {"forward": with_globals(original.forward, apply_rotary_pos_emb=function)}
+    for layer in model.model.language_model.layers:
+        layer.self_attn.__class__ = type("Foreign", (original,), body)
+    return model
+
+
+def with_globals(function, **new):
+    made = types.FunctionType(
+        function.__code__,
+        {**function.__globals__, **new},
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )
+    made.__kwdefaults__ = function.__kwdefaults__
+    return made
+
+
+def test_functions_that_are_not_known_are_refused_by_name():
+    def turn_by_degrees(q, k, cos, sin, degrees=360):
+        raise AssertionError("not called")
+
+    reason = refusal(rotates(turn_by_degrees))
+    assert reason == ("Foreign rotates with apply_rotary_pos_emb, which vlmops does not know")
+
+
+def test_modules_that_use_cosines_themselves_are_refused_by_name():
+    class Own(nn.Module):
+        def forward(self, hidden_states, position_embeddings, **_):
+            cos, sin = position_embeddings
+            return hidden_states * cos.mean() + sin.mean(), None
+
+    model = build("qwen2_vl")
+    model.model.language_model.layers[1].self_attn = Own()
+    assert refusal(model) == "Own applies cosines and sines itself"
+
+
+def rotary_with(forward):
+    """A model whose rotary module of the text has this forward."""
+    model = build("qwen2_vl")
+    rotary = model.model.language_model.rotary_emb
+    original = type(rotary).forward
+
+    class Changed(type(rotary)):
+        def forward(self, x, position_ids):
+            return forward(*original(self, x, position_ids), position_ids)
+
+    rotary.__class__ = Changed
+    return model
+
+
+ROTARIES = {
+    "stochastic": (
+        lambda cos, sin, _: (cos + 0.01 * torch.rand_like(cos), sin),
+        "Changed returns something else each time",
+    ),
+    "depends on the length": (
+        lambda cos, sin, ids: (cos, sin) if ids.shape[-1] < 5 else (cos * 2, sin * 2),
+        "the numeric check failed",
+    ),
+    "returns one tensor": (
+        lambda cos, sin, _: torch.cat((cos, sin), -1),
+        "returns neither cosines and sines nor complex numbers",
+    ),
+    "returns three": (
+        lambda cos, sin, _: (cos, sin, sin),
+        "returns neither cosines and sines nor complex numbers",
+    ),
+    "turns the other way": (lambda cos, sin, _: (cos, -sin), "are not driven by one axis"),
+    "other pairs": (lambda cos, sin, _: (cos, sin.roll(1, -1)), "are not driven by one axis"),
+}
+
+
+@pytest.mark.parametrize(("forward", "reason"), ROTARIES.values(), ids=ROTARIES)
+def test_rotary_modules_that_are_no_rotation_are_refused(forward, reason):
+    assert reason in refusal(rotary_with(forward))
+
+
+def test_a_rotary_module_shared_by_two_models_of_one():
+    """Draft and target, say: its attention modules change together."""
+    model, batch = build("qwen2_vl"), batch_of("text")
+    second = build("qwen2_vl").model.language_model
+    second.rotary_emb = model.model.language_model.rotary_emb
+    both = nn.ModuleDict({"first": model, "second": second})
+    embeds = torch.randn(1, 9, 64)
+
+    def outputs():
+        with torch.no_grad():
+            hidden = second(inputs_embeds=embeds, use_cache=False).last_hidden_state
+            return run(model, batch).logits, hidden
+
+    expected = outputs()
+    report = vlmops.patch(both)
+    assert report.counts == {"mrope": TOWER + 2 * LAYERS}
+    for ours, theirs in zip(outputs(), expected, strict=True):
+        assert_agree(ours, theirs, "outputs")
+    assert vlmops.unpatch(both) == MODULES + LAYERS
+
+
+def test_other_devices_are_refused(monkeypatch):
+    """One part of a model there is enough; on meta the weights are yet to come."""
+    model = build("qwen2_vl")
+    weight = model.model.language_model.layers[2].self_attn.q_proj.weight
+
+    class Elsewhere(nn.Parameter):
+        @property
+        def device(self):
+            return torch.device("cuda:1")
+
+    model.model.language_model.layers[2].self_attn.q_proj.weight = Elsewhere(weight.data)
+    assert refusal(model).startswith("no kernel for cuda in this build of vlmops")
+    model = build("qwen2_vl")
+    model.model.language_model.layers[0].self_attn.to("meta")
+    assert vlmops.patch(model).counts == BOTH
+
+
+# Norms of q and k, which are put off until the rotation.
+
+
+def text_row(model):
+    (row,) = (row for row in vlmops.patch(model).rows if row.path == "model.language_model")
+    assert row.status == "patched"
+    return row
+
+
+def norms_of(model):
+    attention = model.model.language_model.layers[1].self_attn
+    return attention.q_norm, attention.k_norm
+
+
+def halve(module, args, out):
+    return out / 2
+
+
+@pytest.mark.parametrize("before", [True, False])
+@pytest.mark.parametrize("which", [0, 1])
+def test_norms_with_hooks_run_themselves(before, which):
+    model, batch = build("qwen3_vl"), checks.batch_of("qwen3_vl", "text")
+    plain = copy.deepcopy(model)
+    norms_of(plain)[which].register_forward_hook(halve)
+    if before:
+        norms_of(model)[which].register_forward_hook(halve)
+        assert "hooks" in text_row(model).reason
+    else:
+        assert text_row(model).reason == "with q_norm and k_norm"
+        norms_of(model)[which].register_forward_hook(halve)
+    with torch.no_grad():
+        assert_agree(run(model, batch).logits, run(plain, batch).logits, "logits")
+
+
+def test_norms_that_differ_are_not_fused():
+    model, batch = build("qwen3_vl"), checks.batch_of("qwen3_vl", "text")
+    norms_of(model)[0].variance_epsilon = 1e-2
+    with torch.no_grad():
+        expected = run(model, batch).logits
+        assert "q_norm and k_norm differ in eps or offset" in text_row(model).reason
+        assert_agree(run(model, batch).logits, expected, "logits")
+
+
+def test_weights_of_norms_are_read_when_they_are_used():
+    """They are trained, swapped and loaded after patching."""
+    model, batch = build("qwen3_vl"), checks.batch_of("qwen3_vl", "text")
+    plain = copy.deepcopy(model)
+    vlmops.patch(model)
+    for changed in (model, plain):
+        gradients(changed, batch)
+        q_norm, k_norm = norms_of(changed)
+        with torch.no_grad():
+            q_norm.weight -= q_norm.weight.grad
+        k_norm.weight = nn.Parameter(k_norm.weight.detach() * 2)
+    logits, grads = gradients(model, batch)
+    expected, expected_grads = gradients(plain, batch)
+    assert_agree(logits, expected, "logits")
+    checks.assert_gradients_agree(grads, expected_grads)

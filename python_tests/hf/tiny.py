@@ -51,7 +51,7 @@ class Family:
     idle: int = 0
     """Sites that the report counts and no forward reaches."""
     lacks: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    """Check -> why Hugging Face's own code fails it."""
+    """Check -> why Hugging Face's own code fails it, or what is refused."""
 
     @property
     def towers(self) -> dict[str, int]:
@@ -177,6 +177,20 @@ def _phi4_pixels(rows, _):
     }
 
 
+# transformers' rope types, with 16 tokens as the length that was trained.
+ROPES = {
+    "linear": {"factor": 4.0},
+    "dynamic": {"factor": 4.0},
+    "yarn": {"factor": 4.0, "original_max_position_embeddings": 16},
+    "llama3": {
+        "factor": 4.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 16,
+    },
+    "longrope": {"factor": 4.0, "original_max_position_embeddings": 16},
+}
+
 # Text models and towers.
 
 TEXT = {
@@ -290,7 +304,11 @@ FAMILIES: dict[str, Family] = {
                 "output_dim": 64,
             },
         },
-        in_5_17={"places": {"model": 3}, "refused": {"visual": "was wrapped by transformers"}},
+        in_5_17={
+            "places": {"model": 3},
+            "refused": {"visual": "was wrapped by transformers"},
+            "decoder": "model",
+        },
     ),
     "glm4v": Family(
         "Glm4vForConditionalGeneration",
@@ -321,6 +339,7 @@ FAMILIES: dict[str, Family] = {
             "image_end_token_id": END,
             "video_token_id": VIDEO,
         },
+        lacks=dict.fromkeys(ROPES, "it takes the default type only"),
     ),
     "paddleocr_vl": Family(
         "PaddleOCRVLForConditionalGeneration",
@@ -404,6 +423,7 @@ FAMILIES: dict[str, Family] = {
         _SIGLIP,
         {"model.language_model": 3},
         {"image_token_index": IMAGE, "mm_tokens_per_image": 4},
+        lacks=dict.fromkeys(("yarn", "longrope"), "layer types of two scalings are refused"),
     ),
     "paligemma": Family(
         "PaliGemmaForConditionalGeneration",
@@ -485,6 +505,7 @@ FAMILIES: dict[str, Family] = {
         {"model.text_model": 3},
         {"image_token_id": IMAGE, "scale_factor": 4},
         decoder="model.text_model",
+        in_5_17={"lacks": {"autocast": "its tower mixes dtypes"}},
     ),
     "phi4_multimodal": Family(
         "Phi4MultimodalForCausalLM",
@@ -507,6 +528,7 @@ FAMILIES: dict[str, Family] = {
         },
         flat=True,
         decoder="model",
+        lacks=dict.fromkeys(("linear", "dynamic", "yarn", "llama3"), "it takes longrope only"),
     ),
     "aya_vision": Family(
         "AyaVisionForConditionalGeneration",
@@ -594,6 +616,9 @@ UNLISTED: dict[str, Family] = {
         {"model.vision_tower": 2},
         {**_IDS, "projection_hidden_size": 40},
         refused={"model.language_model": "apply_rotary_pos_emb_interleave"},
+        lacks=dict.fromkeys(
+            ROPES, "only its tower is rotated by the op, and that by the default type"
+        ),
     ),
 }
 
@@ -615,6 +640,21 @@ def config_of(family, **text):
     parts = text if row.flat else {"text_config": text}
     vision = copy.deepcopy(dict(row.vision))
     return architecture.config_class(**parts, vision_config=vision, **copy.deepcopy(row.config))
+
+
+def stretched(family, rope):
+    """Settings of the text model with another rope type; of two layer types the second."""
+    row = row_of(family)
+    rotary = copy.deepcopy(row.text["rope_parameters"])
+    changed = rotary.get("full_attention", rotary)
+    changed |= {"rope_type": rope, **ROPES[rope]}
+    if rope == "longrope":
+        head_dim = row.text.get("head_dim", TEXT["hidden_size"] // TEXT["num_attention_heads"])
+        pairs = int(head_dim * changed.get("partial_rotary_factor", 1.0)) // 2
+        changed["short_factor"] = torch.linspace(1, 2, pairs).tolist()
+        changed["long_factor"] = torch.linspace(2, 8, pairs).tolist()
+    most = 16 if rope == "dynamic" else 64
+    return {"rope_parameters": rotary, "max_position_embeddings": most}
 
 
 def build(family, attention="sdpa", dtype=torch.float32, **text):
