@@ -180,6 +180,8 @@ CASES = [
     Case("norm_weight_fp32", _inputs(norms="qk", norm_dtype=torch.float32)),
     Case("norm_weight_bf16", _inputs(norms="qk", norm_dtype=torch.bfloat16, norm_offset=1.0)),
     Case("norm_weight_fp16", _inputs(norms="qk", norm_dtype=torch.float16)),
+    Case("norm_widest", _inputs(norms="qk", head_dim=2048, sections=(1009,), tokens=3,
+                                heads=(2, 1))),
     Case("norm_no_k_heads", _inputs(norms="qk", heads=(4, 0))),
     Case("norm_empty_sequence", _inputs(norms="qk", tokens=0)),
     Case("empty_packed", _inputs(batch=None, tokens=0, layout="contiguous")),
@@ -209,6 +211,7 @@ _tower_bench = functools.partial(
     _bench, batch=None, heads=(16, 16), head_dim=80, sections=(20, 20), layout="fused",
     ids=_grid_ids,
 )  # fmt: skip
+# Qwen3-VL-8B.
 _norm_bench = functools.partial(
     _bench, batch=1, heads=(32, 8), sections=(24, 20, 20), interleaved=True, norms="qk"
 )
@@ -222,11 +225,11 @@ BENCH = {
         _bench("s1024", batch=1, tokens=1024),
         _bench("s4096", batch=1, tokens=4096),
         _bench("s16384", batch=1, tokens=16384),
-        _tower_bench("tower_n4900", tokens=4900),
-        _tower_bench("tower_n16384", tokens=16384),
-        _norm_bench("qwen3vl_norm_b1", tokens=1),
-        _norm_bench("qwen3vl_norm_s1024", tokens=1024),
-        _norm_bench("qwen3vl_norm_s4096", tokens=4096),
+        _tower_bench("tower_4900", tokens=4900),
+        _tower_bench("tower_16384", tokens=16384),
+        _norm_bench("norm_b1", tokens=1),
+        _norm_bench("norm_s1024", tokens=1024),
+        _norm_bench("norm_s4096", tokens=4096),
     ]
 }
 
