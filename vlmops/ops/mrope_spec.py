@@ -118,7 +118,7 @@ def _negative_ids(shape: tuple[int, ...]) -> Tensor:
 
 CASES = [
     Case("qwen2vl_s17", _inputs()),
-    Case("norm_s33", _inputs(tokens=33, sections=(24, 20, 20), interleaved=True,
+    Case("qwen3vl_norm_s33", _inputs(tokens=33, sections=(24, 20, 20), interleaved=True,
                                      norms="qk")),
     Case("qwen2vl_s1", _inputs(tokens=1, heads=(28, 4))),
     Case("qwen2vl_threads_s131", _inputs(tokens=131, heads=(28, 4))),
