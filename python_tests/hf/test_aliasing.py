@@ -3,12 +3,12 @@
 import pytest
 import torch
 from dispatch import CountOps
-from hf.tiny import build, inputs, run
+from hf.checks import batch_of
+from hf.tiny import build, run
 from torch import nn
 
 import vlmops
 
-IMAGES = [[3, (4, 6), 5, (8, 4), 2]]
 KEEP = {
     "output": lambda out: out,
     "detached": lambda out: out.detach(),
@@ -21,7 +21,7 @@ KEEP = {
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("keep", KEEP.values(), ids=KEEP)
 def test_hooks_on_a_fused_projection_see_what_they_saw(keep, mode):
-    model, batch = build("qwen2_vl"), inputs(IMAGES)
+    model, batch = build("qwen2_vl"), batch_of("qwen2_vl", "several_images")
     vlmops.patch(model)
     kept, copies = [], []
 
@@ -55,10 +55,10 @@ class TwoViewsOfQ(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.qk, self.proj = nn.Linear(32, 64), nn.Linear(32, 32)
+        self.qk, self.proj = nn.Linear(40, 80), nn.Linear(40, 40)
 
     def forward(self, hidden_states, position_embeddings):
-        q, k, before = self._views(self.qk(hidden_states).reshape(len(hidden_states), 2, 2, 16))
+        q, k, before = self._views(self.qk(hidden_states).reshape(len(hidden_states), 2, 2, 20))
         cos, sin = position_embeddings
         q, k = apply_rotary(q, k, cos, sin)
         return self.proj((q + k + before).flatten(1))
@@ -71,6 +71,7 @@ def test_attention_that_keeps_q_is_refused():
     model = build("qwen2_vl")
     model.model.visual.blocks[0].attn = TwoViewsOfQ()
     with torch.no_grad():
-        (row, _) = vlmops.patch(model, ["mrope"]).rows
+        report = vlmops.patch(model, ["mrope"])
+    (row,) = [row for row in report.rows if row.path == "model.visual"]
     assert row.status == "refused"
     assert "the numeric check failed: TwoViewsOfQ" in row.reason
