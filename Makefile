@@ -7,7 +7,7 @@ BIN = .venv/bin
 SOURCES = CMakeLists.txt $(shell find csrc -type f)
 PYTHON_FILES = vlmops python_tests bench csrc
 
-.PHONY: setup demo test lint families bench mutants clean FORCE
+.PHONY: setup demo test lint tables check-tables families bench mutants clean FORCE
 
 setup: .venv/built
 
@@ -58,6 +58,12 @@ lint: setup
 	$(BIN)/ruff format --check $(PYTHON_FILES)
 	$(BIN)/clang-format --dry-run --Werror $$(find csrc -name '*.h' -o -name '*.cpp' -o -name '*.c')
 	$(BIN)/mypy
+
+tables: setup
+	$(BIN)/python bench/tables.py
+
+check-tables: setup
+	$(BIN)/python bench/tables.py --check
 
 bench: setup
 	$(BIN)/vlmops bench mrope

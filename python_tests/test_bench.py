@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import dataclasses
 import json
+import os
 import re
 import subprocess
+import sys
 import types
 from collections import Counter
 from pathlib import Path
@@ -11,8 +14,8 @@ import pytest
 import torch
 
 import vlmops
-from vlmops import cli, ops
-from vlmops.bench import BenchError, measure, report, runner
+from vlmops import _cpus, cli, ops
+from vlmops.bench import BenchError, measure, report, runner, shapes
 from vlmops.bench.gate import Gate
 from vlmops.bench.timer import ATTEMPTS, Timing, interleave, waits
 from vlmops.ops.spec import BenchCase, Spec
@@ -317,6 +320,7 @@ def toy_bench(monkeypatch):
         assert (env["OMP_PROC_BIND"], env["OMP_PLACES"]) == ("true", "cores")
         assert not Path(env["TORCHINDUCTOR_CACHE_DIR"]).exists()  # nobody else's code
         environments.append(env)
+        assert os.sched_getaffinity(0) == _cpus.ALLOWED
         with monkeypatch.context() as inner:
             inner.setenv("THP_MEM_ALLOC_ENABLE", env["THP_MEM_ALLOC_ENABLE"])
             return types.SimpleNamespace(returncode=measure.main(command[3:]))
@@ -327,9 +331,30 @@ def toy_bench(monkeypatch):
 
     environments = run.environments = []
     monkeypatch.setattr(measure, "interleave", fixed_timings)
-    monkeypatch.setattr(runner, "_commit", lambda: {"commit": "0123456789abcdef", "dirty": True})
+    monkeypatch.setattr(runner, "commit", lambda: {"commit": "0123456789abcdef", "dirty": True})
     monkeypatch.setattr(subprocess, "run", run_here)
     return run
+
+
+@pytest.fixture
+def bound():
+    """The main thread as torch's OpenMP leaves it under OMP_PROC_BIND=true."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(before)})
+    yield
+    os.sched_setaffinity(0, before)
+
+
+def test_bench_gives_its_processes_all_cpus(toy_bench, bound):
+    assert toy_bench(toy()) == 0
+    assert {env["OMP_NUM_THREADS"] for env in toy_bench.environments} == {str(_cpus.cores())}
+
+
+def test_cpus_are_read_before_torch_binds_the_main_thread():
+    script = "import vlmops; print(*sorted(vlmops._cpus.ALLOWED))"
+    env = {**os.environ, "OMP_PROC_BIND": "true", "OMP_PLACES": "cores"}
+    told = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True)
+    assert told.stdout.split() == [str(cpu) for cpu in sorted(os.sched_getaffinity(0))], told.stderr
 
 
 def test_bench_prints_no_number_for_a_wrong_kernel(toy_bench, capsys, tmp_path):
@@ -376,6 +401,11 @@ def test_bench_json_and_table(toy_bench, capsys, tmp_path):
     assert "commit 0123456789 with changes" in out
     line = "small       float32   forward    vlmops               3.0000     20%    0.00      33"
     assert out.count(line) == 2
+
+
+def test_bench_prints_json_in_place_of_the_table(toy_bench, capsys):
+    assert toy_bench(toy(), "--json") == 0
+    assert len(json.loads(capsys.readouterr().out)["rows"]) == 12
 
 
 def test_bench_caps_torch_together_with_vlmops(toy_bench):
@@ -429,14 +459,59 @@ def test_bench_says_at_once_that_the_machine_is_busy(monkeypatch, capsys):
 
 
 def test_bench_table_shortens_reasons():
-    line = report._line(row(unavailable="word " * 100))
+    line = report._line(row(unavailable="word " * 100), 12)
     assert line.startswith("c           float32   forward    eager            word word")
     assert len(line) <= 110
+
+
+@pytest.mark.parametrize("name", shapes.MODELS)
+def test_bench_makes_cases_of_models(name):
+    spec, model = ops.spec("mrope"), shapes.MODELS[name]
+    request = runner.request("mrope", models=[name], sizes=[4, 16])
+    assert request.cases == [f"{name}/{case}" for case in ("s4", "s16", "tower_n4", "tower_n16")]
+    cases = measure.known_cases(spec, request.models, request.sizes)
+    args = cases[f"{name}/s16"].make(torch.bfloat16, CPU)
+    text, tower = model.text, model.tower
+    assert args["q"].shape == (1, text.heads, 16, text.head_dim)
+    assert args["k"].shape == (1, text.kv_heads, 16, text.head_dim)
+    counts = torch.bincount(args["freq_axis"].long()).tolist()
+    assert counts == list(text.mrope_section)
+    spec.function(**args)
+    args = cases[f"{name}/tower_n4"].make(torch.bfloat16, CPU)
+    assert args["q"].shape == args["k"].shape == (4, tower.heads, tower.head_dim)
+    assert args["q"].stride(0) == 3 * tower.heads * tower.head_dim
+    spec.function(**args)
+
+
+def test_bench_takes_typical_sizes_of_models():
+    cases = runner.request("mrope", models=["qwen2_vl-7b", "qwen3_vl-8b"]).cases
+    assert cases[:5] == [f"qwen2_vl-7b/s{tokens}" for tokens in (1, 256, 1024, 4096, 16384)]
+    # 448 / 14 = 32 patches on a side; 1344 x 1008 are 96 x 72 of 14, and 84 x 62 whole ones of 16.
+    assert cases[5:7] == ["qwen2_vl-7b/tower_n1024", "qwen2_vl-7b/tower_n6912"]
+    assert cases[-1] == "qwen3_vl-8b/tower_n5208"
+    chosen = runner.request("mrope", cases=["s1024", "qwen2_vl-7b/s1"], models=["qwen2_vl-7b"])
+    assert chosen.cases == ["s1024", "qwen2_vl-7b/s1"]
+
+
+def test_bench_measures_a_model(toy_bench, capsys):
+    def model_cases(model, tokens, patches):
+        assert (model, tokens, patches) == (shapes.MODELS["glm4v-9b"], [7, 9], [7, 9])
+        yield toy().bench["small"]
+
+    spec = dataclasses.replace(toy(), model_cases=model_cases)
+    assert toy_bench(spec, "--model", "glm4v-9b", "--sizes", "7,9") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(line.startswith("glm4v-9b/small  float32   forward") for line in lines) == 4
+    assert toy_bench(toy(), "--model", "glm4v-9b") == 2
+    assert "toy has no cases made from models" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
+        (["bench", "mrope", "--model", "list"], r"--model: expected one of qwen2_vl-2b, .*'list'"),
+        (["bench", "mrope", "--sizes", "1"], r"--sizes: expected a --model"),
+        (["bench", "mrope", "--sizes", "1,x"], r"--sizes: expected whole numbers .* got 1,x"),
         (["bench", "rope"], r"vlmops bench: op: expected one of .*mrope.*, got 'rope'"),
         (["bench", "mrope", "--case", "s9"], r"vlmops bench: --case: .*s4096.*, got 's9'"),
         (["bench", "mrope", "--dtype", "int8"], r"--dtype: expected .*bfloat16.*, got 'int8'"),
@@ -460,11 +535,50 @@ def test_cli_answers_a_wrong_command_in_one_line(argv, message, capsys, monkeypa
     assert re.search(message, err), err
 
 
-def test_cli_version_and_help(capsys):
+def test_cli_version(capsys):
     assert cli.main(["--version"]) == 0
     assert capsys.readouterr().out == f"vlmops {vlmops.__version__}\n"
-    assert cli.main(["bench", "--help"]) == 0
-    assert "--no-compile" in capsys.readouterr().out
+
+
+COMMANDS = ["bench", "bench plot", "bench compare", "inspect", "doctor", "demo"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_cli_every_command_tells_its_exit_codes_and_takes_json(command, capsys):
+    assert cli.main([*command.split(), "--help"]) == 0
+    told = capsys.readouterr().out
+    assert told.startswith(f"usage: vlmops {command} ")
+    assert "[--json [PATH]]" in told
+    codes = re.search(r"Exit code: 0 .*; 2 ", " ".join(told.split()))
+    assert codes is not None
+    assert ("; 1 " in codes[0]) == (command != "bench plot")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("wrong", [["--no-such-option"], ["--json", "/no/such/folder/x.json"]])
+def test_cli_a_wrong_option_is_exit_code_2(command, wrong, capsys):
+    needed = {"bench": ["mrope"], "bench plot": ["r.json"], "bench compare": ["--base=x", "mrope"]}
+    assert cli.main([*command.split(), *needed.get(command, []), *wrong]) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert err.startswith(f"vlmops {command}: ")
+    assert wrong[-1] in err
+
+
+def test_cli_lists_every_command(capsys):
+    assert cli.main(["--help"]) == 0
+    told = capsys.readouterr().out
+    for command in COMMANDS:
+        assert re.search(rf"^ +{command}\s+\w", told, re.MULTILINE), command
+
+
+def test_cli_json_goes_where_it_is_asked_to(capsys, tmp_path):
+    cli.write_json("-", {"a": 1})
+    assert json.loads(capsys.readouterr().out) == {"a": 1}
+    cli.write_json(str(tmp_path / "x.json"), [2])
+    assert json.loads((tmp_path / "x.json").read_text()) == [2]
+    with pytest.raises(cli.CommandError, match=r"--json: /dev/full cannot be written \(No space"):
+        cli.write_json("/dev/full", [])
 
 
 def test_cli_hands_everything_after_demo_to_the_demo(monkeypatch):

@@ -87,9 +87,9 @@ def run(config, tmp_path, capsys):
     def run(*argv, config=config):
         path = tmp_path / "results.json"
         small = ["--image-size", "84", "--new-tokens", "5", "--repeat", "1", "--json", str(path)]
-        code = demo.main([*small, *argv], config=config)
+        code = demo.main([*small, "--dtype", "float32", *argv], config=config)
         out, err = capsys.readouterr()
-        return code, out, err, json.loads(path.read_text()) if path.exists() else None
+        return code, out, err, json.loads(path.read_text())["runs"][0] if path.exists() else None
 
     return run
 
@@ -100,7 +100,7 @@ def test_demo_photographs(run, dtype):
 
     assert code == 0, out + err
     assert "astronaut 84x84, chelsea" in out
-    assert results["report"]["counts"] == {"mrope": 1}
+    assert results["report"]["counts"] == {"mrope": 1, "linear": 0}
     agreement = results["agreement"]
     assert agreement["agree"]
     assert agreement["largest"] > 0.5
@@ -117,6 +117,16 @@ def test_demo_photographs(run, dtype):
     assert "timing, round 1 of 1" in err
 
 
+def test_demo_runs_in_both_dtypes(config, tmp_path, capsys):
+    path = tmp_path / "results.json"
+    small = ["--image-size", "84", "--new-tokens", "2", "--repeat", "1"]
+    assert demo.main([*small, "--json", str(path)], config=config) == 0
+    runs = json.loads(path.read_text())["runs"]
+    assert [run["dtype"] for run in runs] == ["float32", "bfloat16"]
+    assert all(run["stages"]["decode, per token"]["after"] > 0 for run in runs)
+    assert capsys.readouterr().out.count("Times: medians") == 2
+
+
 def test_demo_takes_the_users_picture(run, picture):
     code, out, _, results = run("--image", picture, "--image", picture)
 
@@ -124,6 +134,23 @@ def test_demo_takes_the_users_picture(run, picture):
     assert "gradient.png 84x56, gradient.png 84x56" in results["images"]
     # 84 x 56 pixels are 3 x 2 tokens of 28 x 28.
     assert "12 of them from the images" in out
+
+
+def test_demo_prints_json_and_keeps_text_off_stdout(config, capsys):
+    small = ["--image-size", "84", "--new-tokens", "2", "--repeat", "1"]
+    assert demo.main([*small, "--json"], config=config) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["agreement"]["agree"]
+    assert "Agreement: yes" in err
+
+
+@pytest.mark.parametrize(("waiting", "busy"), [(0.001, False), (0.3, True)])
+def test_demo_compares_no_times_of_a_busy_machine(waiting, busy):
+    row = {"before": 2.0, "after": 1.0, "spread": 0.0}
+    times = {"waiting": waiting, "repeats": 3, "rope": {}}
+    assert demo._row(row, times).endswith("?" if busy else "2.00x")
+    told = [line for line in demo._conclusions(times) if "waiting for a core 30%" in line]
+    assert len(told) == busy
 
 
 def test_demo_tokens_come_from_both_codes(config, monkeypatch):
@@ -248,7 +275,7 @@ def test_demo_model_without_images_is_exit_code_2(run, tmp_path):
         (["--layers", "0"], "expected a whole number from 1, got 0"),
         (["--layers", "2", "--model", "x"], "leave out --model"),
         (["--prompt", "hello"], "--prompt needs a tokenizer"),
-        (["--json", "/no/such/folder/x.json"], "no directory"),
+        (["--json", "/no/such/folder/x.json"], "--json: expected a file that can be written"),
     ],
 )
 def test_demo_bad_option_is_one_line_and_exit_code_2(capsys, argv, message):

@@ -1,5 +1,6 @@
 """Hand-written kernels that speed up Hugging Face vision-language models, as torch custom ops."""
 
+from vlmops import _cpus as _cpus  # before torch
 from vlmops._library import cpu_isa
 from vlmops.hf.patch import patch, patched, unpatch
 from vlmops.hf.report import PatchReport

@@ -244,7 +244,6 @@ def _moe(**names):
     return {"num_experts_per_tok": 2, "moe_intermediate_size": 32, **names}
 
 
-_PACKED = "one projection makes q, k and v"
 _CUBES = _patches([3 * 2 * P * P])
 _LLAMA_CLIP = {"image_token_index": IMAGE, "vision_feature_layer": -1}
 
@@ -257,7 +256,6 @@ FAMILIES: dict[str, Family] = {
         | {"patch_size": P},
         {"model.visual": 2, "model.language_model": 3},
         _IDS,
-        copies={"model.visual": _PACKED},
     ),
     "qwen2_5_vl": Family(
         "Qwen2_5_VLForConditionalGeneration",
@@ -266,7 +264,6 @@ FAMILIES: dict[str, Family] = {
         {**_DEPTH, **_WINDOWS, "intermediate_size": 48, "out_hidden_size": 64},
         {"model.visual": 2, "model.language_model": 3},
         _IDS,
-        copies={"model.visual": _PACKED},
     ),
     "qwen3_vl": Family(
         "Qwen3VLForConditionalGeneration",
@@ -276,7 +273,6 @@ FAMILIES: dict[str, Family] = {
         | {"deepstack_visual_indexes": [0]},
         {"model.visual": 2, "model.language_model": 3},
         _IDS,
-        copies={"model.visual": _PACKED},
     ),
     "qwen3_vl_moe": Family(
         "Qwen3VLMoeForConditionalGeneration",
@@ -287,7 +283,6 @@ FAMILIES: dict[str, Family] = {
         | {"deepstack_visual_indexes": [0]},
         {"model.visual": 2, "model.language_model": 3},
         _IDS,
-        copies={"model.visual": _PACKED},
     ),
     "qwen2_5_omni_thinker": Family(
         "Qwen2_5OmniThinkerForConditionalGeneration",
@@ -322,7 +317,6 @@ FAMILIES: dict[str, Family] = {
         {**_DEPTH, "intermediate_size": 48, "out_hidden_size": 64, "image_size": 32},
         {"model.visual": 2, "model.language_model": 3},
         {**_IDS, "image_start_token_id": START, "image_end_token_id": END},
-        copies={"model.visual": _PACKED},
     ),
     "glm_ocr": Family(
         "GlmOcrForConditionalGeneration",
@@ -331,7 +325,6 @@ FAMILIES: dict[str, Family] = {
         {**_DEPTH, "intermediate_size": 48, "out_hidden_size": 64},
         {"model.visual": 2, "model.language_model": 3},
         {**_IDS, "image_start_token_id": START, "image_end_token_id": END},
-        copies={"model.visual": _PACKED},
     ),
     "ernie4_5_vl_moe": Family(
         "Ernie4_5_VLMoeForConditionalGeneration",
@@ -346,7 +339,6 @@ FAMILIES: dict[str, Family] = {
             "image_end_token_id": END,
             "video_token_id": VIDEO,
         },
-        copies={"model.vision_tower": _PACKED},
         lacks=dict.fromkeys(ROPES, "it takes the default type only"),
     ),
     "paddleocr_vl": Family(
@@ -536,8 +528,8 @@ FAMILIES: dict[str, Family] = {
         },
         flat=True,
         decoder="model",
-        copies={"model": _PACKED},
         lacks=dict.fromkeys(("linear", "dynamic", "yarn", "llama3"), "it takes longrope only"),
+        copies={"model": "q and k are slices of one projection that are no thirds"},
     ),
     "aya_vision": Family(
         "AyaVisionForConditionalGeneration",
@@ -577,7 +569,6 @@ UNLISTED: dict[str, Family] = {
         | {"num_key_value_heads": 1},
         {"model.visual": 2, "model.language_model": 2},  # full attention has no positions
         {"image_token_id": IMAGE, "video_token_id": VIDEO},
-        copies={"model.visual": _PACKED},
     ),
     "minimax_m3_vl": Family(
         "MiniMaxM3SparseForConditionalGeneration",

@@ -7,10 +7,8 @@ with ``gate`` before ``timer``; ``report`` prints.
 
 from __future__ import annotations
 
+from vlmops.cli import CommandError
 
-class BenchError(Exception):
-    """Ends a benchmark without numbers: one line for the user, and the exit code."""
 
-    def __init__(self, message: str, code: int = 2):
-        super().__init__(message)
-        self.code = code
+class BenchError(CommandError):
+    """Ends a benchmark without numbers."""

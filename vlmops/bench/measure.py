@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 import vlmops
-from vlmops import ops
-from vlmops.bench import BenchError, report
+from vlmops import _cpus, ops
+from vlmops.bench import BenchError, report, shapes
 from vlmops.bench.gate import Gate
 from vlmops.bench.timer import Timing, interleave
 from vlmops.ops.spec import Arguments, BenchCase, Spec
@@ -44,6 +44,10 @@ class Request:
     isa: str | None = None
     compile: bool = True
     quick: bool = False
+    models: Sequence[str] = ()
+    """Names of `shapes.MODELS`, whose cases are named ``MODEL/CASE``."""
+    sizes: Sequence[int] = ()
+    """Tokens and patches of their cases; typical ones if there are none."""
 
 
 @dataclasses.dataclass
@@ -56,17 +60,30 @@ class Variants:
     """Gives in-place variants fresh inputs: theirs would decay or grow from call to call."""
 
 
+def known_cases(spec: Spec, models: Sequence[str], sizes: Sequence[int]) -> dict[str, BenchCase]:
+    """The cases of an op by name: its own, and those of models."""
+    cases = dict(spec.bench)
+    for name in models:
+        assert spec.model_cases is not None
+        model = shapes.MODELS[name]
+        patches = sizes or [model.tower.patches(*picture) for picture in shapes.PICTURES]
+        for case in spec.model_cases(model, sizes or shapes.TOKENS, patches):
+            cases[f"{name}/{case.name}"] = dataclasses.replace(case, name=f"{name}/{case.name}")
+    return cases
+
+
 def measure(request: Request, spec: Spec, device: torch.device) -> list[Row]:
     """Rows of every dtype and case of a request.
 
     Raises:
         BenchError: a variant computes something wrong.
     """
+    known = known_cases(spec, request.models, request.sizes)
     return [
         row
         for dtype in request.dtypes
         for case in request.cases
-        for row in measure_case(request, spec, spec.bench[case], getattr(torch, dtype), device)
+        for row in measure_case(request, spec, known[case], getattr(torch, dtype), device)
     ]
 
 
@@ -240,31 +257,17 @@ def _rows(head: Row, timings: Mapping[Key, Timing]) -> Iterator[Row]:
 def environment(device: torch.device) -> dict[str, Any]:
     """What the numbers of this process depend on."""
     return {
-        "device": {"type": device.type, "name": _cpu_name()},
+        "device": {"type": device.type, "name": _cpus.name()},
         "isa": {"vlmops": vlmops.cpu_isa(), "torch": torch.backends.cpu.get_cpu_capability()},
         "threads": torch.get_num_threads(),
         "binding": {name: os.environ.get(name) for name in ("OMP_PROC_BIND", "OMP_PLACES")},
-        "huge_pages": _read("/sys/kernel/mm/transparent_hugepage/enabled"),
+        "huge_pages": _cpus.read("/sys/kernel/mm/transparent_hugepage/enabled"),
         "versions": {
             "vlmops": vlmops.__version__,
             "torch": torch.__version__,
             "python": platform.python_version(),
         },
     }
-
-
-def _cpu_name() -> str:
-    for line in (_read("/proc/cpuinfo") or "").splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.machine()
-
-
-def _read(path: str) -> str | None:
-    try:
-        return Path(path).read_text().strip()
-    except OSError:
-        return None
 
 
 def _progress(line: str) -> None:

@@ -1,4 +1,4 @@
-"""The table of a report, for people: plain text, at most 110 columns."""
+"""The table of a report, for people: plain text, 110 columns if the cases have short names."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any
 BUSY = 0.2
 """From this part of voided samples on, the machine is called busy."""
 
-_WIDTH = 110
+_REASON = 60
 _HEAD = (
-    f"{'case':12}{'dtype':10}{'direction':11}{'variant':17}{'ms':>10}{'spread':>8}{'GB/s':>8}"
+    f"{'dtype':10}{'direction':11}{'variant':17}{'ms':>10}{'spread':>8}{'GB/s':>8}"
     f"{'% copy':>8}{'% clone':>9}{'x eager':>9}{'void':>8}"
 )
 _NOTES = """\
@@ -27,11 +27,12 @@ void     samples thrown away because threads had to wait for a core, of all that
 def table(report: dict[str, Any]) -> str:
     """The whole report: where it was measured, one line per row, what the columns mean."""
     lines = [*_header(report), ""]
+    width = max(12, *(len(row["case"]) + 2 for row in report["rows"]))
     by_thp = itertools.groupby(report["rows"], key=lambda row: row["thp_mem_alloc"])
     for thp, rows in by_thp:
-        lines += [f"THP_MEM_ALLOC_ENABLE={int(thp)}", _HEAD]
+        lines += [f"THP_MEM_ALLOC_ENABLE={int(thp)}", f"{'case':{width}}{_HEAD}"]
         for _, group in itertools.groupby(rows, key=lambda row: (row["case"], row["dtype"])):
-            lines += [_line(row) for row in group]
+            lines += [_line(row, width) for row in group]
             lines.append("")
     return "\n".join([*lines, _NOTES])
 
@@ -63,10 +64,10 @@ def _header(report: dict[str, Any]) -> Iterator[str]:
     yield f"kernel's transparent huge pages: {report['huge_pages'] or 'unknown'}"
 
 
-def _line(row: dict[str, Any]) -> str:
-    start = f"{row['case']:12}{row['dtype']:10}{row['direction']:11}{row['variant']:17}"
+def _line(row: dict[str, Any], width: int) -> str:
+    start = f"{row['case']:{width}}{row['dtype']:10}{row['direction']:11}{row['variant']:17}"
     if "unavailable" in row:
-        return start + textwrap.shorten(row["unavailable"], _WIDTH - len(start), placeholder=" ..")
+        return start + textwrap.shorten(row["unavailable"], _REASON, placeholder=" ..")
     void = f"{row['voided']}/{row['voided'] + row['samples']}"
     spread = 100 * (row["p75_ms"] - row["p25_ms"]) / row["median_ms"]
     eager = "" if row["times_eager"] is None else f"{row['times_eager']:.2f}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import datetime
 import json
@@ -15,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import vlmops
-from vlmops import _library, ops
-from vlmops.bench import BenchError
-from vlmops.bench.measure import Request
+from vlmops import _cpus, _library, ops
+from vlmops.bench import BenchError, shapes
+from vlmops.bench.measure import Request, known_cases
 
 SCHEMA = 1
 
@@ -46,6 +45,8 @@ def request(
     isa: str | None = None,
     compile: bool = True,
     quick: bool = False,
+    models: Sequence[str] | None = None,
+    sizes: Sequence[int] | None = None,
 ) -> Request:
     """A request whose every name exists; all cases, float32 and bfloat16 by default.
 
@@ -53,19 +54,31 @@ def request(
         BenchError: a name does not exist; the message lists those that do.
     """
     try:
-        known = ops.spec(op).bench
+        spec = ops.spec(op)
     except ValueError as error:
         raise BenchError(str(error)) from None
-    cases, dtypes = cases or list(known), dtypes or ["float32", "bfloat16"]
-    for option, names, allowed in (
-        ("--case", cases, list(known)),
-        ("--dtype", dtypes, DTYPES),
-        ("--isa", [isa] if isa else [], list(TORCH_CAPS)),
-    ):
-        for name in names:
-            if name not in allowed:
-                raise BenchError(f"{option}: expected one of {', '.join(allowed)}, got {name!r}")
-    return Request(op, cases, dtypes, isa, compile, quick)
+    models, sizes = models or [], sizes or []
+    _check_names("--model", models, list(shapes.MODELS))
+    if models and spec.model_cases is None:
+        raise BenchError(
+            f"--model: {op} has no cases made from models; leave it out, or see --case"
+        )
+    if sizes and not models:
+        raise BenchError("--sizes: expected a --model, whose cases have sizes to choose")
+    known = known_cases(spec, models, sizes)
+    from_models = [case for case in known if case not in spec.bench]
+    cases = cases or from_models or list(spec.bench)
+    dtypes = dtypes or ["float32", "bfloat16"]
+    _check_names("--case", cases, list(known))
+    _check_names("--dtype", dtypes, DTYPES)
+    _check_names("--isa", [isa] if isa else [], list(TORCH_CAPS))
+    return Request(op, cases, dtypes, isa, compile, quick, models, sizes)
+
+
+def _check_names(option: str, names: Sequence[str], allowed: Sequence[str]) -> None:
+    for name in names:
+        if name not in allowed:
+            raise BenchError(f"{option}: expected one of {', '.join(allowed)}, got {name!r}")
 
 
 def run(request: Request, threads: int | None = None) -> dict[str, Any]:
@@ -78,33 +91,40 @@ def run(request: Request, threads: int | None = None) -> dict[str, Any]:
     Raises:
         BenchError: a wrong result (code 1), an impossible request (2), or a process that died.
     """
-    cpus = os.sched_getaffinity(0)
-    if threads is not None and not 1 <= threads <= len(cpus):
-        raise BenchError(
-            f"--threads: expected 1 to {len(cpus)}, the CPUs this process may use, got {threads}"
-        )
+    env = bound(request.isa, threads)
     try:
         _library.require()
     except ImportError as error:
         raise BenchError(str(error)) from None
-    env = _environment(request.isa, threads or _cores(cpus))
     results = [_measure(request, {**env, "THP_MEM_ALLOC_ENABLE": value}) for value in "01"]
     return {
         "schema": SCHEMA,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "op": request.op,
         "quick": request.quick,
-        **_commit(),
+        **commit(),
         **results[0],
         "rows": [row for result in results for row in result["rows"]],
     }
 
 
-def _environment(isa: str | None, threads: int) -> dict[str, str]:
+def bound(isa: str | None, threads: int | None) -> dict[str, str]:
+    """The environment of processes that measure; they inherit all CPUs from this one.
+
+    Raises:
+        BenchError: there are not so many CPUs.
+    """
+    if threads is not None and not 1 <= threads <= len(_cpus.ALLOWED):
+        raise BenchError(
+            f"--threads: expected 1 to {len(_cpus.ALLOWED)}, the CPUs this process may use, "
+            f"got {threads}"
+        )
+    os.sched_setaffinity(0, _cpus.ALLOWED)  # see _cpus
+    count = str(threads or _cpus.cores())
     env = {
         **os.environ,
-        "OMP_NUM_THREADS": str(threads),
-        "MKL_NUM_THREADS": str(threads),
+        "OMP_NUM_THREADS": count,
+        "MKL_NUM_THREADS": count,
         "OMP_PROC_BIND": "true",
         "OMP_PLACES": "cores",
         "TORCHINDUCTOR_COMPILE_THREADS": "1",  # a pool of idle workers would share our cores
@@ -112,14 +132,6 @@ def _environment(isa: str | None, threads: int) -> dict[str, str]:
     if isa is not None:
         env |= {"VLMOPS_CPU_ISA": isa, **TORCH_CAPS[isa]}
     return env
-
-
-def _cores(cpus: set[int]) -> int:
-    """Physical cores: two threads on one core share its bandwidth."""
-    siblings = (Path(f"/sys/devices/system/cpu/cpu{n}/topology/thread_siblings_list") for n in cpus)
-    with contextlib.suppress(OSError):
-        return len({path.read_text() for path in siblings})
-    return len(cpus)
 
 
 def _measure(request: Request, env: dict[str, str]) -> dict[str, Any]:
@@ -137,18 +149,19 @@ def _measure(request: Request, env: dict[str, str]) -> dict[str, Any]:
         code = subprocess.run(
             [sys.executable, "-m", "vlmops.bench.measure", *arguments],
             env=env,
-            cwd=_package().parent,
+            cwd=package().parent,
             check=False,
         ).returncode
         if code != 0:
-            raise BenchError(_death(code), code=1)
+            raise BenchError(death(code), code=1)
         result: dict[str, Any] = json.loads(output.read_text())
     if "error" in result:
         raise BenchError(result["error"], result["code"])
     return result
 
 
-def _death(code: int) -> str:
+def death(code: int) -> str:
+    """What to tell of a process that ended with this code."""
     if code < 0:
         return (
             f"the measuring process was ended by signal {-code}; if memory ran out, choose smaller "
@@ -157,16 +170,17 @@ def _death(code: int) -> str:
     return f"the measuring process failed with code {code}, for the reason above; please report it"
 
 
-def _package() -> Path:
+def package() -> Path:
+    """The folder of this very package."""
     return Path(vlmops.__file__).resolve().parent
 
 
-def _commit() -> dict[str, str | bool | None]:
+def commit() -> dict[str, str | bool | None]:
     """The commit that this package belongs to; an installed one belongs to none."""
 
     def git(*args: str) -> str:
         return subprocess.run(
-            ["git", *args], cwd=_package(), capture_output=True, text=True, check=True
+            ["git", *args], cwd=package(), capture_output=True, text=True, check=True
         ).stdout.strip()
 
     try:

@@ -58,6 +58,11 @@ def waits() -> dict[int, float]:
     return found or {0: resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw * _TIME_SLICE}
 
 
+def longest_wait(since: Mapping[int, float], now: Mapping[int, float]) -> float:
+    """Seconds that the thread which waited most was kept waiting between two `waits`."""
+    return max(wait - since.get(thread, 0.0) for thread, wait in now.items())
+
+
 def interleave(
     calls: Mapping[K, Callable[[], Any]],
     budget: float,
@@ -85,8 +90,7 @@ def interleave(
         for _ in range(repeats):
             call()
         elapsed = clock() - start
-        longest = max(wait - before.get(thread, 0.0) for thread, wait in waiting().items())
-        return elapsed / repeats, longest > DISTURBED * elapsed
+        return elapsed / repeats, longest_wait(before, waiting()) > DISTURBED * elapsed
 
     repeats = {}
     round_length = 0.0

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
-import json
 import math
 import os
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
 import vlmops
 from vlmops import _library
-from vlmops.cli import Parser
+from vlmops.bench.timer import DISTURBED
+from vlmops.cli import CommandError, Parser, add_json, write_json
 from vlmops.demo.inputs import (
     DemoError,
     Subject,
@@ -29,7 +29,7 @@ from vlmops.demo.inputs import (
 )
 from vlmops.demo.measure import Agreement, Generation, compare, generate, time_stages, tolerance
 
-_BUSY = 40  # involuntary switches a second and thread; 20 to 25 on an idle machine, from the kernel
+_DTYPES = ("float32", "bfloat16")
 
 
 def main(argv: Sequence[str], config: Any = None) -> int:
@@ -45,13 +45,22 @@ def main(argv: Sequence[str], config: Any = None) -> int:
     """
     options = _parse(argv)
     progress = _Progress()
+    # With JSON on stdout, the text goes to stderr.
+    text = sys.stderr if options.json == "-" else sys.stdout
     try:
         if _library.error is not None:
             raise DemoError(_library.error)
-        return _run(options, config, progress)
-    except DemoError as error:
+        runs = []
+        with contextlib.redirect_stdout(text):
+            for dtype in [options.dtype] if options.dtype else _DTYPES:
+                options.dtype = dtype
+                runs.append(_run(options, config, progress))
+        if options.json is not None:
+            write_json(options.json, {"runs": runs})
+    except (DemoError, CommandError) as error:
         print(f"vlmops demo: {error}", file=sys.stderr)
         return 2
+    return 0 if all(run["agreement"]["agree"] for run in runs) else 1
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -59,6 +68,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         prog="vlmops demo",
         description="Generates from photographs before and after vlmops.patch, compares tokens and "
         "logits, and times each stage. Without --model: Qwen2-VL with random weights, no network.",
+        epilog="Exit code: 0 tokens and logits agree before and after; 1 they do not; 2 the "
+        "command is wrong, or the demo could not run.",
     )
     add = parser.add_argument
     add("--image", action="append", default=[], metavar="PATH", help="a picture; repeatable")
@@ -68,18 +79,17 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--prompt", help="the question, with --model (default: 'What do the pictures show?')")
     add("--layers", type=_positive, help="text layers of the random model (default 4)")
     add("--vision-layers", type=_positive, help="its vision layers (default 2)")
-    add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    add("--dtype", choices=("float32", "bfloat16", "float16"),
+        help="of the weights (default: float32, then bfloat16)")  # fmt: skip
     add("--new-tokens", type=_positive, default=16, metavar="N", help="to generate (default 16)")
     add("--repeat", type=_positive, metavar="N",
-        help="timed runs each way (default: what fits 24 s, from 1 to 5)")  # fmt: skip
-    add("--json", type=Path, metavar="PATH", help="also write the results there")
+        help="timed runs each way (default: what fits 16 s, from 1 to 5)")  # fmt: skip
+    add_json(parser)
     options = parser.parse_args(argv)
     if options.model and (options.layers or options.vision_layers):
         parser.error("--layers and --vision-layers shape the random model; leave out --model")
     if options.prompt and not options.model:
         parser.error("--prompt needs a tokenizer; give a checkpoint with --model")
-    if options.json and not options.json.absolute().parent.is_dir():
-        parser.error(f"--json: there is no directory {options.json.parent}")
     return options
 
 
@@ -101,7 +111,7 @@ class _Progress:
         print(f"[{elapsed:5.1f} s] {what}", file=sys.stderr, flush=True)
 
 
-def _run(options: argparse.Namespace, config: Any, progress: _Progress) -> int:
+def _run(options: argparse.Namespace, config: Any, progress: _Progress) -> dict[str, Any]:
     progress("importing transformers")
     need("transformers")
     subject = _subject(options, config, progress)
@@ -134,9 +144,7 @@ def _run(options: argparse.Namespace, config: Any, progress: _Progress) -> int:
             "the output above, and use the model unpatched",
             file=sys.stderr,
         )
-    if options.json:
-        _write(options.json, results)
-    return 0 if agreement.agree else 1
+    return results
 
 
 def _first_generation(subject: Subject, options: argparse.Namespace) -> Generation:
@@ -150,13 +158,6 @@ def _first_generation(subject: Subject, options: argparse.Namespace) -> Generati
             f"--model {options.model}: it fails to generate, unpatched ({first_line(error)}); the "
             "demo needs a chat model that takes images"
         ) from error
-
-
-def _write(path: Path, results: dict[str, Any]) -> None:
-    try:
-        path.write_text(json.dumps(results, indent=2) + "\n")
-    except OSError as error:
-        raise DemoError(f"--json: {path} cannot be written ({error.strerror})") from error
 
 
 def _subject(options: argparse.Namespace, config: Any, progress: _Progress) -> Subject:
@@ -248,8 +249,8 @@ def _row(row: dict[str, float], times: dict[str, Any]) -> str:
 
 
 def _busy(times: dict[str, Any]) -> bool:
-    interruptions: float = times["involuntary_switches_per_second"]
-    return interruptions > _BUSY * torch.get_num_threads()
+    waiting: float = times["waiting"]
+    return waiting > DISTURBED
 
 
 def _seconds(seconds: float) -> str:
@@ -271,9 +272,8 @@ def _conclusions(times: dict[str, Any]) -> list[str]:
         lines.append("Few rounds: differences below 10 % say nothing; --repeat 5 is steadier.")
     if _busy(times):
         lines.append(
-            "Other programs interrupted the timed runs "
-            f"{times['involuntary_switches_per_second']:.0f} times a second, so before and after "
-            "cannot be\ncompared: stop them and run this again."
+            f"Other programs kept the timed runs waiting for a core {times['waiting']:.0%} of the "
+            "time, so before\nand after cannot be compared: stop them and run this again."
         )
     if "OMP_PROC_BIND" not in os.environ:
         lines.append("Threads are not bound; steadier with OMP_PROC_BIND=true OMP_PLACES=cores.")

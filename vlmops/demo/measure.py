@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import inspect
 import math
-import resource
 import statistics
 import sys
 import time
@@ -18,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 import vlmops
+from vlmops.bench.timer import longest_wait, waits
 from vlmops.demo.inputs import DemoError, Subject, first_line
 
-_SECONDS_OF_TIMING = 24.0
+_SECONDS_OF_TIMING = 16.0
 _TOWERS = {"visual", "vision_tower", "vision_model", "image_tower"}
 Span = tuple[float, float]  # seconds, and seconds of them inside rotary code
 
@@ -81,7 +81,7 @@ class _RopeClock:
         return (
             code in self._codes
             or (code.co_name.startswith("apply_") and "rotary" in code.co_name)
-            or str(frame.f_globals.get("__name__")).startswith(("vlmops.ops.", "vlmops.hf.sites."))
+            or frame.f_globals.get("__name__") in ("vlmops.ops.mrope", "vlmops.hf.sites.mrope")
         )
 
     @contextlib.contextmanager
@@ -325,24 +325,19 @@ def time_stages(
                 if value > 0:
                     target.setdefault(name, {"before": [], "after": []})[when].append(value)
 
-    switches, start = _involuntary_switches(), time.perf_counter()
+    waited, start = waits(), time.perf_counter()
     for number in range(1, repeats + 1):
         progress(f"timing, round {number} of {repeats}")
         run("before")
         with vlmops.patched(subject.model):
             run("after")
-    switches = _involuntary_switches() - switches
+    elapsed = time.perf_counter() - start
     return {
         "repeats": repeats,
         "stages": _medians(stages),
         "rope": _medians(rope),
-        "involuntary_switches_per_second": switches / (time.perf_counter() - start),
+        "waiting": longest_wait(waited, waits()) / elapsed,
     }
-
-
-def _involuntary_switches() -> int:
-    """How often another program took a core from this one."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
 
 
 def _medians(samples: dict[str, dict[str, list[float]]]) -> dict[str, dict[str, float]]:

@@ -51,17 +51,24 @@ class _Marker(nn.Module):
         return torch.full_like(x, self.value)
 
 
-def study(attention: Any, apply: Apply, packed: bool) -> tuple[int, Norms | str | None]:
-    """How an attention module comes to rotate.
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """How an attention module comes to rotate."""
+
+    calls: int
+    """Of the function that rotates, in one forward; 1 if it cannot be told."""
+    rehearsed: bool
+    norms: Norms | str | None
+    """The norms of q and k right in front of it; None if there are none, or why they stay."""
+
+
+def study(attention: Any, apply: Apply, packed: bool) -> Study:
+    """Runs an attention module with a spy in place of the function that rotates.
 
     Args:
         attention: The module.
-        apply: The function that rotates.
+        apply: The function.
         packed: See `rehearsal.run`.
-
-    Returns:
-        The number of calls of the function in one forward, and the norms of q and k right in front
-        of it; None if there are none, or why they are not fused. 1 call if it cannot be told.
     """
     kinds = {name: kind for name, m in attention.named_children() if (kind := _rms_norm(m))}
     made = rehearsal.twin(attention)
@@ -70,10 +77,10 @@ def study(attention: Any, apply: Apply, packed: bool) -> tuple[int, Norms | str 
     try:
         calls = _arrivals(made, apply, packed)
     except rehearsal.ImpossibleError as reason:
-        return 1, str(reason) if kinds else None
+        return Study(1, False, str(reason) if kinds else None)
     if not kinds or apply.complex or apply.rows != 2 or len(calls) != 1:
-        return len(calls), None
-    return 1, _put_off(attention, made, kinds, *calls[0])
+        return Study(len(calls), True, None)
+    return Study(1, True, _put_off(attention, made, kinds, *calls[0]))
 
 
 def _put_off(

@@ -11,8 +11,8 @@ from torch import nn
 
 from vlmops import _library
 from vlmops.hf.rebind import original_class
-from vlmops.hf.report import PatchReport, Row
-from vlmops.hf.sites import AlreadyPatched, Refused, Site, all_sites
+from vlmops.hf.report import PatchReport, Row, Status
+from vlmops.hf.sites import AlreadyPatched, LeftAlone, Refused, Site, all_sites
 from vlmops.hf.targets import Expected, expected_places
 
 _MINIMUM_TRANSFORMERS = (5, 17)
@@ -45,7 +45,7 @@ def patch(model: nn.Module, ops: Sequence[str] | None = None, verify: bool = Tru
         ...     "num_key_value_heads": 1, "intermediate_size": 64, "vocab_size": 99}
         >>> config = Qwen2VLConfig(text_config=text, vision_config={"depth": 1})
         >>> model = Qwen2VLForConditionalGeneration(config)
-        >>> vlmops.patch(model).counts
+        >>> vlmops.patch(model, ops=["mrope"]).counts
         {'mrope': 2}
     """
     return _patch(model, ops, verify)[0]
@@ -106,7 +106,8 @@ def _patch(
     rows += _missing(model, rows)
     report = PatchReport(type(model).__name__, tuple(rows))
     for op in ops or ():
-        if report.counts[op] == 0:
+        left_alone = any(row.op == op and row.status == "left alone" for row in rows)
+        if report.counts[op] == 0 and not left_alone:
             raise ValueError(f"ops: {op!r} has no site that can be patched in this model\n{report}")
     return report, changed
 
@@ -129,19 +130,21 @@ def _patch_site(model: nn.Module, site: Site, verify: bool, changed: list[nn.Mod
     for found in list(site.find(model)):
         place = found if not isinstance(found, Refused | AlreadyPatched) else found.place
         described = (site.op, place.module, place.path, place.sites)
+        backend = place.backend or _backend()
         if isinstance(found, AlreadyPatched):
-            rows.append(Row(*described, _backend(), "already patched"))
+            rows.append(Row(*described, backend, "already patched"))
             continue
         reason = found.reason if isinstance(found, Refused) else None
         if reason is None and verify:
             reason = site.check(place)
         if reason is not None:
-            rows.append(Row(*described, "", "refused", reason))
+            status: Status = "left alone" if isinstance(found, LeftAlone) else "refused"
+            rows.append(Row(*described, "", status, reason))
             continue
         for module, new_class in site.adapt(place).items():
             module.__class__ = new_class
             changed.append(module)
-        rows.append(Row(*described, _backend(), "patched", place.note))
+        rows.append(Row(*described, backend, "patched", place.note))
     return rows
 
 

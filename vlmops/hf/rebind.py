@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import copyreg
+import inspect
 import sys
 import types
 from collections.abc import Callable, Hashable
@@ -18,6 +19,7 @@ from typing import Any
 
 from torch import nn
 
+_DECORATORS = {"torch.utils._contextlib", "transformers.modeling_rope_utils"}
 _ORIGINAL = "_vlmops_original_class"
 _subclasses: dict[tuple[type, Hashable], type] = {}
 
@@ -100,3 +102,28 @@ def _deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
     twin = memo[id(self)] = type(self).__new__(type(self))
     twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
     return twin
+
+
+def changed(module: nn.Module) -> str | None:
+    """What somebody did to a module's forward that patching would undo."""
+    name = type(module).__name__
+    if original_class(module):
+        return f"some of its {name} modules are patched and others are not"
+    if "forward" in vars(module):
+        who = owner(vars(module)["forward"])
+        return f"{name}.forward was replaced on the instance by {who}; undo that, then patch"
+    forward: Any = type(module).forward
+    while getattr(forward, "__wrapped__", None) and forward.__globals__["__name__"] in _DECORATORS:
+        forward = forward.__wrapped__
+    if not inspect.isfunction(forward) or forward.__globals__["__name__"] != forward.__module__:
+        return f"{name}.forward was wrapped by {owner(forward)}; undo that, then patch"
+    return None
+
+
+def owner(function: Any) -> str:
+    """Where the code of a function stands, whatever functools.wraps copied onto it."""
+    function = getattr(function, "__func__", getattr(function, "func", function))
+    code = getattr(function, "__code__", None)
+    if code is None:
+        return f"{type(function).__module__}.{type(function).__qualname__}"
+    return f"{function.__globals__['__name__']}.{getattr(code, 'co_qualname', code.co_name)}"

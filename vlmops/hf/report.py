@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Literal
 
-Status = Literal["patched", "already patched", "refused", "not present"]
+Status = Literal["patched", "already patched", "refused", "left alone", "not present"]
 _HEADERS = ("op", "module", "sites", "backend", "status")
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from vlmops.bench.shapes import MODELS, Model, Text, Tower
 from vlmops.ops.mrope import Rotation, mrope, mrope_, mrope_freq_axis, reference
 from vlmops.ops.spec import Arguments, BadCall, BenchCase, Case, Spec
 
@@ -105,11 +106,10 @@ def _transposed_ids(shape: tuple[int, ...]) -> Tensor:
 
 
 def _grid_ids(shape: tuple[int, ...]) -> Tensor:
-    """A square image's patches as a tower orders them: in blocks of 2 x 2."""
-    side = math.isqrt(shape[-1])
-    block = torch.stack(torch.meshgrid(*[torch.arange(side)] * 2, indexing="ij"), dim=-1)
-    block = block.view(side // 2, 2, side // 2, 2, 2).transpose(1, 2)
-    return block.reshape(shape[::-1]).T
+    """Rows and columns of an image's patches: [2, N] seen through a transpose, as in towers."""
+    patch = torch.arange(shape[-1])
+    width = max(math.isqrt(shape[-1]), 1)
+    return torch.stack((patch // width, patch % width), dim=-1).T
 
 
 def _negative_ids(shape: tuple[int, ...]) -> Tensor:
@@ -201,32 +201,57 @@ def _flops(args: Arguments) -> float:
 
 
 def _bench(name: str, **kwargs: Any) -> BenchCase:
-    return BenchCase(name, _inputs(**{"heads": (28, 4), "max_id": 4096, **kwargs}), _moved, _flops)
+    return BenchCase(name, _inputs(**{"max_id": 4096, **kwargs}), _moved, _flops)
 
 
-# Qwen2-VL's tower, with the position ids of an image: [2, N] seen through a transpose.
-_tower_bench = functools.partial(
-    _bench, batch=None, heads=(16, 16), head_dim=80, sections=(20, 20), layout="fused",
-    ids=_grid_ids,
-)  # fmt: skip
-_norm_bench = functools.partial(
-    _bench, batch=1, heads=(32, 8), sections=(24, 20, 20), interleaved=True, norms="qk"
-)
+def _text(text: Text) -> dict[str, Any]:
+    return {
+        "batch": 1,
+        "heads": (text.heads, text.kv_heads),
+        "head_dim": text.head_dim,
+        "sections": text.mrope_section,
+        "interleaved": text.interleaved,
+        "rotation": text.rotation,
+        "norms": "qk" if text.norm else "",
+    }
 
+
+def _tower(tower: Tower) -> dict[str, Any]:
+    return {
+        "batch": None,
+        "heads": (tower.heads, tower.heads),
+        "head_dim": tower.head_dim,
+        "sections": (tower.head_dim // 4, tower.head_dim // 4),
+        "layout": "fused" if tower.fused else "contiguous",
+        "ids": _grid_ids,
+    }
+
+
+def model_cases(model: Model, tokens: Sequence[int], patches: Sequence[int]) -> Iterator[BenchCase]:
+    """Rotary of the text and of the tower."""
+    for count in tokens:
+        yield _bench(f"s{count}", **_text(model.text), tokens=count)
+    for count in patches:
+        yield _bench(f"tower_n{count}", **_tower(model.tower), tokens=count)
+
+
+_QWEN2_VL = _text(MODELS["qwen2_vl-7b"].text)
+_QWEN2_VL_TOWER = _tower(MODELS["qwen2_vl-7b"].tower)
+_QWEN3_VL = _text(MODELS["qwen3_vl-8b"].text)
 
 BENCH = {
     case.name: case
     for case in [
-        _bench("decode_b1", batch=1, tokens=1),
-        _bench("decode_b16", batch=16, tokens=1),
-        _bench("s1024", batch=1, tokens=1024),
-        _bench("s4096", batch=1, tokens=4096),
-        _bench("s16384", batch=1, tokens=16384),
-        _tower_bench("tower_n4900", tokens=4900),
-        _tower_bench("tower_n16384", tokens=16384),
-        _norm_bench("qwen3vl_norm_b1", tokens=1),
-        _norm_bench("qwen3vl_norm_s1024", tokens=1024),
-        _norm_bench("qwen3vl_norm_s4096", tokens=4096),
+        _bench("decode_b1", **_QWEN2_VL, tokens=1),
+        _bench("decode_b16", **{**_QWEN2_VL, "batch": 16}, tokens=1),
+        _bench("s1024", **_QWEN2_VL, tokens=1024),
+        _bench("s4096", **_QWEN2_VL, tokens=4096),
+        _bench("s16384", **_QWEN2_VL, tokens=16384),
+        _bench("tower_n4900", **_QWEN2_VL_TOWER, tokens=4900),
+        _bench("tower_n16384", **_QWEN2_VL_TOWER, tokens=16384),
+        _bench("qwen3vl_norm_b1", **_QWEN3_VL, tokens=1),
+        _bench("qwen3vl_norm_s1024", **_QWEN3_VL, tokens=1024),
+        _bench("qwen3vl_norm_s4096", **_QWEN3_VL, tokens=4096),
     ]
 }
 
@@ -404,4 +429,5 @@ SPEC = Spec(
     cases=CASES,
     bench=BENCH,
     errors=ERRORS,
+    model_cases=model_cases,
 )

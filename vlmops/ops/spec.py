@@ -6,11 +6,14 @@ Contract tests, benchmarks and tables are generated from these.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from vlmops.bench.shapes import Model
 
 Arguments = dict[str, Any]
 
@@ -65,6 +68,8 @@ class Spec:
     cases: Sequence[Case]
     bench: Mapping[str, BenchCase]
     errors: Sequence[BadCall]
+    model_cases: Callable[[Model, Sequence[int], Sequence[int]], Iterable[BenchCase]] | None = None
+    """What the op meets in a model, for numbers of tokens of text and of patches."""
 
     def differentiable_in(self, args: Arguments) -> list[str]:
         """The arguments of a call that get gradients."""

@@ -19,6 +19,8 @@ class Place:
     sites: int
     details: Any = None
     """What the site's own adapt and check need."""
+    backend: str | None = None
+    """What the op runs on there; None for the kernels of this build."""
     note: str = ""
     """For the report: what else is fused, or was not."""
 
@@ -29,6 +31,11 @@ class Refused:
 
     place: Place
     reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class LeftAlone(Refused):
+    """A place that could be patched and would gain nothing."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +59,6 @@ class Site:
 
 def all_sites() -> dict[str, Site]:
     """Op -> site."""
-    from vlmops.hf.sites import mrope
+    from vlmops.hf.sites import linear, mrope
 
-    return {site.op: site for site in (mrope.SITE,)}
+    return {site.op: site for site in (mrope.SITE, linear.SITE)}

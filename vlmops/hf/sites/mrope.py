@@ -2,17 +2,10 @@
 
 Hugging Face computes cosines and sines once per forward in a rotary module and every attention
 layer applies them with a function that its forward finds among its globals. Patched, the rotary
-module hands on positions and frequencies in their place, and the function is `mrope`. So rotary
-modules and all the attention modules below the module that holds them change together or not at
-all. What the two do is read off by probing (`vlmops.hf.rotary`).
-
-In place of cos ``[*tokens, D]`` travel the position ids ``[*tokens, A]``, in place of sin the bits
-of the frequencies ``[*tokens, R]``, one row of memory seen as many: whatever a model does along the
-tokens (Qwen2.5-VL sorts them into windows) does the right thing to both. Complex rotations
-``[*tokens, R]`` become integers ``[*tokens, A + R]``.
-
-Where the kernel cannot serve a call (float64, torch.jit.trace, ..) the rotary module does what it
-did before, and an attention layer that meets real cosines and sines applies them as it did before.
+module hands on positions and frequencies in their place, and the function is `mrope`
+(`vlmops.hf.carry`). So rotary modules and all the attention modules below the module that holds
+them change together or not at all. What they do is read off by probing (`vlmops.hf.rotary`), and
+compared afterwards: the function alone, and a rehearsal of the whole attention module.
 """
 
 from __future__ import annotations
@@ -26,28 +19,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlmops.hf import norms, rehearsal, rotary
-from vlmops.hf.aliasing import may_overwrite
-from vlmops.hf.norms import Deferred, Norms
-from vlmops.hf.rebind import original_class, rebind, references, subclass
-from vlmops.hf.rotary import Apply, Layout, LayoutKey
+from vlmops.hf import carry, norms, rehearsal, rotary
+from vlmops.hf.carry import Layouts
+from vlmops.hf.norms import Norms, Study
+from vlmops.hf.rebind import changed, original_class, owner, rebind, references, subclass
+from vlmops.hf.rotary import Apply, Layout
 from vlmops.hf.sites import AlreadyPatched, Place, Refused, Site
-from vlmops.ops.mrope import mrope, mrope_
 
-_DECORATORS = {"torch.utils._contextlib", "transformers.modeling_rope_utils"}
 _TOLERANCE = 1e-4  # float32, standard normal inputs, ids to 1,000: agreement is about 1e-6
-
-Layouts = Mapping[LayoutKey, Layout]
 
 
 @dataclasses.dataclass(frozen=True)
 class _Attention:
     module: nn.Module
     apply: Apply
-    calls: int
-    """Of the function in one forward."""
-    norms: Norms | str | None
-    """See `norms.study`."""
+    study: Study
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,8 +69,10 @@ def find(model: nn.Module) -> Iterator[Place | Refused | AlreadyPatched]:
             yield Refused(place, f"{name} rotates with more than one function: {names}")
             continue
         studied = [_study(module, apply) for module, (apply,) in callers.items()]
-        attentions = tuple(a for a in studied if a.calls)  # some layers go without
-        place = dataclasses.replace(place, sites=sum(a.calls for a in attentions))
+        attentions = tuple(a for a in studied if a.study.calls)  # some layers go without
+        if not attentions:
+            continue
+        place = dataclasses.replace(place, sites=sum(a.study.calls for a in attentions))
         if all(original_class(m) for m in (*group.rotaries, *(a.module for a in attentions))):
             yield AlreadyPatched(place)
             continue
@@ -116,13 +104,13 @@ def _common(paths: list[str]) -> str:
 
 def _study(module: nn.Module, apply: Apply) -> _Attention:
     packed = apply.unsqueeze_dim is None and not apply.complex  # a tower's [N, H, D]
-    return _Attention(module, apply, *norms.study(module, apply, packed))
+    return _Attention(module, apply, norms.study(module, apply, packed))
 
 
 def _note(attentions: tuple[_Attention, ...]) -> str:
     """What the report says of the norms."""
     notes = []
-    for found in dict.fromkeys(a.norms for a in attentions):
+    for found in dict.fromkeys(a.study.norms for a in attentions):
         if isinstance(found, Norms):
             notes.append(f"with {found.q} and {found.k}")
         elif found is not None:
@@ -178,7 +166,7 @@ def _examine(rotaries: list[nn.Module], attentions: tuple[_Attention, ...]) -> _
     """The details of a place, or why it is refused."""
     parts = (*rotaries, *(a.module for a in attentions))
     for module in parts:
-        reason = _changed(module)
+        reason = changed(module)
         if reason is not None:
             return reason
     for module in rotaries:
@@ -200,7 +188,7 @@ def _examine(rotaries: list[nn.Module], attentions: tuple[_Attention, ...]) -> _
                 return read
             if layouts.setdefault(module, read) != read:
                 return "its attention modules rotate in different ways"
-    if _turns(layouts.values()) is None:
+    if carry.turns_of(layouts.values()) is None:
         return "its rotary modules and layer types differ in scaling or in the order of channels"
     return _Details(layouts, attentions)
 
@@ -213,259 +201,21 @@ def _replaced(attention: _Attention) -> str | None:
         return None
     if getattr(function, "__globals__", {}).get("__name__") == home:
         return None
-    return f"{name} in {home} was replaced by {_owner(function)}; undo that first"
-
-
-def _changed(module: nn.Module) -> str | None:
-    """What somebody did to a module's forward that patching would undo."""
-    name = type(module).__name__
-    if original_class(module):
-        return f"some of its {name} modules are patched and others are not"
-    if "forward" in vars(module):
-        owner = _owner(vars(module)["forward"])
-        return f"{name}.forward was replaced on the instance by {owner}; undo that, then patch"
-    forward: Any = type(module).forward
-    while getattr(forward, "__wrapped__", None) and forward.__globals__["__name__"] in _DECORATORS:
-        forward = forward.__wrapped__
-    if not inspect.isfunction(forward) or forward.__globals__["__name__"] != forward.__module__:
-        return f"{name}.forward was wrapped by {_owner(forward)}; undo that, then patch"
-    return None
-
-
-def _owner(function: Any) -> str:
-    """Where the code of a function stands, whatever functools.wraps copied onto it."""
-    function = getattr(function, "__func__", getattr(function, "func", function))
-    code = getattr(function, "__code__", None)
-    if code is None:
-        return f"{type(function).__module__}.{type(function).__qualname__}"
-    return f"{function.__globals__['__name__']}.{getattr(code, 'co_qualname', code.co_name)}"
-
-
-# What travels.
-
-
-@dataclasses.dataclass(frozen=True)
-class _Turn:
-    """What an attention layer needs beside what travels: it depends on A and R alone."""
-
-    freq_axis: tuple[int, ...]
-    rotation: Any
-    scaling: float
-
-
-def _turns(layouts: Any) -> dict[tuple[int, int], _Turn] | None:
-    """(A, R) -> turn for all layouts of a place; None if that is ambiguous."""
-    turns: dict[tuple[int, int], _Turn] = {}
-    for layout in (layout for by_key in layouts for layout in by_key.values()):
-        turn = _Turn(layout.freq_axis, layout.rotation, layout.scaling)
-        if turns.setdefault((layout.axes, len(layout.freq_axis)), turn) != turn:
-            return None
-    return turns
-
-
-def _make_rotary_forward(original: Any, layouts: Layouts) -> Callable[..., Any]:
-    """A forward that returns what travels, or what it returned before."""
-    if (None, 0) in layouts:
-        return _make_table_forward(original)
-
-    @torch.no_grad()
-    def carry(self: Any, x: Tensor, position_ids: Tensor, layer_type: str | None = None) -> Any:
-        given = () if layer_type is None else (layer_type,)
-        layout = _layout_for(layouts, position_ids, layer_type)
-        if layout is None or rotary.read_scaling(self, layer_type) != layout.scaling:
-            return original(self, x, position_ids, *given)
-        # A copy, since dynamic types change the buffer; as bits, since wrappers that cast floating
-        # inputs (FSDP's mixed precision) would round it.
-        inv_freq = getattr(self, layout.buffer).to(device=x.device, dtype=torch.float32, copy=True)
-        if layout.freq_index != tuple(range(len(inv_freq))):
-            inv_freq = inv_freq[_constant(layout.freq_index, x.device)]
-        ids = position_ids
-        if (
-            not torch.compiler.is_compiling()
-            and ids.is_inference()
-            and not torch.is_inference_mode_enabled()
-        ):
-            ids = ids.clone()  # backward could not save it
-        if layout.axes_dim is None:
-            ids = ids[..., None]
-        elif layout.axes_dim == 0:
-            ids = ids.expand(layout.axes, -1, -1).movedim(0, -1)
-        bits = inv_freq.view(torch.int32).expand(*ids.shape[:-1], -1)
-        return torch.cat((ids.int(), bits), dim=-1) if layout.complex else (ids, bits)
-
-    if _is_dynamic(original):
-        from transformers.modeling_rope_utils import dynamic_rope_update
-
-        carry = dynamic_rope_update(carry)  # type: ignore[no-untyped-call]
-
-    def forward(self: Any, x: Tensor, position_ids: Tensor, layer_type: str | None = None) -> Any:
-        given = () if layer_type is None else (layer_type,)
-        served = (
-            x.dtype in (torch.float32, torch.bfloat16, torch.float16)
-            and not position_ids.is_floating_point()
-            and not torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-            and not self._forward_hooks  # they expect cosines and sines
-        )
-        return (carry if served else original)(self, x, position_ids, *given)
-
-    forward.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]
-    return forward
-
-
-def _make_table_forward(original: Any) -> Callable[..., Any]:
-    """The same for a constant table of rotations (`rotary.table_of`)."""
-
-    @torch.no_grad()
-    def forward(self: Any, x: Tensor) -> Tensor:
-        table: Tensor = original(self, x)
-        if torch.jit.is_tracing() or self._forward_hooks:  # type: ignore[attr-defined, no-untyped-call]
-            return table
-        ids, inv_freq = rotary.factor_table(table)
-        bits = inv_freq.view(torch.int32).expand(len(ids), -1)
-        return torch.cat((ids.int(), bits), dim=-1)[:, None]  # [N, 1, A + R]
-
-    forward.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]
-    return forward
-
-
-def _layout_for(layouts: Layouts, ids: Tensor, layer_type: str | None) -> Layout | None:
-    for (known, axes), layout in layouts.items():
-        if known != layer_type:
-            continue
-        if layout.axes_dim is None and ids.dim() == 2:
-            return layout
-        if layout.axes_dim == 0 and ids.dim() == 3 and ids.shape[0] in (1, axes):
-            return layout
-        if layout.axes_dim == -1 and ids.shape[-1] == axes:
-            return layout
-    return None
-
-
-def _is_dynamic(function: Any) -> bool:
-    while function is not None:
-        if function.__globals__["__name__"] == "transformers.modeling_rope_utils":
-            return True
-        function = getattr(function, "__wrapped__", None)
-    return False
-
-
-_constants: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}
-
-
-def _constant(values: tuple[int, ...], device: torch.device) -> Tensor:
-    if torch.compiler.is_compiling():
-        return torch.tensor(values, dtype=torch.int32, device=device)
-    if (values, device) not in _constants:
-        with torch.inference_mode(False):
-            tensor = torch.tensor(values, dtype=torch.int32, device=device)
-        _constants[values, device] = tensor
-    return _constants[values, device]
-
-
-def _make_apply(apply: Apply, turns: Mapping[tuple[int, int], _Turn], put_off: Norms | None) -> Any:
-    """The function that rotates, for what travels; the model's own for anything else."""
-    default = apply.unsqueeze_dim
-
-    def rotate_complex(q: Tensor, k: Tensor, freqs: Any = None, **named: Any) -> Any:
-        freqs = named.popitem()[1] if freqs is None else freqs  # whatever its name is
-        if freqs.is_complex():
-            return apply.function(q, k, freqs)
-        in_place = may_overwrite(q) and may_overwrite(k)
-        axes = next(axes for axes, frequencies in turns if axes + frequencies == freqs.shape[-1])
-        if freqs.dim() == q.dim() - 1 and freqs.shape[1] == 1 != q.shape[1]:
-            freqs = freqs[:, 0]  # a tower's table
-        return _rotate(turns, q, k, freqs[..., :axes], freqs[..., axes:], 2, in_place)
-
-    def rotate_one(x: Tensor, cos: Any, sin: Any, unsqueeze_dim: int | None = default) -> Any:
-        if sin.dtype != torch.int32:
-            return apply.function(x, cos, sin, unsqueeze_dim=unsqueeze_dim)
-        in_place = may_overwrite(x)
-        heads = rotary.heads_from_right(apply, cos.dim() - 1, unsqueeze_dim)
-        return _rotate(turns, x, x.narrow(-heads, 0, 0), cos, sin, heads, in_place)[0]
-
-    def rotate(
-        q: Tensor, k: Tensor, cos: Any, sin: Any, unsqueeze_dim: int | None = default
-    ) -> Any:
-        sin, *deferred = sin if isinstance(sin, Deferred) else (sin,)
-        if sin.dtype != torch.int32:  # the rotary module was not asked, or could not serve
-            if deferred:
-                q, k = norms.normalise(deferred[0], q), norms.normalise(deferred[1], k)
-            given = {} if unsqueeze_dim is None else {"unsqueeze_dim": unsqueeze_dim}
-            return apply.function(q, k, cos, sin, **given)
-        in_place = may_overwrite(q) and may_overwrite(k)
-        heads = rotary.heads_from_right(apply, cos.dim() - 1, unsqueeze_dim)
-        weights: list[Any] = [n.weight if norms.defers(n) else None for n in deferred]
-        return _rotate(turns, q, k, cos, sin, heads, in_place, weights, put_off)
-
-    return rotate_complex if apply.complex else rotate if apply.rows == 2 else rotate_one
-
-
-def _rotate(
-    turns: Mapping[tuple[int, int], _Turn],
-    q: Tensor,
-    k: Tensor,
-    ids: Tensor,
-    bits: Tensor,
-    heads: int,
-    in_place: bool,
-    weights: Sequence[Tensor | None] = (),
-    put_off: Norms | None = None,
-) -> tuple[Tensor, Tensor]:
-    """`mrope` of q and k, given what travels.
-
-    Args:
-        turns: See `_turns`.
-        q: Queries, their heads in the dimension ``-heads``.
-        k: Keys.
-        ids: ``[*tokens, A]``.
-        bits: ``[*tokens, R]``.
-        heads: 2 or 3.
-        in_place: Whether q and k may be written.
-        weights: Of the norms of q and k, if they were put off.
-        put_off: Those norms.
-    """
-    turn = turns[ids.shape[-1], bits.shape[-1]]
-    position_ids = ids.movedim(-1, 0)  # [A, *tokens]
-    if position_ids.dim() < q.dim() - 1:
-        position_ids = position_ids[:, None]
-    if q.dim() == 4:
-        position_ids = position_ids.expand(-1, q.shape[0], -1)
-    while bits.dim() > 1:
-        bits = bits[0] if bits.shape[0] else bits.new_zeros(bits.shape[-1])
-    options: dict[str, Any] = {
-        "position_ids": position_ids,
-        "inv_freq": bits.view(torch.float32),
-        "freq_axis": _constant(turn.freq_axis, q.device),
-        "rotation": turn.rotation,
-        "scaling": turn.scaling,
-        "head_axis": q.dim() - heads,
-    }
-    if put_off is not None:
-        options |= {"norm_eps": put_off.eps, "norm_offset": put_off.offset}
-        options |= dict(zip(("q_norm_weight", "k_norm_weight"), weights, strict=True))
-    if q.dtype != k.dtype:  # autocast around one of the projections
-        none_of_q, none_of_k = q.narrow(-heads, 0, 0), k.narrow(-heads, 0, 0)
-        return mrope(q, none_of_q, **options)[0], mrope(none_of_k, k, **options)[1]
-    if in_place:
-        return mrope_(q, k, **options)
-    return mrope(q, k, **options)
-
-
-# Change of class.
+    return f"{name} in {home} was replaced by {owner(function)}; undo that first"
 
 
 def adapt(place: Place) -> dict[nn.Module, type[nn.Module]]:
     """See `Site.adapt`."""
     details: _Details = place.details
-    turns = _turns(details.rotaries.values())
+    turns = carry.turns_of(details.rotaries.values())
     assert turns is not None
     classes = {
         module: _rotary_class(type(module), layouts) for module, layouts in details.rotaries.items()
     }
     for attention in details.attentions:
         classes[attention.module] = _attention_class(attention, turns)
-        if isinstance(attention.norms, Norms):
-            for name in (attention.norms.q, attention.norms.k):
+        if isinstance(attention.study.norms, Norms):
+            for name in (attention.study.norms.q, attention.study.norms.k):
                 norm = getattr(attention.module, name)
                 classes[norm] = norms.deferring_class(norm)
     return classes
@@ -473,26 +223,22 @@ def adapt(place: Place) -> dict[nn.Module, type[nn.Module]]:
 
 def _rotary_class(original: Any, layouts: Layouts) -> type[nn.Module]:
     key = ("mrope", tuple(layouts.items()), original.forward)
-    return subclass(original, key, lambda _: _make_rotary_forward(original.forward, layouts))
+    return subclass(original, key, lambda _: carry.rotary_forward(original.forward, layouts))
 
 
-def _attention_class(
-    attention: _Attention, turns: Mapping[tuple[int, int], _Turn]
-) -> type[nn.Module]:
+def _attention_class(attention: _Attention, turns: carry.Turns) -> type[nn.Module]:
     original: Any = type(attention.module)
-    put_off = attention.norms if isinstance(attention.norms, Norms) else None
-    apply = attention.apply
+    apply, study = attention.apply, attention.study
+    put_off = study.norms if isinstance(study.norms, Norms) else None
 
     def make_forward(label: str) -> Callable[..., Any]:
-        replaced = {apply.name: _make_apply(apply, turns, put_off)}
+        replaced = {apply.name: carry.apply_function(apply, turns, study)}
         forward = rebind(original.forward, label, **replaced)
         return forward if put_off is None else norms.defer(put_off, forward)
 
-    key = ("mrope", tuple(turns.items()), put_off, references(original.forward))
+    key = ("mrope", tuple(turns.items()), put_off, study.rehearsed, references(original.forward))
     return subclass(original, key, make_forward)
 
-
-# The numeric check.
 
 _checked: dict[Hashable, str | None] = {}
 
@@ -500,15 +246,11 @@ _checked: dict[Hashable, str | None] = {}
 def check(place: Place) -> str | None:
     """Runs the replacement against the model's own code; once per class and layout."""
     details: _Details = place.details
-    turns = _turns(details.rotaries.values())
+    turns = carry.turns_of(details.rotaries.values())
     assert turns is not None
     for module, layouts in details.rotaries.items():
-        for attention in {type(a.module): a for a in details.attentions}.values():
-            key = (
-                type(module).forward,
-                tuple(layouts.items()),
-                _attention_class(attention, turns),
-            )
+        for cls, attention in {_attention_class(a, turns): a for a in details.attentions}.items():
+            key = (type(module).forward, tuple(layouts.items()), cls)
             if key not in _checked:
                 _checked[key] = _difference(module, layouts, attention, turns)
             if _checked[key] is not None:
@@ -517,32 +259,36 @@ def check(place: Place) -> str | None:
 
 
 def _difference(
-    module: Any, layouts: Layouts, attention: _Attention, turns: Mapping[tuple[int, int], _Turn]
+    module: Any, layouts: Layouts, attention: _Attention, turns: carry.Turns
 ) -> str | None:
     """Why the replacement is not what it replaces: the function alone, and the whole attention."""
     apply, name = attention.apply, type(attention.module).__name__
-    ours = _make_apply(apply, turns, None)
-    carry = _make_rotary_forward(type(module).forward, layouts)
+    ours = carry.apply_function(apply, turns, Study(1, False, None))
+    make = carry.rotary_forward(type(module).forward, layouts)
     unproved = None
     for (layer_type, axes), layout in layouts.items():
-        probe = rotary.on_cpu(module)
-        ids = torch.randint(
-            1000, (rehearsal.TOKENS, layout.axes), generator=torch.Generator().manual_seed(0)
-        )
-        x = torch.zeros(1, 1, 1, dtype=torch.float32)
-        given: tuple[Any, ...] = (x, rotary.arranged(ids, layout.axes_dim), layer_type)
-        given = given[: 1 if not axes else 2 if layer_type is None else 3]
-        original, carried = type(module).forward(probe, *given), carry(probe, *given)
-        tokens = rehearsal.TOKENS if axes else len(original)
-        noise = torch.randn(
-            tokens, 3, 2 * len(layout.freq_axis), generator=torch.Generator().manual_seed(1)
-        )
-        error = _largest_difference(
-            rotary.call(apply, carried, noise, ours), rotary.call(apply, original, noise)
-        )
+        pairs = []
+        for ids in _ids(module, layout):
+            probe = rotary.on_cpu(module)
+            x = torch.zeros(1, 1, 1, dtype=torch.float32)
+            given: tuple[Any, ...] = (x, rotary.arranged(ids, layout.axes_dim), layer_type)
+            given = given[: 1 if not axes else 2 if layer_type is None else 3]
+            pairs.append((type(module).forward(probe, *given), make(probe, *given)))
+        error = 0.0
+        for original, carried in pairs:
+            last = [_last(made) if axes else made for made in (carried, original)]
+            tokens = rehearsal.TOKENS if axes else len(original)
+            noise = torch.randn(
+                tokens, 3, 2 * len(layout.freq_axis), generator=torch.Generator().manual_seed(1)
+            )
+            found = rotary.call(apply, last[0], noise, ours), rotary.call(apply, last[1], noise)
+            error = max(error, _largest_difference(*found))
+        original, carried = pairs[0]
         if error <= _TOLERANCE:
             try:
-                error = _largest_difference(*_rehearse(attention, turns, original, carried))
+                error = _largest_difference(
+                    *_rehearse(attention, layouts, turns, original, carried)
+                )
             except _NotRehearsedError as reason:
                 unproved = reason
             except rehearsal.ImpossibleError as reason:
@@ -550,9 +296,25 @@ def _difference(
         if not error <= _TOLERANCE:
             return f"the numeric check failed: {name} or {apply.name} differs by {error:.3g}"
     # Norms are put off only where a whole forward has been compared.
-    if unproved is not None and isinstance(attention.norms, Norms):
+    if unproved is not None and isinstance(attention.study.norms, Norms):
         return f"{name} cannot be patched: {unproved}"
     return None
+
+
+def _ids(module: Any, layout: Layout) -> list[Tensor]:
+    """Position ids ``[T, A]``: a few, and more than the model was made for."""
+    generator = torch.Generator().manual_seed(0)
+    few = torch.randint(1000, (rehearsal.TOKENS, layout.axes), generator=generator)
+    longest = getattr(getattr(module, "config", None), "max_position_embeddings", None) or 1024
+    many = torch.arange(min(2 * longest, 1 << 15) + 1)[:, None].expand(-1, layout.axes)
+    return [few, many]
+
+
+def _last(made: Any) -> Any:
+    """Of what a rotary module returned, the last tokens."""
+    if isinstance(made, tuple):
+        return tuple(t[..., -rehearsal.TOKENS :, :] for t in made)
+    return made[..., -rehearsal.TOKENS :, :]
 
 
 class _NotRehearsedError(Exception):
@@ -560,7 +322,11 @@ class _NotRehearsedError(Exception):
 
 
 def _rehearse(
-    attention: _Attention, turns: Mapping[tuple[int, int], _Turn], original: Any, carried: Any
+    attention: _Attention,
+    layouts: Layouts,
+    turns: carry.Turns,
+    original: Any,
+    carried: Any,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """What the linear layers of an attention module are given, patched and not."""
     given: tuple[list[Tensor], list[Tensor]] = ([], [])
@@ -572,9 +338,12 @@ def _rehearse(
         rehearsal.run(forward, theirs, packed, **dict.fromkeys(names, original))
     except rehearsal.ImpossibleError as reason:
         raise _NotRehearsedError(str(reason)) from reason
-    if isinstance(attention.norms, Norms):
-        for name in (attention.norms.q, attention.norms.k):
+    if isinstance(attention.study.norms, Norms):
+        for name in (attention.study.norms.q, attention.study.norms.k):
             getattr(ours, name).__class__ = norms.deferring_class(getattr(ours, name))
+    for child in list(ours.modules()):
+        if rotary.is_rotary(child):  # Idefics: in the attention module itself
+            child.__class__ = _rotary_class(type(child), layouts)
     forward = _attention_class(attention, turns).forward
     rehearsal.run(forward, ours, packed, **dict.fromkeys(names, carried))
     return given

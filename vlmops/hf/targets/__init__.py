@@ -6,7 +6,7 @@ Nothing is patched because it stands here; sites find their places by structure.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 
@@ -33,7 +33,12 @@ def tower(path: str, layers: str = "num_hidden_layers") -> Expected:
 
 def expected_places(model_type: str) -> tuple[Expected, ...]:
     """What is expected in a model of this ``config.model_type``; empty for unknown families."""
+    return next((family[model_type] for family in families() if model_type in family), ())
+
+
+def families() -> tuple[Mapping[str, tuple[Expected, ...]], ...]:
+    """What is expected, by model type, of each family."""
     from vlmops.hf.targets import cohere, gemma, glm, idefics, llama, llava, paddle, phi, qwen
 
     groups = (cohere, gemma, glm, idefics, llama, llava, paddle, phi, qwen)
-    return next((g.EXPECTED[model_type] for g in groups if model_type in g.EXPECTED), ())
+    return tuple(group.EXPECTED for group in groups)

@@ -1,0 +1,116 @@
+"""`vlmops.ops.linear` in every plain ``torch.nn.Linear`` of a model on the CPU.
+
+The subclass is still a ``torch.nn.Linear``, so PEFT, quantisers and state dicts see what they saw;
+code that asks for ``type(module) is nn.Linear`` should run before patching.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vlmops.hf.rebind import original_class, subclass
+from vlmops.hf.sites import AlreadyPatched, LeftAlone, Place, Refused, Site
+from vlmops.ops.linear import alternative, has_alternative, linear, reference
+from vlmops.ops.linear_tuning import gains, tune
+
+_TOLERANCE = 1e-4  # beyond rounding the result: float32 sums are off by 1e-6 to 6e-6
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+
+
+def find(model: nn.Module) -> Iterator[Place | Refused | AlreadyPatched]:
+    """All linear layers together, and one refusal for each reason."""
+    linears: list[Any] = [m for m in model.modules() if isinstance(m, nn.Linear)]
+    patched = [m for m in linears if original_class(m) is nn.Linear]
+    refusals = {m: _refusal(m) for m in linears if m not in set(patched)}
+    served: list[Any] = [m for m, reason in refusals.items() if reason is None]
+    tune(m.weight for m in served if m.weight.device.type == "cpu")  # not from meta: no values
+    gainful = [m for m in served if gains(m.weight.dtype, *m.weight.shape)]
+
+    if patched:
+        yield AlreadyPatched(Place("", "Linear", len(patched), backend=_backend(patched)))
+    if gainful:
+        yield Place("", "Linear", len(gainful), gainful, _backend(gainful))
+    if len(served) > len(gainful):
+        count = len(served) - len(gainful)
+        yield LeftAlone(Place("", "Linear", count), "torch's own product is as fast here")
+    for reason, count in Counter(filter(None, refusals.values())).items():
+        yield Refused(Place("", "Linear", count), reason)
+
+
+def _backend(modules: list[Any]) -> str:
+    names = {"oneDNN" if m.weight.dtype == torch.float32 else "float32 panels" for m in modules}
+    return ", ".join(sorted(names))
+
+
+def _refusal(module: Any) -> str | None:
+    """Why a linear layer is none that can be served."""
+    if type(module) is not nn.Linear:
+        return f"{type(module).__name__} is a subclass with a forward of its own"
+    if any(getattr(module, name) for name in _HOOKS):
+        return "hooks are registered on it; remove them, then patch"
+    tensors = [module.weight] if module.bias is None else [module.weight, module.bias]
+    for tensor in tensors:
+        if type(tensor) is not nn.Parameter or type(tensor.data) is not Tensor:
+            kind = type(tensor.data if type(tensor) is nn.Parameter else tensor).__name__
+            return f"its weights are of type {kind}, not plain parameters"
+        if tensor.device.type not in ("cpu", "meta"):
+            return f"no kernel for {tensor.device.type}: this is for the CPU"
+        if tensor.layout is not torch.strided or not has_alternative(tensor.dtype):
+            return f"no faster way is known for weights of {tensor.dtype}, {tensor.layout}"
+    if "forward" in vars(module):
+        return "its forward was replaced on the instance, as offloading does; undo that, then patch"
+    forward: Any = nn.Linear.forward
+    owner = forward.__globals__["__name__"]
+    if owner != nn.Linear.__module__:
+        return f"torch.nn.Linear.forward was replaced by {owner}; undo that, then patch"
+    return None
+
+
+_checked: dict[Hashable, float] = {}
+
+
+def check(place: Place) -> str | None:
+    """Runs oneDNN's and the panels' products against float64, once per dtype and K."""
+    for module in place.details:
+        key = module.weight.dtype, module.in_features
+        if key not in _checked:
+            _checked[key] = _largest_error(*key)
+        if not _checked[key] <= _TOLERANCE:
+            return (
+                f"the numeric check failed: products over {key[1]} elements of {key[0]} are off by "
+                f"{_checked[key]:.3g} of their standard deviation"
+            )
+    return None
+
+
+@torch.no_grad()
+def _largest_error(dtype: torch.dtype, k: int) -> float:
+    draw: Any = {"generator": torch.Generator().manual_seed(0), "dtype": torch.float32}
+    x, weight, bias = (torch.randn(*s, **draw).to(dtype) for s in ((9, k), (16, k), (16,)))
+    exact = reference(x, weight, bias)
+    error = (alternative(x, weight, bias).double() - exact).abs()
+    rounding = exact.abs() * (torch.finfo(dtype).eps / 2)
+    return float((error - rounding).max() / k**0.5)
+
+
+def adapt(place: Place) -> dict[nn.Module, type[nn.Module]]:
+    """See `Site.adapt`."""
+    patched = subclass(nn.Linear, "linear", _make_forward)
+    return dict.fromkeys(place.details, patched)
+
+
+def _make_forward(_: str) -> Callable[..., Tensor]:
+    def forward(self: Any, input: Tensor) -> Tensor:
+        return linear(input, self.weight, self.bias)
+
+    forward.__signature__ = inspect.signature(nn.Linear.forward)  # type: ignore[attr-defined]
+    return forward
+
+
+SITE = Site("linear", find, adapt, check)
