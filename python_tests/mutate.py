@@ -21,7 +21,7 @@ MUTATIONS = {
     "flip a sign (half)": (
         "ops/mrope/mrope_cpu.h", "a * cosine - b * sine", "a * cosine + b * sine"),
     "turn odd channels by the angles of even ones (half, bfloat16)": (
-        "ops/mrope/mrope_cpu.h", "row, at + t.padded / 2, t)", "row, at, t)"),
+        "ops/mrope/mrope_cpu.h", "row, at + o.padded / 2, o)", "row, at, o)"),
     "flip a sign (pairs)": (
         "ops/mrope/mrope_cpu.h", "sines[2 * j] = -sine[j]", "sines[2 * j] = sine[j]"),
     "backward rotates forward": (
@@ -81,7 +81,7 @@ MUTATIONS = {
         "ops/mrope/mrope_cpu.h", "norm.template of<n>(load<n>(x + channel), place)",
         "load<n>(x + channel)"),
     "norm: the first half's weights for both": (
-        "ops/mrope/mrope_cpu.h", "return second * t.padded + j;", "return j;"),
+        "ops/mrope/mrope_cpu.h", "return second * t.at.padded + j;", "return j;"),
     "norm: the scale of the first head for all": (
         "ops/mrope/mrope_cpu.h", "Norm{weight, scale[h]}", "Norm{weight, scale[0]}"),
     "norm: let eps below 0 through": (

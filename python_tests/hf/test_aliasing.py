@@ -3,12 +3,12 @@
 import pytest
 import torch
 from dispatch import CountOps
-from hf.tiny import build, inputs, run
+from hf.checks import batch_of
+from hf.tiny import build, run
 from torch import nn
 
 import vlmops
 
-IMAGES = [[3, (2, 3), 5, (4, 2), 2]]
 KEEP = {
     "output": lambda out: out,
     "detached": lambda out: out.detach(),
@@ -21,7 +21,7 @@ KEEP = {
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("keep", KEEP.values(), ids=KEEP)
 def test_hooks_on_a_fused_projection_see_what_they_saw(keep, mode):
-    model, batch = build("qwen2_vl"), inputs("qwen2_vl", IMAGES)
+    model, batch = build("qwen2_vl"), batch_of("qwen2_vl", "several_images")
     vlmops.patch(model)
     kept, copies = [], []
 
@@ -71,6 +71,7 @@ def test_attention_that_keeps_q_is_refused():
     model = build("qwen2_vl")
     model.model.visual.blocks[0].attn = TwoViewsOfQ()
     with torch.no_grad():
-        (row, _) = vlmops.patch(model, ["mrope"]).rows
+        report = vlmops.patch(model, ["mrope"])
+    (row,) = [row for row in report.rows if row.path == "model.visual"]
     assert row.status == "refused"
     assert "the numeric check failed: TwoViewsOfQ" in row.reason

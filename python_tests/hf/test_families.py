@@ -1,7 +1,6 @@
 """What `vlmops.patch` promises and what it leaves as it was: every check on every family."""
 
 import copy
-import functools
 import inspect
 import io
 import pathlib
@@ -29,8 +28,7 @@ from hf.tiny import (
 import vlmops
 from vlmops.hf import rotary, targets
 
-patch = functools.partial(vlmops.patch, ops=["mrope"])  # other ops are chosen by measurement
-
+pytestmark = pytest.mark.usefixtures("only_mrope")
 everywhere = pytest.mark.parametrize("family", [*FAMILIES, *UNLISTED])
 with_towers = pytest.mark.parametrize(
     "family", [name for name in (*FAMILIES, *UNLISTED) if row_of(name).towers]
@@ -70,7 +68,7 @@ def test_logits_and_gradients_agree(family, attention):
     row, model = row_of(family), build(family, attention)
     batches = {name: batch_of(family, name) for name in BATCHES}
     expected = {name: gradients(model, batch) for name, batch in batches.items()}
-    report = patch(model)
+    report = vlmops.patch(model)
     assert report.counts["mrope"] == sum(row.places.values())
     for name, batch in batches.items():
         with CountOps() as ran:
@@ -96,7 +94,7 @@ def test_towers_agree(family):
         return features.detach(), grads
 
     features, grads = run_tower()
-    patch(model)
+    vlmops.patch(model)
     with CountOps() as ran:
         ours, our_grads = run_tower()
     calls, _ = row_of(family).calls(towers=1, texts=0)
@@ -117,7 +115,7 @@ def test_greedy_generation_agrees(family, name):
     options |= {"return_dict_in_generate": True, "output_logits": True}
 
     expected = run(model, batch, model.generate, **options)
-    patch(model)
+    vlmops.patch(model)
     with CountOps() as ran:
         got = run(model, batch, model.generate, **options)
     assert torch.equal(got.sequences, expected.sequences)
@@ -154,7 +152,7 @@ def test_bfloat16_is_at_least_as_right_as_hugging_face(family):
     with torch.no_grad():
         exact = run(copy.deepcopy(model).float(), batch).logits
         theirs = run(model, batch16).logits
-        patch(model)
+        vlmops.patch(model)
         ours = run(model, batch16).logits
     assert ours.dtype == torch.bfloat16
     assert (ours - exact).abs().max() < 2 * (theirs - exact).abs().max()
@@ -168,7 +166,7 @@ def test_gradient_checkpointing(family, use_reentrant):
     row, batch = row_of(family), batch_of(family, "several_images")
     logits, grads = gradients(build(family), batch)
     model = build(family)
-    patch(model)
+    vlmops.patch(model)
     # Newer name first; transformers 5.17 has only the other.
     enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
     enable({"use_reentrant": use_reentrant})
@@ -185,7 +183,7 @@ def test_gradient_checkpointing(family, use_reentrant):
 @everywhere
 def test_frozen_model_is_not_differentiated(family):
     model, batch = build(family), batch_of(family, "several_images")
-    patch(model)
+    vlmops.patch(model)
     model.requires_grad_(False)
     with CountOps() as ran:
         run(model, batch)
@@ -196,7 +194,7 @@ def test_frozen_model_is_not_differentiated(family):
 def test_save_pretrained_round_trip(family, tmp_path):
     model, batch = build(family), batch_of(family, "several_images")
     keys = list(model.state_dict())
-    patch(model)
+    vlmops.patch(model)
     assert list(model.state_dict()) == keys
     with torch.no_grad():
         logits = run(model, batch).logits
@@ -206,7 +204,7 @@ def test_save_pretrained_round_trip(family, tmp_path):
     assert vlmops.unpatch(loaded) == 0
     with torch.no_grad():
         assert_agree(run(loaded, batch).logits, logits, "reloaded")
-        patch(loaded)
+        vlmops.patch(loaded)
         assert torch.equal(run(loaded, batch).logits, logits)
 
 
@@ -216,7 +214,7 @@ def test_twin_is_untouched_and_unpatch_restores_every_bit(family):
     logits, grads = gradients(twin, batch)
     classes = [type(m) for m in model.modules()]
     config = copy.deepcopy(model.config)
-    patch(model)
+    vlmops.patch(model)
     run(model, batch)
     again, grads_again = gradients(twin, batch)
     assert torch.equal(again, logits)
@@ -232,11 +230,11 @@ def test_twin_is_untouched_and_unpatch_restores_every_bit(family):
 @everywhere
 def test_patching_again_and_copies_change_nothing(family):
     model, batch = build(family), batch_of(family, "several_images")
-    report = patch(model)
+    report = vlmops.patch(model)
     with torch.no_grad():
         logits = run(model, batch).logits
         for patched in (model, copy.deepcopy(model)):
-            again = patch(patched)
+            again = vlmops.patch(patched)
             assert again.counts == report.counts
             assert {row.status for row in again.rows} <= {"already patched", "refused"}
             assert torch.equal(run(patched, batch).logits, logits)
@@ -246,7 +244,7 @@ def test_patching_again_and_copies_change_nothing(family):
 def test_pickles_load_without_vlmops(family):
     """Pickled, a model is Hugging Face's again."""
     model, batch = build(family), batch_of(family, "several_images")
-    patch(model)
+    vlmops.patch(model)
     pickled, buffer = pickle.dumps(model), io.BytesIO()
     torch.save(model, buffer)
     assert b"vlmops" not in pickled
@@ -265,7 +263,7 @@ def test_outputs_that_are_asked_for_are_still_there(family):
     ask = {"output_hidden_states": True, "output_attentions": True}
     with torch.no_grad():
         expected = run(model, batch, **ask)
-        patch(model)
+        vlmops.patch(model)
         got = run(model, batch, **ask)
     assert len(got.hidden_states) == len(expected.hidden_states) > 0
     assert len(got.attentions) == len(expected.attentions) > 0
@@ -277,7 +275,7 @@ def test_outputs_that_are_asked_for_are_still_there(family):
 def test_signatures_are_unchanged_and_unknown_kwargs_pass(family):
     model, batch = build(family), batch_of(family, "text")
     before = [inspect.signature(m.forward) for m in model.modules()]
-    patch(model)
+    vlmops.patch(model)
     assert [inspect.signature(m.forward) for m in model.modules()] == before
     run(model, batch, an_argument_of_tomorrow=1)
 
@@ -288,21 +286,17 @@ def test_autocast_and_inference_mode(family):
     model, batch = build(family), batch_of(family, "several_images")
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
         theirs = run(model, batch).logits
-        patch(model)
+        vlmops.patch(model)
         ours = run(model, batch).logits
     assert ours.dtype == theirs.dtype
     assert (ours - theirs).abs().max() < 0.05 * theirs.abs().max()
 
 
-# One family of each language model.
-DECODERS = {row_of(n).text.get("model_type", n): n for n in (*FAMILIES, *UNLISTED)}
-
-
-@pytest.mark.parametrize("family", DECODERS.values())
+@everywhere
 def test_decoder_compiles_to_one_graph(family):
     skip_unless_able(family, "compile")
     model = build(family)
-    patch(model)
+    vlmops.patch(model)
     decoder = model.get_submodule(row_of(family).decoder)
     torch._dynamo.reset()  # what other families have compiled of the same code counts as recompiles
     embeds = torch.randn(2, 9, TEXT["hidden_size"])
@@ -318,7 +312,7 @@ def test_decoder_compiles_to_one_graph(family):
 def test_family_table_holds(family):
     """A site that rots with a new transformers turns this red; so does one that appears."""
     row, model = row_of(family), build(family)
-    report = patch(model)
+    report = vlmops.patch(model)
     assert {r.path: r.sites for r in report.rows if r.status == "patched"} == row.places
     refused = {r.path: r.reason for r in report.rows if r.status == "refused"}
     assert refused.keys() == row.refused.keys()
@@ -347,7 +341,7 @@ def test_meta_device(family):
     config = config_of(family)
     with torch.device("meta"):
         model = getattr(transformers, row_of(family).architecture)(config)
-    assert patch(model).counts["mrope"] == sum(row_of(family).places.values())
+    assert vlmops.patch(model).counts["mrope"] == sum(row_of(family).places.values())
 
 
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_vl", "llava"])
@@ -367,7 +361,7 @@ def test_a_model_of_real_size_is_patched_at_once(family):
     with torch.device("meta"):
         model = getattr(transformers, row_of(family).architecture)(config_of(family, **real))
     start = time.perf_counter()
-    report = patch(model)
+    report = vlmops.patch(model)
     assert time.perf_counter() - start < 2
     assert report.rows[-1].sites == 28
     assert vlmops.unpatch(model) > 28
@@ -380,7 +374,7 @@ def test_rope_types(family, rope):
     skip_unless_able(family, rope)
     model = build(family, **stretched(family, rope))
     plain = copy.deepcopy(model)
-    assert patch(model).counts["mrope"] == sum(row_of(family).places.values())
+    assert vlmops.patch(model).counts["mrope"] == sum(row_of(family).places.values())
     with torch.no_grad():
         for length in (9, 40, 9, 60, 12):
             batch = inputs(family, [[length]])
@@ -392,7 +386,7 @@ def test_rope_types(family, rope):
 def test_towers_compile(family):
     """To one graph where Hugging Face's own code does: others read sizes back to the host."""
     model, batch = build(family), batch_of(family, "several_images")
-    patch(model)
+    vlmops.patch(model)
     torch._dynamo.reset()
     with torch.no_grad():
         expected = image_features(model, batch)
@@ -443,5 +437,5 @@ def test_no_cosine_is_computed_and_nothing_is_kept_for_each_token(family, part):
     trigonometry, found = seen()
     assert trigonometry == 2
     assert found
-    patch(model)
+    vlmops.patch(model)
     assert seen() == (0, [])

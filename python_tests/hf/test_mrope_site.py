@@ -26,10 +26,7 @@ BOTH = {"mrope": LAYERS + TOWER}
 MODULES = LAYERS + TOWER + 2  # each part has a rotary module
 
 
-@pytest.fixture(autouse=True)
-def _only_mrope(monkeypatch):
-    site = patching.all_sites()["mrope"]
-    monkeypatch.setattr(patching, "all_sites", lambda: {"mrope": site})
+pytestmark = pytest.mark.usefixtures("only_mrope")
 
 
 def batch_of(name, dtype=torch.float32):

@@ -529,7 +529,6 @@ FAMILIES: dict[str, Family] = {
         flat=True,
         decoder="model",
         lacks=dict.fromkeys(("linear", "dynamic", "yarn", "llama3"), "it takes longrope only"),
-        copies={"model": "q and k are slices of one projection that are no thirds"},
     ),
     "aya_vision": Family(
         "AyaVisionForConditionalGeneration",

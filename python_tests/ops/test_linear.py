@@ -326,7 +326,7 @@ def test_unknown_activation():
     ("vendor", "isa", "primitive", "expected"),
     [
         ("AuthenticAMD", "AVX512", True, {torch.float32: "11111", torch.bfloat16: "00000"}),
-        ("AuthenticAMD", "AVX2", False, {torch.float32: "11100", torch.bfloat16: "00111"}),
+        ("AuthenticAMD", "AVX2", False, {torch.float32: "00000", torch.bfloat16: "00111"}),
         ("GenuineIntel", "AVX512", True, {torch.float32: "00000", torch.float16: "00000"}),
         (None, "DEFAULT", False, {torch.float32: "00000", torch.float16: "00111"}),
     ],
@@ -367,6 +367,7 @@ def test_rows_choose_the_way():
         (torch.bfloat16, {64, 512}, "00011"),
         (torch.bfloat16, {1, 64, 512}, "00011"),
         (torch.bfloat16, {1, 8}, "00000"),
+        (torch.bfloat16, {1, 8, 64, 512}, "00111"),
     ],
 )
 def test_tuning_believes_its_clock(dtype, faster_at, expected, monkeypatch):

@@ -19,7 +19,6 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from vlmops.ops.linear import FROM_ROWS, Wins, alternative, has_alternative, measured, wins
 
-_MEASURED_ROWS = (1, 8, 64, 512)
 _ROUNDS = (3, 7)  # at least, and at most if they are quick
 _QUICK = 0.02  # seconds
 _CLEARLY = 0.95  # of F.linear's time is what the alternative may take where F.linear is the default
@@ -69,16 +68,18 @@ def _elements(weights: Sequence[Tensor]) -> int:
 def _measure(weights: Sequence[Tensor]) -> Wins:
     dtype, (n, k) = weights[0].dtype, weights[0].shape
     expected = wins(dtype, n, k)
-    one, few, some, many = (
-        _is_faster(weights, rows, 1.0 if expected[FROM_ROWS.index(rows)] else _CLEARLY)
-        for rows in _MEASURED_ROWS
-    )
-    if dtype != torch.float32:  # the more rows pay for a panel, the better: else it was noise
-        some = some and many
-        few = few and some
-        one = one and few
+
+    def faster(rows: int) -> bool:
+        limit = 1.0 if expected[FROM_ROWS.index(rows)] else _CLEARLY
+        return _is_faster(weights, rows, limit)
+
+    few, some, many = map(faster, (8, 64, 512))
     # Between two numbers of rows, what wins at both.
-    return one, one and few, few and some, some and many, many
+    if dtype == torch.float32:
+        one = faster(1)
+        return one, one and few, few and some, some and many, many
+    # A panel is written and read again, which few rows never pay for.
+    return False, False, few and some and many, some and many, many
 
 
 def _is_faster(weights: Sequence[Tensor], rows: int, limit: float) -> bool:

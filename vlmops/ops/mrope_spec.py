@@ -180,6 +180,8 @@ CASES = [
     Case("norm_weight_fp32", _inputs(norms="qk", norm_dtype=torch.float32)),
     Case("norm_weight_bf16", _inputs(norms="qk", norm_dtype=torch.bfloat16, norm_offset=1.0)),
     Case("norm_weight_fp16", _inputs(norms="qk", norm_dtype=torch.float16)),
+    Case("norm_widest", _inputs(norms="qk", head_dim=2048, sections=(1009,), tokens=3,
+                                heads=(2, 1))),
     Case("norm_no_k_heads", _inputs(norms="qk", heads=(4, 0))),
     Case("norm_empty_sequence", _inputs(norms="qk", tokens=0)),
     Case("empty_packed", _inputs(batch=None, tokens=0, layout="contiguous")),
@@ -249,9 +251,9 @@ BENCH = {
         _bench("s16384", **_QWEN2_VL, tokens=16384),
         _bench("tower_n4900", **_QWEN2_VL_TOWER, tokens=4900),
         _bench("tower_n16384", **_QWEN2_VL_TOWER, tokens=16384),
-        _bench("qwen3vl_norm_b1", **_QWEN3_VL, tokens=1),
-        _bench("qwen3vl_norm_s1024", **_QWEN3_VL, tokens=1024),
-        _bench("qwen3vl_norm_s4096", **_QWEN3_VL, tokens=4096),
+        _bench("norm_b1", **_QWEN3_VL, tokens=1),
+        _bench("norm_s1024", **_QWEN3_VL, tokens=1024),
+        _bench("norm_s4096", **_QWEN3_VL, tokens=4096),
     ]
 }
 

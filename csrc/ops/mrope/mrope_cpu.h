@@ -14,6 +14,20 @@
 // [A, B, S, D] tensor never exists; in float64 they cost 0.13 us a token and thread, a fifth of the
 // time of bfloat16 in place.
 //
+// Towers: 16 + 16 heads of 80 are 5 KiB a token in bfloat16, and 40 angles: 0.1 of 0.57 us a token
+// and thread in the cache; out of memory it takes 1.1 us, and a copy by one thread 0.9.
+//
+// With a norm (RMSNorm of every head over D, before its rotation) x[m] stands for
+//   x[m] * rsqrt(mean(x^2) + eps) * (offset + weight[m])
+// It moves the same bytes: a head is summed, then rotated out of L1. The arithmetic grows from 3 to
+// 7 operations a channel. Expected was 1.4 of the time without a norm where everything lies in the
+// cache, measured is 1.5 (33 against 21 ns for 128 channels of bfloat16): 1.5 to 2 copies by one
+// thread. float32 stays below 1.
+//
+// Backward with a norm reads x and the gradient and writes dx, one head at a time in float32 in L1.
+// With g the gradient rotated back, r = rsqrt(mean(x^2) + eps), w = offset + weight:
+//   dx = r * (w g - r x * mean(w g r x));   dweight = sum over tokens and heads of g r x
+//
 // Arithmetic is float32 with one rounding to T at the store. The loops run along the channels with
 // a ladder of vector widths (16, 8, 4, 1), so D = 72, 80, 88 need no masks.
 #pragma once
@@ -113,10 +127,9 @@ inline void fill_table(const Params& p, Table& t, int64_t first, int64_t last) {
 }
 
 // The vectors of N lanes that a rotation reads, turns and writes at once, for each way in which
-// channels lie. `at` is the place of the vectors' first lanes among the cosines, `i` that of their
-// first channel; place(v, ..) is where vector v lies in a float32 array of all channels, whose
-// order
-// ("kernel order") has no gap between the lanes of a vector.
+// channels lie: `i` is their first channel, `at` the place of its cosine. place(v, ..) is where
+// vector v lies among all channels in kernel order: float32, the lanes of a vector side by side.
+// Weights and everything in backward lie so.
 template <int N, int K>
 struct Vectors {
   Vec<float, N> v[K];

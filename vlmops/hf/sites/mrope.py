@@ -265,7 +265,7 @@ def _difference(
     apply, name = attention.apply, type(attention.module).__name__
     ours = carry.apply_function(apply, turns, Study(1, False, None))
     make = carry.rotary_forward(type(module).forward, layouts)
-    unproved = None
+    proved, unproved = False, ""
     for (layer_type, axes), layout in layouts.items():
         pairs = []
         for ids in _ids(module, layout):
@@ -289,14 +289,15 @@ def _difference(
                 error = _largest_difference(
                     *_rehearse(attention, layouts, turns, original, carried)
                 )
+                proved = True
             except _NotRehearsedError as reason:
-                unproved = reason
+                unproved = str(reason)
             except rehearsal.ImpossibleError as reason:
                 return f"{name} cannot be patched: {reason}"
         if not error <= _TOLERANCE:
             return f"the numeric check failed: {name} or {apply.name} differs by {error:.3g}"
-    # Norms are put off only where a whole forward has been compared.
-    if unproved is not None and isinstance(attention.study.norms, Norms):
+    # Norms are put off, and memory overwritten, only where a whole forward has been compared.
+    if attention.study.rehearsed and not proved:
         return f"{name} cannot be patched: {unproved}"
     return None
 
