@@ -28,7 +28,6 @@ from hf.tiny import (
 import vlmops
 from vlmops.hf import rotary, targets
 
-pytestmark = pytest.mark.usefixtures("only_mrope")
 everywhere = pytest.mark.parametrize("family", [*FAMILIES, *UNLISTED])
 with_towers = pytest.mark.parametrize(
     "family", [name for name in (*FAMILIES, *UNLISTED) if row_of(name).towers]
@@ -36,7 +35,10 @@ with_towers = pytest.mark.parametrize(
 
 
 # Of transformers 5.17's own call of its own layer.
-pytestmark = pytest.mark.filterwarnings("ignore:`hidden_state` is deprecated:FutureWarning")
+pytestmark = [
+    pytest.mark.usefixtures("only_mrope"),
+    pytest.mark.filterwarnings("ignore:`hidden_state` is deprecated:FutureWarning"),
+]
 
 
 def skip_unless_able(family, check):
