@@ -528,6 +528,7 @@ FAMILIES: dict[str, Family] = {
         },
         flat=True,
         decoder="model",
+        copies={"model": "its forward keeps the fused projection"},
         lacks=dict.fromkeys(("linear", "dynamic", "yarn", "llama3"), "it takes longrope only"),
     ),
     "aya_vision": Family(
