@@ -235,8 +235,8 @@ def test_saves_of_q_and_k_what_was_normalised():
 def test_weight_gradients_do_not_depend_on_threads_or_on_what_is_frozen(isa, use_cpu_isa):
     """Nor on the strides of the gradient; 131 tokens are several chunks."""
     use_cpu_isa(isa)
-    args = case("norm_threads_s131", torch.bfloat16)
-    grads = [torch.randn(args[n].shape, dtype=torch.bfloat16) for n in "qk"]
+    args = case("norm_threads_s131")  # 17 and 3 heads: partial sums that fall differently show
+    grads = [torch.randn(args[n].shape) for n in "qk"]
     strided = [g.mT.contiguous().mT for g in grads]
     weights = ("q_norm_weight", "k_norm_weight")
     everything = leaves(args, "q", "k", *weights)

@@ -284,6 +284,8 @@ def _difference(
             found = rotary.call(apply, last[0], noise, ours), rotary.call(apply, last[1], noise)
             error = max(error, _largest_difference(*found))
         original, carried = pairs[0]
+        if not axes:  # a table of many tokens
+            original, carried = original[: rehearsal.TOKENS], carried[: rehearsal.TOKENS]
         if error <= _TOLERANCE:
             try:
                 error = _largest_difference(
