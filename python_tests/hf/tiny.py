@@ -529,6 +529,7 @@ FAMILIES: dict[str, Family] = {
         flat=True,
         decoder="model",
         lacks=dict.fromkeys(("linear", "dynamic", "yarn", "llama3"), "it takes longrope only"),
+        copies={"model": "q, k and v are slices of one projection, not thirds"},
     ),
     "aya_vision": Family(
         "AyaVisionForConditionalGeneration",
