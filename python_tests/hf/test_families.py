@@ -28,17 +28,15 @@ from hf.tiny import (
 import vlmops
 from vlmops.hf import rotary, targets
 
+pytestmark = [
+    pytest.mark.usefixtures("only_mrope"),
+    # Of transformers 5.17's own call of its own layer.
+    pytest.mark.filterwarnings("ignore:`hidden_state` is deprecated:FutureWarning"),
+]
 everywhere = pytest.mark.parametrize("family", [*FAMILIES, *UNLISTED])
 with_towers = pytest.mark.parametrize(
     "family", [name for name in (*FAMILIES, *UNLISTED) if row_of(name).towers]
 )
-
-
-# Of transformers 5.17's own call of its own layer.
-pytestmark = [
-    pytest.mark.usefixtures("only_mrope"),
-    pytest.mark.filterwarnings("ignore:`hidden_state` is deprecated:FutureWarning"),
-]
 
 
 def skip_unless_able(family, check):
@@ -294,7 +292,11 @@ def test_autocast_and_inference_mode(family):
     assert (ours - theirs).abs().max() < 0.05 * theirs.abs().max()
 
 
-@everywhere
+# One family of each language model.
+DECODERS = {row_of(n).text.get("model_type", n): n for n in (*FAMILIES, *UNLISTED)}
+
+
+@pytest.mark.parametrize("family", DECODERS.values())
 def test_decoder_compiles_to_one_graph(family):
     skip_unless_able(family, "compile")
     model = build(family)
