@@ -100,7 +100,7 @@ def test_demo_photographs(run, dtype):
 
     assert code == 0, out + err
     assert "astronaut 84x84, chelsea" in out
-    assert results["report"]["counts"] == {"mrope": 1, "linear": 0}
+    assert results["report"]["counts"] == {"mrope": 2, "linear": 0}
     agreement = results["agreement"]
     assert agreement["agree"]
     assert agreement["largest"] > 0.5
@@ -140,7 +140,9 @@ def test_demo_prints_json_and_keeps_text_off_stdout(config, capsys):
     small = ["--image-size", "84", "--new-tokens", "2", "--repeat", "1"]
     assert demo.main([*small, "--json"], config=config) == 0
     out, err = capsys.readouterr()
-    assert json.loads(out)["agreement"]["agree"]
+    runs = json.loads(out)["runs"]
+    assert [run["dtype"] for run in runs] == ["float32", "bfloat16"]
+    assert all(run["agreement"]["agree"] for run in runs)
     assert "Agreement: yes" in err
 
 
@@ -155,20 +157,20 @@ def test_demo_compares_no_times_of_a_busy_machine(waiting, busy):
 
 def test_demo_tokens_come_from_both_codes(config, monkeypatch):
     ran = []
-    original = vlmops.hf.sites.mrope.mrope_
+    original = vlmops.hf.carry.mrope_
 
     def spy(*args, **kwargs):
         ran.append(1)
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(vlmops.hf.sites.mrope, "mrope_", spy)
+    monkeypatch.setattr(vlmops.hf.carry, "mrope_", spy)
     shown = inputs.pictures([], 84)
     subject = inputs.random_subject(shown, 1, 1, torch.float32, config)
     measure.generate(subject, 3)
     assert not ran
     with vlmops.patched(subject.model):
         measure.generate(subject, 3)
-    assert len(ran) == 3
+    assert len(ran) == 4  # the tower once
 
 
 def test_demo_loads_a_checkpoint(run, checkpoint):

@@ -81,7 +81,7 @@ class _RopeClock:
         return (
             code in self._codes
             or (code.co_name.startswith("apply_") and "rotary" in code.co_name)
-            or frame.f_globals.get("__name__") in ("vlmops.ops.mrope", "vlmops.hf.sites.mrope")
+            or frame.f_globals.get("__name__") in ("vlmops.ops.mrope", "vlmops.hf.carry")
         )
 
     @contextlib.contextmanager
