@@ -121,7 +121,8 @@ def test_strides(name, argument, dtype, way):
     x, weight, bias = draw((6, 32), 16, dtype)
     args = {"x": x, "weight": weight, "bias": bias}
     args[argument] = STRIDES[name](args[argument])
-    exact, theirs = reference(**args), functional.linear(*(a.contiguous() for a in args.values()))
+    # What a user runs today, with these strides: MKL adds in another order for some of them.
+    exact, theirs = reference(**args), functional.linear(*args.values())
     assert_right(linear(**args), exact, dtype, theirs)
 
 
