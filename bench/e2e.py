@@ -104,8 +104,7 @@ def options_of(description, **more):
     parser.add_argument("--json", type=Path, help="write the report there")
     options = parser.parse_args()
     if os.environ.get("OMP_PROC_BIND") != "true":
-        threads = 1 if options.cpu_time else runner._cores(os.sched_getaffinity(0))
-        env = runner._environment(options.isa, threads)
+        env = runner.bound(options.isa, 1 if options.cpu_time else None)
         raise SystemExit(subprocess.run([sys.executable, *sys.argv], env=env).returncode)
     return options
 
@@ -126,7 +125,7 @@ def write(options, op, rows):
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "op": op,
             "clock": "cpu" if options.cpu_time else "wall",
-            **runner._commit(),
+            **runner.commit(),
             **measure.environment(torch.device("cpu")),
             "rows": rows,
         }

@@ -157,10 +157,13 @@ def _missing(model: nn.Module, rows: list[Row]) -> list[Row]:
     config: Any = getattr(model, "config", None)
     ops = {row.op for row in rows}
 
+    def ends(path: str, tail: str) -> bool:
+        return tail == "" or f".{path}".endswith(f".{tail}")
+
     def found(expected: Expected) -> bool:  # the model may be wrapped, or itself be a part
         path = expected.path
         return any(
-            row.op == expected.op and (row.path.endswith(path) or path.endswith(row.path))
+            row.op == expected.op and (ends(row.path, path) or ends(path, row.path))
             for row in rows
             if row.sites
         )
