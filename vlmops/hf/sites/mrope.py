@@ -128,7 +128,8 @@ def _below(holder: nn.Module, holders: set[int]) -> Iterator[nn.Module]:
 
 def _forward(module: nn.Module) -> Any:
     """The model's own forward, without decorators; None for C++ and TorchScript."""
-    forward: Any = inspect.unwrap((original_class(module) or type(module)).forward)
+    forward: Any = inspect.getattr_static(original_class(module) or type(module), "forward")
+    forward = inspect.unwrap(forward)
     return forward if inspect.isfunction(forward) else None
 
 
@@ -183,7 +184,7 @@ def _examine(rotaries: list[nn.Module], attentions: tuple[_Attention, ...]) -> _
     layouts: dict[nn.Module, Layouts] = {}
     for module in rotaries:
         for apply in {a.apply for a in attentions}:
-            read = rotary.read_layouts(rotary.on_cpu(module), apply)
+            read = rotary.read_layouts(module, apply)
             if isinstance(read, str):
                 return read
             if layouts.setdefault(module, read) != read:
