@@ -108,8 +108,10 @@ def _study(module: nn.Module, apply: Apply) -> _Attention:
 
 
 def _note(attentions: tuple[_Attention, ...]) -> str:
-    """What the report says of the norms."""
+    """What the report says of the norms, and of what was compared."""
     notes = []
+    if not all(a.study.rehearsed for a in attentions):
+        notes.append("not rehearsed: rotated out of place")
     for found in dict.fromkeys(a.study.norms for a in attentions):
         if isinstance(found, Norms):
             notes.append(f"with {found.q} and {found.k}")
