@@ -130,8 +130,8 @@ def _parser() -> Parser:
         help="measure this checkout against another revision",
         description="Builds another revision of this checkout, and the checkout as it is, and "
         "times an op of both in turn.",
-        epilog="Exit code: 0 nothing is slower; 1 something is, beyond threshold and noise; 2 the "
-        "command is wrong, or something could not be measured.",
+        epilog="Exit code: 0 nothing is slower; 1 something is, beyond threshold and noise, or "
+        "computes something wrong; 2 the command is wrong, or something could not be measured.",
     )
     compare.add_argument("op", metavar="OP", help="the op's name, e.g. mrope")
     compare.add_argument("--base", metavar="REV", required=True, help="e.g. main or HEAD~3")
