@@ -31,7 +31,7 @@ VARIABLES = ("VLMOPS_CPU_ISA", "VLMOPS_LIBRARY")
 """Every environment variable that vlmops reads."""
 
 Grade = Literal["ok", "advice", "problem"]
-_GRADES = ("ok", "advice", "problem")
+_GRADES: tuple[Grade, ...] = ("ok", "advice", "problem")
 _WIDTH = 100
 _HUGE_PAGES = "/sys/kernel/mm/transparent_hugepage/enabled"
 
