@@ -284,8 +284,31 @@ def test_what_gains_nothing_is_left_alone(monkeypatch):
     model = nn.Sequential(nn.Linear(4, 3))
     report = vlmops.patch(model, ops=["linear"])  # asked for by name, and no error
     assert report.counts == {"linear": 0}
-    assert "as fast here" in the_row(report, "left alone").reason
+    assert the_row(report, "left alone").reason == "too small to gain"
     assert type(model[0]) is nn.Linear
+
+
+def test_reasons_tell_measured_from_not_measured(monkeypatch):
+    monkeypatch.setattr(site, "tune", lambda weights: list(weights))
+    sizes = [(8, 4), (1024, 1024), (1024, 1024), (1024, 1032), (1024, 1040)]
+    with torch.device("meta"):
+        model = nn.Sequential(*(nn.Linear(*size) for size in sizes))
+    key = torch.float32, 1040, 1024
+    monkeypatch.setitem(ways.measured, key, (False,) * len(FROM_ROWS))
+
+    def reasons(gains):
+        monkeypatch.setattr(site, "gains", lambda dtype, n, k: (dtype, n, k) in gains)
+        return {r.reason: r.sites for r in vlmops.patch(copy.deepcopy(model)).rows if r.sites}
+
+    assert reasons([]) == {
+        "measured: torch's own product is as fast here": 1,
+        "not measured: the default for this machine is torch's own": 3,
+        "too small to gain": 1,
+    }
+    assert reasons([key])[""] == 1
+    other = torch.float32, 1024, 1024
+    assert reasons([other])["not measured"] == 2
+    assert reasons([key, other])["2 not measured"] == 3
 
 
 def test_measures_what_has_values(monkeypatch):
