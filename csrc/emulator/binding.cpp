@@ -1,4 +1,4 @@
-// The Python module vlmops_emulator: for tests, not part of the wheel. Pointers are plain integers
+// The Python modules vlmops_emulator_fast and _checked: for tests, not part of the wheel. Pointers are plain integers
 // (tensor.data_ptr()), so that it needs no torch.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -39,7 +39,7 @@ static void run_case(const std::string& name, const std::vector<uintptr_t>& buff
   throw std::invalid_argument("no case is called " + name);
 }
 
-PYBIND11_MODULE(vlmops_emulator, m) {
+static void define(py::module_& m) {
   m.doc() = "Runs vlmops' CUDA kernels on the CPU (csrc/emulator).";
   m.attr("checked") = kChecked;
   m.def("cases", &case_names, "Names of the emulator's own test kernels.");
@@ -61,3 +61,7 @@ PYBIND11_MODULE(vlmops_emulator, m) {
   m.def("cuda_kernels", [] { return reinterpret_cast<uintptr_t>(vlmops_cuda_kernels()); },
         "Address of the table of launchers, the one that libvlmops takes.");
 }
+
+// Two names, since Python knows modules by name: either can be loaded beside the other.
+PYBIND11_MODULE(vlmops_emulator_fast, m) { define(m); }
+PYBIND11_MODULE(vlmops_emulator_checked, m) { define(m); }

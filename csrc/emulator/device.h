@@ -205,13 +205,12 @@ inline int launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t s
     std::tuple<Parameters...> arguments;
   };
   const Call call = {kernel, std::tuple<Parameters...>(static_cast<Arguments&&>(arguments)...)};
-  // Reads the arguments from the host's stack, which no kernel may: not instrumented.
-  const auto invoke = [](const void* p) __attribute__((no_sanitize("thread"))) {
+  const auto invoke = [](const void* p) {
     const auto* call = static_cast<const Call*>(p);
     std::apply(call->kernel, call->arguments);
   };
   return emulator::launch({reinterpret_cast<const void*>(kernel), grid, block, shared_bytes, invoke,
-                           &call});
+                           &call, sizeof(call)});
 }
 
 template <class... Parameters>

@@ -319,6 +319,18 @@ void check_shared(const Checked& c, size_t offset) {
   fail(c.site, c.pc, "out of bounds: %s", text.c_str());
 }
 
+// Constant tables of kernels, and their parameters.
+bool is_constant(const Checked& c) {
+  const LaunchParameters& p = c.worker.launch->parameters;
+  const auto inside = [&](const void* begin, size_t bytes) {
+    const uintptr_t offset = c.address - reinterpret_cast<uintptr_t>(begin);
+    return offset < bytes && c.bytes <= bytes - offset;
+  };
+  return c.access == Access::kRead &&
+         (inside(__ehdr_start, static_cast<size_t>(_end - __ehdr_start)) ||
+          inside(p.arguments, p.argument_bytes));
+}
+
 void check_global(const Checked& c) {
   ShadowState& shadow = c.worker.shadow;
   const uintptr_t end = c.address + c.bytes;
@@ -329,10 +341,8 @@ void check_global(const Checked& c) {
                          [](uintptr_t p, const Region& other) { return p < other.begin; });
     region = after == regions.begin() ? nullptr : &*(after - 1);
     if (!region || end > region->end) {
-      const auto image = reinterpret_cast<uintptr_t>(__ehdr_start);
-      const auto image_end = reinterpret_cast<uintptr_t>(_end);
-      if (c.access == Access::kRead && c.address >= image && end <= image_end) return;
-      fail_outside(c);
+      if (!is_constant(c)) fail_outside(c);
+      return;
     }
     shadow.last_region = region;
   }

@@ -43,9 +43,9 @@ def build():
 
 @functools.cache
 def load(mode):
-    """The module vlmops_emulator in one of MODES."""
-    path = build() / mode / "vlmops_emulator.so"
-    spec = importlib.util.spec_from_file_location("vlmops_emulator", path)
+    """The emulator's module in one of MODES."""
+    name = f"vlmops_emulator_{mode}"
+    spec = importlib.util.spec_from_file_location(name, build() / f"{name}.so")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     assert module.checked == (mode == "checked")
