@@ -1,0 +1,19 @@
+// The launchers of every op, as one table of function pointers: what libvlmops asks of the library
+// that holds the CUDA half. There are two such libraries, libvlmops_cuda and the emulator's, and
+// both export vlmops_cuda_kernels. Neither knows torch; a launcher takes Params and a stream.
+#pragma once
+
+#include <cstddef>
+
+namespace vlmops {
+
+struct CudaKernels {
+  // What a launcher's status other than 0 means.
+  const char* (*describe_status)(int status);
+  // Tells the emulator of memory that kernels may touch; null in libvlmops_cuda.
+  void (*register_buffer)(const void* p, size_t bytes, const char* name, bool read_only);
+};
+
+}  // namespace vlmops
+
+extern "C" __attribute__((visibility("default"))) const vlmops::CudaKernels* vlmops_cuda_kernels();
