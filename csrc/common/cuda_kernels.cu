@@ -7,13 +7,17 @@ namespace vlmops {
 namespace {
 
 #if defined(VLMOPS_EMULATOR)
-const CudaKernels kernels = {&emulator::describe_status, &emulator::register_named_buffer};
+using emulator::describe_status;
+constexpr auto register_buffer = &emulator::register_named_buffer;
 #else
 const char* describe_status(int status) {
   return cudaGetErrorString(static_cast<cudaError_t>(status));
 }
-const CudaKernels kernels = {&describe_status, nullptr};
+constexpr decltype(CudaKernels::register_buffer) register_buffer = nullptr;
 #endif
+
+const CudaKernels kernels = {&describe_status, register_buffer, &mrope::run_cuda,
+                             &mrope::norm_backward_parts_cuda, &mrope::run_norm_backward_cuda};
 
 }  // namespace
 }  // namespace vlmops

@@ -5,6 +5,8 @@
 
 #include <cstddef>
 
+#include "ops/mrope/mrope.h"
+
 namespace vlmops {
 
 struct CudaKernels {
@@ -12,6 +14,10 @@ struct CudaKernels {
   const char* (*describe_status)(int status);
   // Tells the emulator of memory that kernels may touch; null in libvlmops_cuda.
   void (*register_buffer)(const void* p, size_t bytes, const char* name, bool read_only);
+
+  mrope::CudaKernel mrope;
+  mrope::CudaNormBackwardParts mrope_norm_backward_parts;
+  mrope::CudaNormBackward mrope_norm_backward;
 };
 
 }  // namespace vlmops

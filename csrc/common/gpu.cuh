@@ -34,6 +34,7 @@
   extern __shared__ __align__(16) unsigned char vlmops_dynamic_shared[]; \
   T* const name = reinterpret_cast<T*>(vlmops_dynamic_shared)
 #define VLMOPS_CHECK_ALIGNED(p, bytes)
+#define VLMOPS_GRID_CONSTANT __grid_constant__
 
 namespace vlmops {
 

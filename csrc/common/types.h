@@ -3,6 +3,12 @@
 
 #include <cstdint>
 
+#if defined(__CUDACC__)
+#define VLMOPS_HOST_DEVICE __host__ __device__
+#else
+#define VLMOPS_HOST_DEVICE
+#endif
+
 namespace vlmops {
 
 enum class DType : int { kFloat32, kBFloat16, kFloat16 };
@@ -17,7 +23,7 @@ struct float16 {
 };
 
 // Element `offset` of an integer array. static: see simd.h on linkage.
-static inline int64_t load_int(const void* p, IntType type, int64_t offset) {
+VLMOPS_HOST_DEVICE static inline int64_t load_int(const void* p, IntType type, int64_t offset) {
   switch (type) {
     case IntType::kInt64:
       return static_cast<const int64_t*>(p)[offset];

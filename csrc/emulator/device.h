@@ -12,6 +12,7 @@
 #include "emulator/runtime.h"
 
 #undef __launch_bounds__
+#define VLMOPS_GRID_CONSTANT
 #define __launch_bounds__(...)
 
 #define VLMOPS_SHARED(T, name, n)                                                  \

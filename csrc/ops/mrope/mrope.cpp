@@ -1,8 +1,10 @@
 // The only file of M-RoPE that knows torch: schema, checks, Tensor -> Params, registration.
+#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <initializer_list>
 #include <limits>
 #include <optional>
 #include <string>
@@ -10,6 +12,7 @@
 #include <vector>
 
 #include "binding/check.h"
+#include "binding/cuda.h"
 #include "common/cpu_kernels.h"
 
 namespace vlmops::mrope {
@@ -27,11 +30,15 @@ struct Options {
   double norm_offset = 0.0;
 };
 
-// inv_freq and freq_axis as the kernels want them: a few hundred bytes, copied per call.
+// inv_freq and freq_axis as the kernels want them: a few hundred bytes, copied per call; on a GPU
+// what the arguments are, unless their dtype or strides are others.
 struct Frequencies {
   float inv_freq[kMaxFrequencies];
   int32_t freq_axis[kMaxFrequencies];
+  OptionalTensor on_gpu[2];
 };
+
+bool is_on_gpu(const Tensor& t) { return t.device().type() == torch::headeronly::DeviceType::CUDA; }
 
 // inv_freq [R] as float32.
 void read_floats(const Argument& a, int64_t n, float* out) {
@@ -168,8 +175,19 @@ Params check(const Options& o, const Argument& q, const Argument& k, const Argum
     fail(o.op, "norm_eps", "expected a positive, finite float32 number, got ", o.norm_eps);
   p.norm_offset = static_cast<float>(o.norm_offset);
 
-  read_floats(inv_freq, p.frequencies, frequencies.inv_freq);
   const IntType axis_type = freq_axis.integer();
+  if (is_on_gpu(q.tensor)) {  // values stay there: the kernel clamps axes
+    const ScalarType dtype = inv_freq.tensor.scalar_type();
+    if (dtype != ScalarType::Double) inv_freq.floating();
+    frequencies.on_gpu[0] =
+        torch::stable::contiguous(torch::stable::to(inv_freq.tensor, ScalarType::Float));
+    frequencies.on_gpu[1] =
+        torch::stable::contiguous(torch::stable::to(freq_axis.tensor, ScalarType::Int));
+    p.inv_freq = static_cast<const float*>(frequencies.on_gpu[0]->const_data_ptr());
+    p.freq_axis = static_cast<const int32_t*>(frequencies.on_gpu[1]->const_data_ptr());
+    return p;
+  }
+  read_floats(inv_freq, p.frequencies, frequencies.inv_freq);
   const void* axes = freq_axis.tensor.const_data_ptr();
   const int64_t axis_stride = freq_axis.tensor.stride(0);
   for (int64_t j = 0; j < p.frequencies; ++j) {
@@ -187,6 +205,7 @@ Params check(const Options& o, const Argument& q, const Argument& k, const Argum
 
 // Before anything is written: an in-place op must not stop half way.
 void check_ids(const Params& p, const Argument& position_ids) {
+  if (is_on_gpu(position_ids.tensor)) return;  // that would take a synchronisation
   if (p.id_type != IntType::kInt64 && p.id_type != IntType::kInt32) return;
   for (int64_t axis = 0; axis < p.axes; ++axis) {
     for (int64_t b = 0; b < p.batch; ++b) {
@@ -205,6 +224,32 @@ void check_ids(const Params& p, const Argument& position_ids) {
 // About 32k elements are 5 us of work, the price of waking a thread.
 int64_t grain(int64_t elements_per_token) {
   return std::max<int64_t>(1, 32768 / elements_per_token);
+}
+
+// Tells the emulator of everything that a kernel may touch.
+void allow_all(const CudaKernels& kernels, const Params& p, const Argument& position_ids,
+               std::initializer_list<const Tensor*> read, std::initializer_list<Tensor*> written) {
+  if (kernels.register_buffer == nullptr) return;
+  for (const Tensor* t : read) allow(kernels, *t, "an input", true);
+  for (Tensor* t : written) allow(kernels, *t, "an output", false);
+  allow(kernels, position_ids.tensor, position_ids.name, true);
+  kernels.register_buffer(p.inv_freq, p.frequencies * sizeof(float), "inv_freq", true);
+  kernels.register_buffer(p.freq_axis, p.frequencies * sizeof(int32_t), "freq_axis", true);
+  const char* name[] = {"q_norm_weight", "k_norm_weight"};
+  for (int i = 0; i < 2; ++i) {
+    const Rows& rows = p.rows[i];
+    if (rows.norm_weight == nullptr || p.head_dim == 0) continue;
+    const int64_t size = rows.norm_dtype == DType::kFloat32 ? 4 : 2;
+    kernels.register_buffer(rows.norm_weight, ((p.head_dim - 1) * rows.norm_stride + 1) * size,
+                            name[i], true);
+  }
+}
+
+void launch_cuda(const CudaKernels& kernels, const char* op, const Params& p, const Tensor& q) {
+  const auto device = q.device();
+  std::optional<torch::stable::accelerator::DeviceGuard> guard;
+  if (is_on_gpu(q)) guard.emplace(device.index());
+  check_launch(kernels, op, kernels.mrope(p, stream_of(q)));
 }
 
 void launch_cpu(const Params& p) {
@@ -250,7 +295,12 @@ std::tuple<Tensor, Tensor> out_of_place(const Options& o, const Argument& q, con
   p.rows[1] = rows_of(k.tensor, k_out, o.head_axis);
   set_norm(p.rows[0], q, "q_norm_weight", q_weight);
   set_norm(p.rows[1], q, "k_norm_weight", k_weight);
-  launch_cpu(p);
+  if (const CudaKernels* kernels = launchers_for(q.tensor)) {
+    allow_all(*kernels, p, position_ids, {&q.tensor, &k.tensor}, {&q_out, &k_out});
+    launch_cuda(*kernels, o.op, p, q.tensor);
+  } else {
+    launch_cpu(p);
+  }
   return {q_out, k_out};
 }
 
@@ -292,6 +342,10 @@ void in_place(Tensor q, Tensor k, const Tensor& position_ids, const Tensor& inv_
   p.rows[1] = rows_of(k, k, head_axis);
   set_norm(p.rows[0], q_arg, "q_norm_weight", q_norm_weight);
   set_norm(p.rows[1], q_arg, "k_norm_weight", k_norm_weight);
+  if (const CudaKernels* kernels = launchers_for(q)) {
+    allow_all(*kernels, p, ids_arg, {}, {&q, &k});
+    return launch_cuda(*kernels, op, p, q);
+  }
   launch_cpu(p);
 }
 
@@ -354,6 +408,38 @@ Tensor weight_gradient(const NormBackward& b, const double* sum) {
   return out;
 }
 
+// The gradients of the weights of q and k, in their dtypes; of both norms in one launch.
+void launch_norm_backward_cuda(const CudaKernels& kernels, const Params& p,
+                               const NormBackward& of_q, const NormBackward& of_k,
+                               Tensor (&weight_grad)[2]) {
+  const Tensor& grad = of_q.grad.tensor;
+  std::optional<torch::stable::accelerator::DeviceGuard> guard;
+  if (is_on_gpu(grad)) guard.emplace(grad.device().index());
+  const int parts = kernels.mrope_norm_backward_parts(p);
+  const int64_t scratch[] = {parts, 2, p.head_dim}, none[] = {0};
+  Tensor partial = torch::stable::new_empty(grad, {scratch, 3}, ScalarType::Float);
+  allow(kernels, partial, "partial sums", false);
+  float* sums[2] = {nullptr, nullptr};
+  const NormBackward* of[] = {&of_q, &of_k};
+  for (int i = 0; i < 2; ++i) {
+    const bool wanted = of[i]->weight.has_value() && of[i]->needs_weight_grad;
+    const int64_t size[] = {wanted ? p.head_dim : 0};
+    weight_grad[i] = torch::stable::new_empty(grad, {size, 1}, ScalarType::Float);
+    if (wanted) sums[i] = static_cast<float*>(weight_grad[i].mutable_data_ptr());
+    allow(kernels, weight_grad[i], "the gradient of a weight", false);
+  }
+  check_launch(
+      kernels, of_q.grad.op,
+      kernels.mrope_norm_backward(p, parts, static_cast<float*>(partial.mutable_data_ptr()), sums,
+                                  stream_of(grad)));
+  for (int i = 0; i < 2; ++i) {
+    if (of[i]->weight.has_value())
+      weight_grad[i] = torch::stable::to(weight_grad[i], of[i]->weight->scalar_type());
+    else
+      weight_grad[i] = torch::stable::new_empty(grad, {none, 1});
+  }
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> norm_backward(
     const Tensor& grad_q, const Tensor& grad_k, OptionalTensor q, OptionalTensor k,
     const Tensor& position_ids, const Tensor& inv_freq, const Tensor& freq_axis,
@@ -373,6 +459,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_backward(
   check_ids(p, ids);
   Tensor q_out = norm_backward_rows(of_q, head_axis, p.rows[0]);
   Tensor k_out = norm_backward_rows(of_k, head_axis, p.rows[1]);
+  if (const CudaKernels* kernels = launchers_for(grad_q)) {
+    allow_all(*kernels, p, ids, {&grad_q, &grad_k}, {&q_out, &k_out});
+    if (q.has_value()) allow(*kernels, *q, "q", true);
+    if (k.has_value()) allow(*kernels, *k, "k", true);
+    Tensor weight_grad[2] = {grad_q, grad_k};
+    launch_norm_backward_cuda(*kernels, p, of_q, of_k, weight_grad);
+    return {q_out, k_out, weight_grad[0], weight_grad[1]};
+  }
   const std::vector<double> sums =
       launch_norm_backward_cpu(p, grad_q.size(head_axis) + grad_k.size(head_axis));
   return {q_out, k_out, weight_gradient(of_q, sums.data()),
@@ -403,9 +497,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(vlmops, m) {
       "needs_k_norm_weight=True) -> (Tensor, Tensor, Tensor, Tensor)");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(vlmops, CPU, m) {
-  m.impl("mrope", TORCH_BOX(&vlmops::mrope::forward));
-  m.impl("mrope_", TORCH_BOX(&vlmops::mrope::in_place));
-  m.impl("mrope_backward", TORCH_BOX(&vlmops::mrope::backward));
-  m.impl("mrope_norm_backward", TORCH_BOX(&vlmops::mrope::norm_backward));
-}
+#define VLMOPS_MROPE_IMPL(m)                                     \
+  m.impl("mrope", TORCH_BOX(&vlmops::mrope::forward));           \
+  m.impl("mrope_", TORCH_BOX(&vlmops::mrope::in_place));         \
+  m.impl("mrope_backward", TORCH_BOX(&vlmops::mrope::backward)); \
+  m.impl("mrope_norm_backward", TORCH_BOX(&vlmops::mrope::norm_backward))
+
+STABLE_TORCH_LIBRARY_IMPL(vlmops, CPU, m) { VLMOPS_MROPE_IMPL(m); }
+STABLE_TORCH_LIBRARY_IMPL(vlmops, CUDA, m) { VLMOPS_MROPE_IMPL(m); }

@@ -57,4 +57,20 @@ using CpuKernel = void (*)(const Params&, int64_t begin, int64_t end);
 // [2, D], q's before k's.
 using CpuNormBackward = void (*)(const Params&, int64_t begin, int64_t end, double* weight_grad);
 
+// On a GPU, where all pointers of Params but Params itself are the device's. They return 0 or an
+// error's number.
+using CudaKernel = int (*)(const Params&, void* stream);
+
+// Blocks along the tokens in backward where there is a norm, each of which leaves [2, D] sums.
+using CudaNormBackwardParts = int (*)(const Params&);
+
+// partial [parts, 2, D] is scratch; weight_grad[i] [D] is q's, k's, or null where nobody needs it.
+using CudaNormBackward = int (*)(const Params&, int parts, float* partial,
+                                 float* const (&weight_grad)[2], void* stream);
+
+int run_cuda(const Params& p, void* stream);
+int norm_backward_parts_cuda(const Params& p);
+int run_norm_backward_cuda(const Params& p, int parts, float* partial,
+                           float* const (&weight_grad)[2], void* stream);
+
 }  // namespace vlmops::mrope
