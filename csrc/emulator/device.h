@@ -21,8 +21,7 @@
       ::vlmops::emulator::shared_array(&name##_key_, #name, sizeof(T) * (n)))
 #define VLMOPS_DYNAMIC_SHARED(T, name) \
   T* const name = static_cast<T*>(::vlmops::emulator::dynamic_shared())
-#define VLMOPS_CHECK_ALIGNED(p, bytes) \
-  ::vlmops::emulator::check_aligned(p, bytes, __FILE__, __LINE__)
+#define VLMOPS_CHECK_ALIGNED(p, bytes) ::vlmops::emulator::check_aligned(p, bytes)
 
 // Where a call stands: default arguments are evaluated at the call.
 #define VLMOPS_HERE const char *file = __builtin_FILE(), int line = __builtin_LINE()

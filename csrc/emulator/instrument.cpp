@@ -19,8 +19,7 @@ inline void on_access(void* p, size_t bytes, size_t alignment, Access access, co
     return;
   }
   if (address % alignment != 0) {
-    fail({}, pc, "misaligned: accesses %zu bytes at %p, which is %zu bytes off", bytes, p,
-         static_cast<size_t>(address % alignment));
+    fail_misaligned({}, pc, p, alignment);
   }
   check_access(*worker, address, bytes, access, pc, nullptr, 0);
 }
@@ -29,6 +28,12 @@ inline void on_access(void* p, size_t bytes, size_t alignment, Access access, co
 struct SourceLocation {
   const char* file;
   uint32_t line, column;
+};
+
+struct TypeMismatch {
+  SourceLocation location;
+  const void* type;
+  uint8_t log_alignment, kind;
 };
 
 void undefined(const void* data, const char* what) {
@@ -96,8 +101,13 @@ void __ubsan_handle_out_of_bounds(void* data, void*) {
 void __ubsan_handle_pointer_overflow(void* data, void*, void*) {
   undefined(data, "undefined: pointer arithmetic overflows");
 }
-void __ubsan_handle_type_mismatch_v1(void* data, void*) {
-  undefined(data, "misaligned: a pointer does not have the alignment of its type");
+// Of these the checks for alignment alone are on (CMakeLists.txt).
+void __ubsan_handle_type_mismatch_v1(void* data, void* p) {
+  const auto* mismatch = static_cast<const TypeMismatch*>(data);
+  const SourceLocation& at = mismatch->location;
+  if (!t_worker) return undefined(data, "misaligned: accesses a value");
+  fail_misaligned({at.file, static_cast<int>(at.line)}, nullptr, p,
+                  size_t{1} << mismatch->log_alignment);
 }
 void __ubsan_handle_shift_out_of_bounds(void* data, void*, void*) {
   undefined(data, "undefined: shifts by too much, or a negative number");

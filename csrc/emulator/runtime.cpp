@@ -326,21 +326,27 @@ std::string kernel_name(const void* kernel) {
   return name.substr(begin, end - begin);
 }
 
-// "file:line" of an instruction, from the debug information; empty without addr2line.
+// " (at file:line)" of the instruction before pc, from the debug information; empty without
+// addr2line. What was inlined from the headers above kernels is not where the kernel's author looks.
 std::string source_line(const void* pc) {
   Dl_info info;
   if (!pc || !dladdr(pc, &info) || !info.dli_fname) return "";
   char command[4096];
   const auto offset = reinterpret_cast<uintptr_t>(pc) - reinterpret_cast<uintptr_t>(info.dli_fbase);
-  snprintf(command, sizeof command, "addr2line -s -e '%s' 0x%zx 2>/dev/null", info.dli_fname,
+  snprintf(command, sizeof command, "addr2line -i -s -e '%s' 0x%zx 2>/dev/null", info.dli_fname,
            offset - 1);
   FILE* const pipe = popen(command, "r");
   if (!pipe) return "";
-  char line[512] = "";
-  const bool read = fgets(line, sizeof line, pipe) != nullptr;
+  char line[512];
+  std::string found;
+  while (found.empty() && fgets(line, sizeof line, pipe)) {
+    line[std::strcspn(line, " \n")] = '\0';
+    const std::string text = line;
+    const bool header = text.rfind("gpu.cuh:", 0) == 0 || text.rfind("device.h:", 0) == 0;
+    if (!header && text[0] != '?') found = " (at " + text + ")";
+  }
   pclose(pipe);
-  line[std::strcspn(line, " \n")] = '\0';
-  return read && line[0] != '?' ? std::string(" (at ") + line + ")" : "";
+  return found;
 }
 
 std::string launch_error(const LaunchParameters& p) {
@@ -408,6 +414,12 @@ void fail_host(Site site, const char* what) {
   host_error = std::string(what) + " in host code (at " + describe_site(site) + ")";
 }
 
+void fail_misaligned(Site site, const void* pc, const void* p, size_t bytes) {
+  const auto address = reinterpret_cast<uintptr_t>(p);
+  fail(site, pc, "misaligned: accesses %zu bytes %s, %zu bytes off a multiple of %zu", bytes,
+       describe_address(*t_worker, address).c_str(), static_cast<size_t>(address % bytes), bytes);
+}
+
 void trap(const char* file, int line) { fail({file, line}, nullptr, "trap: ran into __trap()"); }
 
 void sync_threads(const char* file, int line) {
@@ -424,7 +436,7 @@ void sync_threads(const char* file, int line) {
   for (int t = 0; t < worker.threads; ++t) {
     Fiber& other = worker.fibers[t];
     if (other.site.line != line || std::strcmp(other.site.file, file) != 0) {
-      fail(fiber.site, nullptr, "divergent barrier: waits in another __syncthreads than %s (at %s)",
+      fail(fiber.site, nullptr, "divergent barrier: waits in another __syncthreads than %s at %s",
            describe_thread(worker, other.thread).c_str(), describe_site(other.site).c_str());
     }
     other.state = State::kReady;
@@ -513,7 +525,7 @@ void* shared_array(const void* key, const char* name, size_t bytes) {
       (dynamic <= kDefaultSharedLimit && !dynamic_limits.count(worker.launch->parameters.kernel) &&
        worker.shared_bytes > kDefaultSharedLimit)) {
     fail({}, nullptr,
-         "launch limit: with '%s' the block has %zu bytes of static and %zu of dynamic shared "
+         "launch limit: uses shared '%s', with which the block has %zu bytes of static and %zu of dynamic shared "
          "memory; sm_%d gives 49152 static, and %zu in all to kernels with allow_dynamic_shared",
          name, statics, dynamic, settings.architecture, shared_limit());
   }
@@ -528,8 +540,7 @@ void* dynamic_shared() { return t_worker->arena + 16 + kSharedGap; }
 
 void check_aligned(const void* p, size_t bytes, const char* file, int line) {
   if (t_worker && reinterpret_cast<uintptr_t>(p) % bytes != 0) {
-    fail({file, line}, nullptr, "misaligned: accesses %zu bytes at %p, which is %zu bytes off", bytes,
-         p, static_cast<size_t>(reinterpret_cast<uintptr_t>(p) % bytes));
+    fail_misaligned({file, line}, __builtin_return_address(0), p, bytes);
   }
 }
 

@@ -37,7 +37,7 @@ uint32_t next_serial = 1;
 std::vector<bool> published;  // by block of the launch: it did __threadfence, then an atomic
 
 // Accesses of a block between two points where a thread gets on: some seconds.
-constexpr uint64_t kFruitlessAccesses = 500'000'000;
+constexpr uint64_t kFruitlessAccesses = 60'000'000;
 // A thread that polls memory lets the others run now and then.
 constexpr uint64_t kPollAccesses = 1 << 20;
 
@@ -96,28 +96,7 @@ struct Checked {
 
   // "writes 4 bytes of shared memory 'tile' at offset 128"
   std::string what(uintptr_t at) const {
-    return std::string(verb(access)) + " " + std::to_string(bytes) + " bytes " + where(at);
-  }
-
-  std::string where(uintptr_t at) const {
-    const uintptr_t arena = reinterpret_cast<uintptr_t>(worker.arena);
-    if (at - arena < kSharedArena) {
-      for (const SharedArray& array : worker.arrays) {
-        if (at - arena - array.offset < array.bytes) {
-          return std::string("of shared '") + array.name + "' at offset " +
-                 std::to_string(at - arena - array.offset);
-        }
-      }
-      return "of dynamic shared memory at offset " + std::to_string(at - arena - 16 - kSharedGap);
-    }
-    for (const Buffer& buffer : buffers) {
-      if (at - buffer.begin < buffer.end - buffer.begin) {
-        return "of '" + buffer.name + "' at offset " + std::to_string(at - buffer.begin);
-      }
-    }
-    char text[64];
-    snprintf(text, sizeof text, "at %p", reinterpret_cast<void*>(at));
-    return text;
+    return std::string(verb(access)) + " " + std::to_string(bytes) + " bytes " + describe_address(worker, at);
   }
 
   [[noreturn]] void bad(const char* kind, uintptr_t at, const std::string& more) const {
@@ -268,7 +247,7 @@ void check_shared(const Checked& c, size_t offset) {
   Worker& worker = c.worker;
   const size_t dynamic = worker.launch->parameters.dynamic_shared;
   const size_t begin = 16 + kSharedGap;
-  const char* name = "dynamic shared memory";
+  const char* name = nullptr;
   size_t start = begin, bytes = dynamic;
   // The array that the access lies in, or the last one that begins before it.
   for (const SharedArray& array : worker.arrays) {
@@ -281,8 +260,9 @@ void check_shared(const Checked& c, size_t offset) {
   if (offset < start || offset + c.bytes > start + bytes) {
     static thread_local std::string text;
     text = std::string(verb(c.access)) + " " + std::to_string(c.bytes) + " bytes at offset " +
-           std::to_string(static_cast<ptrdiff_t>(offset - start)) + " of shared '" + name +
-           "', which has " + std::to_string(bytes);
+           std::to_string(static_cast<ptrdiff_t>(offset - start)) + " of " +
+           (name ? std::string("shared '") + name + "'" : "dynamic shared memory") +
+           ", which has " + std::to_string(bytes);
     fail(c.site, c.pc, "out of bounds: %s", text.c_str());
   }
   for (size_t i = 0; i < c.bytes; ++i) {
@@ -363,6 +343,27 @@ void check_global(const Checked& c) {
 }
 
 }  // namespace
+
+std::string describe_address(const Worker& worker, uintptr_t at) {
+  const uintptr_t offset = at - reinterpret_cast<uintptr_t>(worker.arena);
+  if (offset < kSharedArena) {
+    for (const SharedArray& array : worker.arrays) {
+      if (offset - array.offset < array.bytes) {
+        return std::string("of shared '") + array.name + "' at offset " +
+               std::to_string(offset - array.offset);
+      }
+    }
+    return "of dynamic shared memory at offset " + std::to_string(offset - 16 - kSharedGap);
+  }
+  for (const Buffer& buffer : buffers) {
+    if (at - buffer.begin < buffer.end - buffer.begin) {
+      return "of '" + buffer.name + "' at offset " + std::to_string(at - buffer.begin);
+    }
+  }
+  char text[64];
+  snprintf(text, sizeof text, "at 0x%zx", static_cast<size_t>(at));
+  return text;
+}
 
 void check_access(Worker& worker, uintptr_t address, size_t bytes, Access access, const void* pc,
                   const char* file, int line) {

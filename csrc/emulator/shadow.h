@@ -53,6 +53,9 @@ enum class Access : uint8_t { kRead, kWrite, kAtomic, kCopyStart, kCopyEnd };
 // Called before the access; fails the launch if it must not happen.
 void check_access(Worker& worker, uintptr_t address, size_t bytes, Access access, const void* pc,
                   const char* file, int line);
+// "of shared 'tile' at offset 128", "of 'output 0' at offset 4", "at 0x7f.."
+std::string describe_address(const Worker& worker, uintptr_t address);
+
 void shadow_begin_launch(uint32_t& first_serial, uint64_t blocks);
 void shadow_begin_block(Worker& worker, uint64_t block);
 void shadow_sync_threads(Worker& worker);

@@ -105,6 +105,7 @@ extern __thread Worker* t_worker __attribute__((tls_model("initial-exec")));
 [[noreturn]] void fail(Site site, const void* pc, const char* format, ...)
     __attribute__((format(printf, 3, 4)));
 
+[[noreturn]] void fail_misaligned(Site site, const void* pc, const void* p, size_t bytes);
 // The same outside of a launch, in a launcher: the next launch is refused with it.
 void fail_host(Site site, const char* what);
 

@@ -22,34 +22,32 @@ float widen(uint32_t bits, Mma::Type type) {
 }
 
 // Checks and counts before an atomic operation. Loops around compareAndSwap let others run.
-template <class T>
-void atomic_begin(T* p) {
+void atomic_begin(void* p, size_t bytes, const void* pc) {
   Worker& worker = *t_worker;
-  check_aligned(p, sizeof(T), nullptr, 0);
+  if (reinterpret_cast<uintptr_t>(p) % bytes != 0) fail_misaligned({}, pc, p, bytes);
   if (kChecked) {
-    check_access(worker, reinterpret_cast<uintptr_t>(p), sizeof(T), Access::kAtomic,
-                 __builtin_return_address(0), nullptr, 0);
+    check_access(worker, reinterpret_cast<uintptr_t>(p), bytes, Access::kAtomic, pc, nullptr, 0);
   }
   if (++worker.fruitless % 64 == 0) yield();
 }
 
 template <class T>
-T add(T* p, T value) {
-  atomic_begin(p);
+T add(T* p, T value, const void* pc) {
+  atomic_begin(p, sizeof(T), pc);
   return __atomic_fetch_add(p, value, __ATOMIC_RELAXED);
 }
 
 template <class T>
-T compare_and_swap(T* p, T expected, T value) {
-  atomic_begin(p);
+T compare_and_swap(T* p, T expected, T value, const void* pc) {
+  atomic_begin(p, sizeof(T), pc);
   __atomic_compare_exchange_n(p, &expected, value, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);
   return expected;
 }
 
 // Any operation on T by way of the integer of its size.
 template <class Bits, class T, class Operation>
-T update(T* p, Operation operation) {
-  atomic_begin(p);
+T update(T* p, const void* pc, Operation operation) {
+  atomic_begin(p, sizeof(T), pc);
   auto* const bits = reinterpret_cast<Bits*>(p);
   Bits before = __atomic_load_n(bits, __ATOMIC_RELAXED);
   while (true) {
@@ -184,40 +182,42 @@ void multiply_matrices(void* const* operands, unsigned) {
 
 using namespace vlmops::emulator;
 
+#define PC __builtin_return_address(0)  // the kernel's
+
 float atomicAdd(float* p, float value) {
-  return update<uint32_t>(p, [=](float x) { return x + value; });
+  return update<uint32_t>(p, PC, [=](float x) { return x + value; });
 }
 double atomicAdd(double* p, double value) {
-  return update<uint64_t>(p, [=](double x) { return x + value; });
+  return update<uint64_t>(p, PC, [=](double x) { return x + value; });
 }
-int atomicAdd(int* p, int value) { return add(p, value); }
-unsigned atomicAdd(unsigned* p, unsigned value) { return add(p, value); }
+int atomicAdd(int* p, int value) { return add(p, value, PC); }
+unsigned atomicAdd(unsigned* p, unsigned value) { return add(p, value, PC); }
 unsigned long long atomicAdd(unsigned long long* p, unsigned long long value) {
-  return add(p, value);
+  return add(p, value, PC);
 }
 int atomicMax(int* p, int value) {
-  return update<uint32_t>(p, [=](int x) { return x < value ? value : x; });
+  return update<uint32_t>(p, PC, [=](int x) { return x < value ? value : x; });
 }
 unsigned atomicMax(unsigned* p, unsigned value) {
-  return update<uint32_t>(p, [=](unsigned x) { return x < value ? value : x; });
+  return update<uint32_t>(p, PC, [=](unsigned x) { return x < value ? value : x; });
 }
 unsigned long long atomicMax(unsigned long long* p, unsigned long long value) {
-  return update<uint64_t>(p, [=](unsigned long long x) { return x < value ? value : x; });
+  return update<uint64_t>(p, PC, [=](unsigned long long x) { return x < value ? value : x; });
 }
-int atomicCAS(int* p, int expected, int value) { return compare_and_swap(p, expected, value); }
+int atomicCAS(int* p, int expected, int value) { return compare_and_swap(p, expected, value, PC); }
 unsigned atomicCAS(unsigned* p, unsigned expected, unsigned value) {
-  return compare_and_swap(p, expected, value);
+  return compare_and_swap(p, expected, value, PC);
 }
 unsigned long long atomicCAS(unsigned long long* p, unsigned long long expected,
                              unsigned long long value) {
-  return compare_and_swap(p, expected, value);
+  return compare_and_swap(p, expected, value, PC);
 }
 int atomicExch(int* p, int value) {
-  return update<uint32_t>(p, [=](int) { return value; });
+  return update<uint32_t>(p, PC, [=](int) { return value; });
 }
 unsigned atomicExch(unsigned* p, unsigned value) {
-  return update<uint32_t>(p, [=](unsigned) { return value; });
+  return update<uint32_t>(p, PC, [=](unsigned) { return value; });
 }
 float atomicExch(float* p, float value) {
-  return update<uint32_t>(p, [=](float) { return value; });
+  return update<uint32_t>(p, PC, [=](float) { return value; });
 }
