@@ -41,7 +41,8 @@ MAX_ID = 2**24
 
 
 @triton.jit
-def _sincos(b_angle):
+def _sine(b_angle, b_quarters):
+    """sin(angle + quarters x pi/2): sine for 0 quarters, cosine for 1."""
     b_turns = b_angle * 0.6366197723675814
     # Beyond 2^23 a float32 is an integer, and adding 1/2 would round it to the next but one.
     b_k = tl.where(tl.abs(b_turns) < 8388608.0, tl.floor(b_turns + 0.5), b_turns)
@@ -52,7 +53,7 @@ def _sincos(b_angle):
     b_more = tl.floor(b_r * 0.6366197723675814 + 0.5)
     b_r = tl.fma(-b_more, 1.5707963705062866, b_r)
     b_r = tl.fma(-b_more, -4.371138828673793e-08, b_r)
-    b_quadrant = (b_k - 4.0 * tl.floor(b_k * 0.25) + b_more).to(tl.int32) & 3
+    b_quarters += (b_k - 4.0 * tl.floor(b_k * 0.25) + b_more).to(tl.int32)
     b_z = b_r * b_r
     b_p = tl.fma(b_z, -1.9515295891e-4, 8.3321608736e-3)
     b_p = tl.fma(b_z, b_p, -1.6666654611e-1)
@@ -60,12 +61,8 @@ def _sincos(b_angle):
     b_p = tl.fma(b_z, 2.443315711809948e-5, -1.388731625493765e-3)
     b_p = tl.fma(b_z, b_p, 4.166664568298827e-2)
     b_c = tl.fma(b_z * b_z, b_p, tl.fma(b_z, -0.5, 1.0))
-    m_swap = (b_quadrant & 1) != 0
-    b_sin = tl.where(m_swap, b_c, b_s)
-    b_cos = tl.where(m_swap, b_s, b_c)
-    b_sin = tl.where((b_quadrant & 2) != 0, -b_sin, b_sin)
-    b_cos = tl.where(((b_quadrant + 1) & 2) != 0, -b_cos, b_cos)
-    return b_cos, b_sin
+    b_sine = tl.where((b_quarters & 1) != 0, b_c, b_s)
+    return tl.where((b_quarters & 2) != 0, -b_sine, b_sine)
 
 
 @triton.jit
@@ -75,7 +72,12 @@ def _turn(
     R: tl.constexpr, A: tl.constexpr, BR: tl.constexpr, CHECK: tl.constexpr,
 ):  # fmt: skip
     """Cosines and sines [BR] of one token."""
-    o_r = tl.arange(0, BR)
+    # One tensor [2 BR] of both, so that with R = 64 each of 128 threads computes one of them.
+    # Tensors smaller than that the compiler computes again in every thread that needs an element,
+    # 16 times over, rather than hand them around through shared memory.
+    o_2r = tl.arange(0, 2 * BR)
+    o_r = o_2r // 2
+    b_is_cos = (o_2r + 1) % 2
     m_r = o_r < R
     b_axis = tl.load(p_axis + o_r * s_axis, mask=m_r, other=0).to(tl.int64)
     if CHECK:
@@ -88,8 +90,10 @@ def _turn(
                          "vlmops.mrope: position_ids: beyond +-2^24")  # fmt: skip
     b_id = tl.minimum(tl.maximum(b_id, -16777216), 16777216)
     b_freq = tl.load(p_freq + o_r * s_freq, mask=m_r, other=0.0).to(tl.float32)
-    b_cos, b_sin = _sincos(b_id.to(tl.float32) * b_freq)
-    return b_cos * cos_scale, b_sin * sin_scale
+    b_sine = _sine(b_id.to(tl.float32) * b_freq, b_is_cos)
+    b_sine *= tl.where(b_is_cos != 0, cos_scale, sin_scale)
+    b_cos, b_sin = tl.split(tl.reshape(b_sine, [BR, 2]))
+    return b_cos, b_sin
 
 
 @triton.jit
@@ -835,7 +839,7 @@ class _Side(NamedTuple):
     needs_weight_grad: bool
 
 
-def _norm_backward_rows(op: str, side: _Side, head_axis: int) -> tuple[Rows, Tensor, bool]:
+def _side_rows(op: str, side: _Side, head_axis: int) -> tuple[Rows, Tensor, bool]:
     """Rows of gradient, input and output; the output; whether the weight's gradient is wanted."""
     grad, x, weight = side.grad.tensor, side.x.tensor, side.weight.tensor
     _check_weight(op, side.grad, side.weight.name, weight)
@@ -889,8 +893,8 @@ def norm_backward(
     k_side = _Side(
         b, _Argument("k", k), _Argument("k_norm_weight", k_weight), needs_k, needs_k_weight
     )
-    q_rows, q_out, q_sums = _norm_backward_rows(op, q_side, head_axis)
-    k_rows, k_out, k_sums = _norm_backward_rows(op, k_side, head_axis)
+    q_rows, q_out, q_sums = _side_rows(op, q_side, head_axis)
+    k_rows, k_out, k_sums = _side_rows(op, k_side, head_axis)
     tokens, all_tokens = _tokens(grad_q, head_axis)
     strides, constants = _arguments(q_rows, k_rows, position_ids, inv_freq, rotation)
     programs = min(all_tokens, _BACKWARD_PROGRAMS)
