@@ -120,7 +120,9 @@ def disassemble(cubin):
         f.write(cubin)
         f.flush()
         usage, sass = (
-            subprocess.run([tool, *flags, f.name], capture_output=True, text=True, check=True).stdout
+            subprocess.run(
+                [tool, *flags, f.name], capture_output=True, text=True, check=True
+            ).stdout
             for flags in (["-res-usage"], ["-sass"])
         )
     numbers = {k: int(v) for k, v in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage)}

@@ -57,6 +57,3 @@ def mend():
     for name in ("create_fp_trunc", "create_fp_ext"):
         setattr(InterpreterBuilder, name, cast_impl)
 
-
-mend()
-assert interpreter.interpreter_builder.create_fma.__func__ is create_fma

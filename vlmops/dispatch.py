@@ -106,7 +106,8 @@ def default(op: str, device: str | torch.device) -> Default:
     )
 
 
-@torch._dynamo.assume_constant_result  # of strings, and the same for the life of the process
+# Of strings, and the same for the life of the process.
+@torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
 def unavailable(op: str, name: str, device_type: str) -> str | None:
     """Why a backend cannot run ``op`` on a type of device and what to do, or None if it can."""
     if device_type == "meta" or name == "reference":

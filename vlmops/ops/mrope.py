@@ -623,7 +623,7 @@ def _register(ops: _Ops) -> None:
         lambda *args: _rotate(ops.backward, *args),
         lambda *args: _norm_backward(ops, *args),
     )
-    fakes = (_fake, _fake_in_place, _fake, _fake_norm_backward)
+    fakes: tuple[Callable[..., Any], ...] = (_fake, _fake_in_place, _fake, _fake_norm_backward)
     for op, kernel, fake in zip(ops, kernels, fakes, strict=True):
         _lib.impl(op, kernel, "Autograd")
         torch.library.register_fake(op, fake, lib=_lib)

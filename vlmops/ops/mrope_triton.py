@@ -37,7 +37,7 @@ MAX_NORM_DIM = 2048
 MAX_AXES = 16
 MAX_ID = 2**24
 
-# Kernels. i_ program index, o_ offset, m_ mask, p_ pointer, b_ block of values, s_ stride, n_ count.
+# Kernels. i_ index, o_ offset, m_ mask, p_ pointer, b_ block of values, s_ stride, n_ count.
 
 
 @triton.jit
@@ -246,6 +246,7 @@ def mrope_kernel(
     VEC: tl.constexpr, BHQ: tl.constexpr, BHK: tl.constexpr, BR: tl.constexpr,
     BREST: tl.constexpr, CHECK: tl.constexpr,
 ):  # fmt: skip
+    """Rotates q and k, normalised if asked to: grid (tokens, shares of the tiles of heads)."""
     i_token, i_part, n_parts = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     i_b, i_t = (i_token // n_tokens).to(tl.int64), (i_token % n_tokens).to(tl.int64)
     b_cos, b_sin = _turn(
@@ -375,8 +376,11 @@ def mrope_norm_backward_kernel(
     VEC: tl.constexpr, BHQ: tl.constexpr, BHK: tl.constexpr, BR: tl.constexpr,
     BREST: tl.constexpr, CHECK: tl.constexpr,
 ):  # fmt: skip
-    # A program walks over every n-th token, so that its sums of the weights' gradients stay in
-    # registers and few are left to add up.
+    """Gradients where there is a norm: grid (programs, 2), q's and k's.
+
+    A program walks over every n-th token, so that its sums of the weights' gradients stay in
+    registers and few are left to add up.
+    """
     if tl.program_id(1) == 0:
         _norm_backward_rows(
             p_q, p_qx, p_qo, p_qw, p_ids, p_freq, p_axis, p_q_sum,
@@ -425,8 +429,7 @@ def _integer(op: str, a: _Argument) -> None:
         _fail(
             op,
             a.name,
-            "expected an integer dtype (int64, int32, int16, int8, uint8), got "
-            + _dtype(a.tensor),
+            "expected an integer dtype (int64, int32, int16, int8, uint8), got " + _dtype(a.tensor),
         )
 
 
@@ -435,6 +438,12 @@ def _on(op: str, a: _Argument, q: _Argument) -> None:
         _fail(
             op, a.name, f"expected on {q.tensor.device}, where {q.name} is, got {a.tensor.device}"
         )
+
+
+def _same_dtype(op: str, a: _Argument, other: _Argument, meaning: str) -> None:
+    if a.tensor.dtype != other.tensor.dtype:
+        expected, got = _dtype(other.tensor), _dtype(a.tensor)
+        _fail(op, a.name, f"expected dtype {expected}, that of {meaning}, got {got}")
 
 
 def _shape(op: str, a: _Argument, expected: Sequence[int], meaning: str) -> None:
@@ -461,12 +470,7 @@ def _check(
     ids, frequencies = _Argument("position_ids", position_ids), _Argument("inv_freq", inv_freq)
     axes = _Argument("freq_axis", freq_axis)
     _floating(op, q)
-    if k.tensor.dtype != q.tensor.dtype:
-        _fail(
-            op,
-            k.name,
-            f"expected dtype {_dtype(q.tensor)}, that of {q.name}, got {_dtype(k.tensor)}",
-        )
+    _same_dtype(op, k, q, q.name)
     for a in (k, ids, frequencies, axes):
         _on(op, a, q)
     shape = list(q.tensor.shape)
@@ -509,8 +513,8 @@ def _check(
             ids.name,
             f"expected shape {form} for q of shape {shape}, got {list(position_ids.shape)}",
         )
-    a = position_ids.shape[0]
-    if not 1 <= a <= MAX_AXES:
+    n_axes = position_ids.shape[0]
+    if not 1 <= n_axes <= MAX_AXES:
         _fail(
             op,
             ids.name,
@@ -520,7 +524,7 @@ def _check(
     _shape(
         op,
         ids,
-        [a, batch, tokens] if rank == 4 else [a, tokens],
+        [n_axes, batch, tokens] if rank == 4 else [n_axes, tokens],
         f"[A, {'B, S' if rank == 4 else 'N'}] with q's "
         + ("batch and length" if rank == 4 else "length"),
     )
@@ -553,6 +557,8 @@ def _check_values(op: str, position_ids: Tensor, freq_axis: Tensor) -> None:
             "freq_axis",
             f"expected axes in [0, {n}), as position_ids has {n}, got {axes[j]} at index {j}",
         )
+    if ids.size == 0:
+        return
     ids = ids.astype("int64").reshape(n, -1, ids.shape[-1])
     for axis, b, token in zip(*((ids < -MAX_ID) | (ids > MAX_ID)).nonzero(), strict=True):
         _fail(
@@ -664,16 +670,13 @@ def _arguments(
     used = [s for rows in (q, k) if rows.heads for s in rows.strides]
     vector = _VECTOR if all(x % _VECTOR == 0 for s in used for x in s[:3]) else 1
     strides = [
-        x
-        for rows in (q, k)
-        for s in rows.strides
-        for x in (*(x // vector for x in s[:3]), s[3])
+        x for rows in (q, k) for s in rows.strides for x in (*(x // vector for x in s[:3]), s[3])
     ]
     d, r = q.tensors[0].shape[-1], inv_freq.shape[0]
     width = max(triton.next_power_of_2(d) // 2, 1)
 
     def tile(heads: int) -> int:
-        return min(max(_TILE // width, 1), triton.next_power_of_2(max(heads, 1)))
+        return int(min(max(_TILE // width, 1), triton.next_power_of_2(max(heads, 1))))
 
     constants = {
         "D": d,
@@ -703,7 +706,9 @@ def _tokens(t: Tensor, head_axis: int) -> tuple[int, int]:
     return tokens, tokens * (t.shape[0] if t.dim() == 4 else 1)
 
 
-def _launch(kernel: Any, grid: tuple[int, int], device: torch.device, *args: Any, **constants: Any):
+def _launch(
+    kernel: Any, grid: tuple[int, int], device: torch.device, *args: Any, **constants: Any
+) -> None:
     if device.type == "cpu":
         if not INTERPRETED:
             raise RuntimeError(
@@ -719,20 +724,18 @@ def _launch(kernel: Any, grid: tuple[int, int], device: torch.device, *args: Any
 
 
 def _rotate(
-    q: Rows,
-    k: Rows,
-    position_ids: Tensor,
-    inv_freq: Tensor,
-    freq_axis: Tensor,
+    rows: tuple[Rows, Rows],
+    positions: tuple[Tensor, Tensor, Tensor],
     rotation: str,
     head_axis: int,
     cos_scale: float,
     sin_scale: float,
-    q_weight: Tensor | None,
-    k_weight: Tensor | None,
+    weights: tuple[Tensor | None, Tensor | None],
     eps: float,
     offset: float,
 ) -> None:
+    q, k = rows
+    position_ids, inv_freq, _ = positions
     tokens, all_tokens = _tokens(q.tensors[0], head_axis)
     strides, constants = _arguments(q, k, position_ids, inv_freq, rotation)
     tiles = triton.cdiv(q.heads, constants["BHQ"]) + triton.cdiv(k.heads, constants["BHK"])
@@ -744,11 +747,11 @@ def _rotate(
         mrope_kernel,
         (all_tokens, parts),
         q.tensors[0].device,
-        *q.tensors, *k.tensors, position_ids, inv_freq, freq_axis, q_weight, k_weight,
-        *strides, *_positions(position_ids, inv_freq, freq_axis, q_weight, k_weight),
+        *q.tensors, *k.tensors, *positions, *weights,
+        *strides, *_positions(*positions, *weights),
         tokens, q.heads, k.heads, cos_scale, sin_scale, eps, offset,
         **constants,
-        Q_NORM=q_weight is not None, K_NORM=k_weight is not None,
+        Q_NORM=weights[0] is not None, K_NORM=weights[1] is not None,
         COPY=2 * constants["R"] < constants["D"] and not in_place,
     )  # fmt: skip
 
@@ -775,8 +778,8 @@ def forward(
     _check_weight("mrope", a, "k_norm_weight", k_weight)
     q_out, k_out = torch.empty_like(q), torch.empty_like(k)
     rows = _rows(head_axis, q, q_out), _rows(head_axis, k, k_out)
-    norm = (q_weight, k_weight, eps, offset)
-    _rotate(*rows, *positions, rotation, head_axis, scaling, scaling, *norm)
+    norm = (q_weight, k_weight)
+    _rotate(rows, positions, rotation, head_axis, scaling, scaling, norm, eps, offset)
     return q_out, k_out
 
 
@@ -796,8 +799,8 @@ def backward(
     _check("mrope_backward", a, b, *positions, rotation, head_axis, 1.0)
     q_out, k_out = torch.empty_like(grad_q), torch.empty_like(grad_k)
     rows = _rows(head_axis, grad_q, q_out), _rows(head_axis, grad_k, k_out)
-    norm = (None, None, 1.0, 0.0)
-    _rotate(*rows, *positions, rotation, head_axis, scaling, -scaling, *norm)
+    norm = (None, None)
+    _rotate(rows, positions, rotation, head_axis, scaling, -scaling, norm, 1.0, 0.0)
     return q_out, k_out
 
 
@@ -825,41 +828,36 @@ def in_place(
     _check_weight("mrope_", a, "q_norm_weight", q_weight)
     _check_weight("mrope_", a, "k_norm_weight", k_weight)
     rows = _rows(head_axis, q, q), _rows(head_axis, k, k)
-    norm = (q_weight, k_weight, eps, offset)
-    _rotate(*rows, *positions, rotation, head_axis, scaling, scaling, *norm)
+    norm = (q_weight, k_weight)
+    _rotate(rows, positions, rotation, head_axis, scaling, scaling, norm, eps, offset)
 
 
-class _Side(NamedTuple):
-    """Of q or k: what its gradients are made from, and which are wanted."""
-
-    grad: _Argument
-    x: _Argument
-    weight: _Argument
-    needs_grad: bool
-    needs_weight_grad: bool
-
-
-def _side_rows(op: str, side: _Side, head_axis: int) -> tuple[Rows, Tensor, bool]:
+def _side_rows(
+    op: str,
+    grad: _Argument,
+    x_name: str,
+    x: Tensor | None,
+    weight: Tensor | None,
+    needs_grad: bool,
+    needs_weight_grad: bool,
+    head_axis: int,
+) -> tuple[Rows, Tensor, bool]:
     """Rows of gradient, input and output; the output; whether the weight's gradient is wanted."""
-    grad, x, weight = side.grad.tensor, side.x.tensor, side.weight.tensor
-    _check_weight(op, side.grad, side.weight.name, weight)
+    _check_weight(op, grad, f"{x_name}_norm_weight", weight)
     if weight is None:
-        x = grad
+        x = grad.tensor
     elif x is None:
-        _fail(op, side.x.name, f"expected a tensor, since {side.weight.name} is given, got None")
+        problem = f"expected a tensor, since {x_name}_norm_weight is given, got None"
+        raise RuntimeError(f"vlmops.{op}: {x_name}: {problem}")
     else:
-        _on(op, side.x, side.grad)
-        _shape(op, side.x, grad.shape, "that of its gradient")
-        if x.dtype != grad.dtype:
-            _fail(
-                op,
-                side.x.name,
-                f"expected dtype {_dtype(grad)}, that of its gradient, got {_dtype(x)}",
-            )
-    out = torch.empty_like(grad) if side.needs_grad else grad.new_empty(0)
-    sums = weight is not None and side.needs_weight_grad
-    heads = grad.shape[head_axis] if side.needs_grad or sums else 0
-    rows = _rows(head_axis, grad, x, out if side.needs_grad else grad, heads=heads)
+        a = _Argument(x_name, x)
+        _on(op, a, grad)
+        _shape(op, a, grad.tensor.shape, "that of its gradient")
+        _same_dtype(op, a, grad, "its gradient")
+    out = torch.empty_like(grad.tensor) if needs_grad else grad.tensor.new_empty(0)
+    sums = weight is not None and needs_weight_grad
+    heads = grad.tensor.shape[head_axis] if needs_grad or sums else 0
+    rows = _rows(head_axis, grad.tensor, x, out if needs_grad else grad.tensor, heads=heads)
     return rows, out, sums
 
 
@@ -887,14 +885,8 @@ def norm_backward(
     op = "mrope_norm_backward"
     a, b = _Argument("grad_q", grad_q), _Argument("grad_k", grad_k)
     _check(op, a, b, position_ids, inv_freq, freq_axis, rotation, head_axis, eps)
-    q_side = _Side(
-        a, _Argument("q", q), _Argument("q_norm_weight", q_weight), needs_q, needs_q_weight
-    )
-    k_side = _Side(
-        b, _Argument("k", k), _Argument("k_norm_weight", k_weight), needs_k, needs_k_weight
-    )
-    q_rows, q_out, q_sums = _side_rows(op, q_side, head_axis)
-    k_rows, k_out, k_sums = _side_rows(op, k_side, head_axis)
+    q_rows, q_out, q_sums = _side_rows(op, a, "q", q, q_weight, needs_q, needs_q_weight, head_axis)
+    k_rows, k_out, k_sums = _side_rows(op, b, "k", k, k_weight, needs_k, needs_k_weight, head_axis)
     tokens, all_tokens = _tokens(grad_q, head_axis)
     strides, constants = _arguments(q_rows, k_rows, position_ids, inv_freq, rotation)
     programs = min(all_tokens, _BACKWARD_PROGRAMS)
