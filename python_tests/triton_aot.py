@@ -18,7 +18,8 @@ from pathlib import Path
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import create_function_from_signature
 
 from vlmops.ops import mrope_triton
 
@@ -110,6 +111,61 @@ def calls():
         "gemma d256 bf16": (forward(bf16, heads=(8, 4), d=256, r=128), f, 96, 2),
         "qwen3vl norm backward bf16": (backward(bf16), b, 168, 2),
     }
+
+
+def key(kernel, recorder):
+    """What decides whether triton.jit compiles anew, by its own code."""
+    binder = create_function_from_signature(
+        kernel.signature, kernel.params, make_backend(GPUTarget("cuda", 90, 32))
+    )
+    return str(binder(*recorder.args, **recorder.constants)[1])
+
+
+def keys_by_model():
+    """name -> number of compile keys over sizes: 1, multiples of 16, odd ones, decode steps."""
+    bf16 = torch.bfloat16
+    weight = torch.ones(128, dtype=bf16)
+
+    def decode(step, heads, *norm):
+        """One token, whose ids lie somewhere in those of a long sequence."""
+        (q, k, _, *rest), _ = qwen(bf16, 1, heads)
+        ids = torch.zeros(3, 1, 64, dtype=torch.int64)[..., step : step + 1]
+        return q, k, ids, *rest, "half", 1.0, 1, *norm
+
+    def prefill(tokens, *norm, **shape):
+        args, _ = qwen(bf16, tokens, **shape)
+        return *args, "half", 1.0, 1, *norm
+
+    def gradient(tokens):
+        q, k, *rest = prefill(tokens, weight, weight, heads=(32, 8))
+        return q, k, q, k, *rest
+
+    tower = {"heads": (16, 16), "d": 80, "r": 40, "layout": "fused"}
+    norms = (weight, weight)
+    run, sizes = mrope_triton, (1, 16, 17, 33, 64, 255, 1024)
+    calls = {
+        "text": [(run.forward, prefill(n)) for n in sizes]
+        + [(run.forward, decode(i, (28, 4))) for i in (0, 1, 7, 16)],
+        "text in place": [(run.in_place, prefill(n)) for n in sizes],
+        "text backward": [(run.backward, prefill(n)) for n in sizes],
+        "norm": [(run.forward, prefill(n, *norms, heads=(32, 8))) for n in sizes]
+        + [(run.forward, decode(i, (32, 8), *norms)) for i in (0, 1, 7, 16)],
+        "norm in place": [(run.in_place, prefill(n, *norms, heads=(32, 8))) for n in sizes],
+        "norm backward": [(run.norm_backward, gradient(n)) for n in sizes],
+        "tower": [(run.forward, prefill(n, **tower)) for n in sizes],
+        "tower in place": [(run.in_place, prefill(n, **tower)) for n in sizes],
+        "tower backward": [(run.backward, prefill(n, **tower)) for n in sizes],
+        "partial": [(run.forward, prefill(n, r=32)) for n in sizes],
+    }
+    return {
+        name: len({key(*recorded(lambda f=f, a=a: f(*a), kernel_of(f))) for f, a in of_model})
+        for name, of_model in calls.items()
+    }
+
+
+def kernel_of(function):
+    gradient = function is mrope_triton.norm_backward
+    return "mrope_norm_backward_kernel" if gradient else "mrope_kernel"
 
 
 def disassemble(cubin):
