@@ -1,9 +1,24 @@
-"""Uninitialised memory is NaN in every test: an output that is not written in full shows."""
+"""Uninitialised memory is NaN in every test: an output that is not written in full shows.
 
-import pytest
-import torch
+Triton runs in its interpreter, if it is installed.
+"""
 
-import vlmops
+import importlib.util
+import os
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+if HAS_TRITON:  # before anything imports a kernel
+    os.environ["TRITON_INTERPRET"] = "1"
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+import vlmops  # noqa: E402
+
+if HAS_TRITON:
+    import triton_interpreter
+
+    triton_interpreter.mend()
 
 ISA_LEVELS = ["portable", "avx2", "avx512"]
 TESTED_ISAS = ISA_LEVELS[: ISA_LEVELS.index(vlmops.cpu_isa()) + 1]
@@ -12,7 +27,10 @@ TESTED_ISAS = ISA_LEVELS[: ISA_LEVELS.index(vlmops.cpu_isa()) + 1]
 def pytest_report_header():
     missing = [isa for isa in ISA_LEVELS if isa not in TESTED_ISAS]
     tested = f"vlmops: instruction sets tested: {', '.join(TESTED_ISAS)}"
-    return tested + (f"; not on this machine: {', '.join(missing)}" if missing else "")
+    tested += f"; not on this machine: {', '.join(missing)}" if missing else ""
+    few = "every case" if os.environ.get("VLMOPS_ALL_CASES") == "1" else "few and tiny cases"
+    how = f"interpreted, {few}" if HAS_TRITON else "not installed, its tests are left out"
+    return [tested, f"vlmops: triton: {how}"]
 
 
 @pytest.fixture(autouse=True)

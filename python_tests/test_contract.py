@@ -1,22 +1,30 @@
 """What every op promises (README, "The contract"), generated from every SPEC.
 
-No op is named here. A test's id is op, backend, dtype, case.
+No op is named here. A test's id is op, backend, dtype, case. Interpreted backends run the few
+cases of a SPEC that stand for all; VLMOPS_ALL_CASES=1 gives them every one.
 """
 
 import functools
 import itertools
+import os
 
 import pytest
 import torch
-from conftest import TESTED_ISAS
+from conftest import HAS_TRITON, TESTED_ISAS
 from dispatch import CountOps
+from emulator.build import emulated
 from torch.autograd import forward_ad
 
-import vlmops.ops
+import vlmops
 from vlmops.ops.compare import largest_error, mismatch
 
 SPECS = [vlmops.ops.spec(op) for op in vlmops.ops.__all__]
-BACKENDS = [f"cpu_{isa}" for isa in TESTED_ISAS]
+BACKENDS = [f"cpu_{isa}" for isa in TESTED_ISAS] + (["triton"] if HAS_TRITON else [])
+# One level of the CPU's is enough for what does not look at numbers.
+EACH_ONCE = BACKENDS[len(TESTED_ISAS) - 1 :]
+# The CUDA kernels, which see numbers only, on the emulated GPU that checks every access.
+WITH_EMULATOR = [*BACKENDS, "emulator"]
+ALL_CASES = os.environ.get("VLMOPS_ALL_CASES") == "1"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CPU = torch.device("cpu")
 
@@ -24,8 +32,8 @@ CPU = torch.device("cpu")
 class Subject:
     """One op on one backend with one case's inputs, and what the clauses do with them."""
 
-    def __init__(self, spec, case, dtype):
-        self.spec, self.dtype, self.case = spec, dtype, case
+    def __init__(self, spec, case, dtype, op):
+        self.spec, self.dtype, self.case, self.op = spec, dtype, case, op
         self.args = case.make(dtype, CPU)
         self.eager = spec.eager_for(self.args)
         self.differentiable = spec.differentiable_in(self.args)
@@ -72,14 +80,17 @@ def assert_bit_equal(got, expected, what):
         assert not differ.any(), f"{what}: differs at {differ.nonzero()[:3].tolist()} and so on"
 
 
+def cases_for(spec, backend):
+    return spec.few if backend == "triton" and not ALL_CASES else spec.cases
+
+
 def subjects(dtypes=DTYPES, cases=None, backends=BACKENDS, where=lambda spec, case: True):
     """Parametrises a test over spec, backend, dtype and case."""
     rows = [
         pytest.param(backend, (spec, case, dtype), id=f"{spec.op}-{backend}-{name}-{case.name}")
         for spec in SPECS
-        for backend, (name, dtype), case in itertools.product(
-            backends, dtypes.items(), spec.cases[:cases]
-        )
+        for backend, (name, dtype) in itertools.product(backends, dtypes.items())
+        for case in cases_for(spec, backend)[:cases]
         if where(spec, case)
     ]
     return pytest.mark.parametrize(("backend", "subject"), rows, indirect=True)
@@ -97,19 +108,27 @@ ONE_DTYPE = {"fp32": torch.float32}
 
 @pytest.fixture
 def backend(request, use_cpu_isa):
-    use_cpu_isa(request.param.removeprefix("cpu_"))
-    return request.param
+    if request.param == "triton":
+        with vlmops.backend("triton"):
+            yield request.param
+    elif request.param == "emulator":
+        with emulated("checked"):
+            yield request.param
+    else:
+        use_cpu_isa(request.param.removeprefix("cpu_"))
+        yield request.param
 
 
 @pytest.fixture
 def subject(request, backend):
-    return Subject(*request.param)
+    op = request.param[0].op
+    return Subject(*request.param, f"{op}_triton" if backend == "triton" else op)
 
 
 # 1. Correct forward and backward.
 
 
-@subjects()
+@subjects(backends=WITH_EMULATOR)
 def test_forward_is_correct(subject):
     spec = subject.spec
     got = subject.forward(spec.function)
@@ -118,7 +137,7 @@ def test_forward_is_correct(subject):
         assert output.stride() == torch.empty_like(subject.args[name]).stride()
 
 
-@subjects()
+@subjects(backends=WITH_EMULATOR)
 def test_backward_is_correct(subject):
     spec, upstream = subject.spec, subject.upstream()
     exact = subject.backward(spec.reference, [u.double() for u in upstream], torch.Tensor.double)
@@ -129,7 +148,7 @@ def test_backward_is_correct(subject):
 # 2. The schema tells the truth on mutation.
 
 
-@subjects()
+@subjects(backends=WITH_EMULATOR)
 def test_nothing_of_the_callers_is_written(subject):
     upstream = subject.upstream()
     watched = [*subject.tensors().values(), *upstream]
@@ -140,7 +159,7 @@ def test_nothing_of_the_callers_is_written(subject):
     assert [t._version for t in watched] == versions
 
 
-@subjects(where=can_be_in_place)
+@subjects(backends=WITH_EMULATOR, where=can_be_in_place)
 def test_in_place_writes_what_it_says_and_equals_out_of_place(subject):
     spec, names = subject.spec, subject.spec.written
     written = {n: subject.args[n] for n in names}
@@ -159,7 +178,7 @@ def test_in_place_writes_what_it_says_and_equals_out_of_place(subject):
 # 3. Dtypes, strides, sizes: by the cases. Determinism:
 
 
-@subjects()
+@subjects(backends=WITH_EMULATOR)
 def test_runs_and_thread_counts_agree_bit_for_bit(subject):
     first = subject.forward(subject.spec.function)
     threads = torch.get_num_threads()
@@ -173,11 +192,11 @@ def test_runs_and_thread_counts_agree_bit_for_bit(subject):
 
 # opcheck looks at every tensor that the op makes within.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
-@subjects(ONE_DTYPE, backends=BACKENDS[-1:])
+@subjects(ONE_DTYPE, backends=EACH_ONCE)
 def test_opcheck(subject):
     spec = subject.spec
     args, _ = subject.with_grad()
-    torch.library.opcheck(getattr(torch.ops.vlmops, spec.op).default, (), args)
+    torch.library.opcheck(getattr(torch.ops.vlmops, subject.op).default, (), args)
     with CountOps() as ran:
         subject.backward(spec.function, subject.upstream())
     assert len(ran.calls) == 2
@@ -192,7 +211,7 @@ def test_opcheck(subject):
     ]
     torch.library.opcheck(backward, tuple(tensors), options)
     if can_be_in_place(spec, subject.case):
-        torch.library.opcheck(getattr(torch.ops.vlmops, f"{spec.op}_").default, (), subject.args)
+        torch.library.opcheck(getattr(torch.ops.vlmops, f"{subject.op}_").default, (), subject.args)
 
 
 @subjects(cases=2)
@@ -226,7 +245,7 @@ def test_exports(subject):
 
     program = torch.export.export(Module(), (), subject.tensors())
     names = [str(node.target) for node in program.graph.nodes]
-    assert f"vlmops.{subject.spec.op}.default" in names
+    assert f"vlmops.{subject.op}.default" in names
     exported = program.module()(**subject.tensors())
     assert_bit_equal(exported, subject.forward(subject.spec.function), "exported")
 
@@ -241,12 +260,15 @@ def test_autocast_keeps_the_dtype_and_the_bits(subject):
 # 5. Bad input raises and says what is wrong.
 
 BAD_CALLS = [
-    pytest.param(spec, bad, id=f"{spec.op}-{bad.name}") for spec in SPECS for bad in spec.errors
+    pytest.param(backend, spec, bad, id=f"{spec.op}-{backend}-{bad.name}")
+    for spec in SPECS
+    for backend in EACH_ONCE
+    for bad in spec.errors
 ]
 
 
-@pytest.mark.parametrize(("spec", "bad"), BAD_CALLS)
-def test_bad_call_raises(spec, bad):
+@pytest.mark.parametrize(("backend", "spec", "bad"), BAD_CALLS, indirect=["backend"])
+def test_bad_call_raises(backend, spec, bad):
     good = spec.cases[0].make(torch.float32, CPU)
     args = bad.change(good)
     with pytest.raises(bad.exception, match=bad.pattern):
@@ -277,7 +299,7 @@ def test_reads_no_value_back(subject):
     with CountOps() as ran:
         subject.backward(subject.spec.function, upstream)
     assert ran.counts["aten::_local_scalar_dense"] == 0
-    assert ran.counts[f"vlmops::{subject.spec.op}"] == 1
+    assert ran.counts[f"vlmops::{subject.op}"] == 1
     assert len(ran.calls) == 2  # and one backward
 
 

@@ -2,6 +2,7 @@
 
 from vlmops import _cpus as _cpus  # before torch
 from vlmops._library import cpu_isa
+from vlmops.dispatch import backend
 from vlmops.hf.patch import patch, patched, unpatch
 from vlmops.hf.report import PatchReport
 from vlmops.ops.mrope import mrope, mrope_, mrope_freq_axis
@@ -10,6 +11,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "PatchReport",
+    "backend",
     "cpu_isa",
     "mrope",
     "mrope_",

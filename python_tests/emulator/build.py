@@ -1,5 +1,7 @@
 """Builds and loads the emulator (csrc/emulator): `load("fast")`, `load("checked")`."""
 
+import contextlib
+import ctypes
 import functools
 import importlib.util
 import os
@@ -7,6 +9,8 @@ import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+
+from vlmops import _library
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "emulator"
@@ -64,4 +68,17 @@ def launch(mode, case, inputs, outputs, sizes):
     try:
         module.run_case(case, [t.data_ptr() for t in [*inputs, *outputs]], sizes)
     finally:
+        module.clear_buffers()
+
+
+@contextlib.contextmanager
+def emulated(mode):
+    """CPU tensors are served by vlmops' CUDA kernels on the emulated GPU."""
+    module, library = load(mode), ctypes.CDLL(str(_library.path))
+    library.vlmops_set_emulator.argtypes = [ctypes.c_void_p]
+    library.vlmops_set_emulator(module.cuda_kernels())
+    try:
+        yield module
+    finally:
+        library.vlmops_set_emulator(None)
         module.clear_buffers()

@@ -44,14 +44,15 @@ Sennrich, RMSNorm (arXiv 1910.07467).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Literal
+import importlib
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from vlmops import _library
+from vlmops import _library, dispatch
 
 Rotation = Literal["half", "pairs"]
 
@@ -70,6 +71,7 @@ def mrope(
     k_norm_weight: Tensor | None = None,
     norm_eps: float = 1e-6,
     norm_offset: float = 0.0,
+    backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Normalises the heads of q and k, if asked to, and rotates them by their positions.
 
@@ -93,12 +95,16 @@ def mrope(
         k_norm_weight: The same for k.
         norm_eps: Added to the mean of squares; positive.
         norm_offset: Added to the weights in float32; 1.0 for Gemma's (1 + weight).
+        backend: ``"cpu"``, ``"cuda"``, ``"triton"`` or ``"reference"``; None: what
+            `vlmops.backend`, then ``VLMOPS_BACKEND``, then the default say.
 
     Returns:
         The rotated q and k, with the shapes, dtype and order of strides of q and k.
 
     Raises:
-        RuntimeError: an argument does not fit; the message names it, what was expected, what came.
+        RuntimeError: an argument does not fit, or the backend that was asked for cannot run; the
+            message names it, what was expected, what came.
+        ValueError: there is no such backend.
         TypeError: an argument is not a tensor.
         ImportError: the compiled library is not loaded.
 
@@ -115,15 +121,24 @@ def mrope(
     tensors = (q, k, position_ids, inv_freq, freq_axis)
     norm = (q_norm_weight, k_norm_weight, norm_eps, norm_offset)
     if torch.compiler.is_compiling():
-        result: tuple[Tensor, Tensor] = torch.ops.vlmops.mrope(
-            *tensors, rotation, scaling, head_axis, *norm
-        )
+        name = dispatch.choose("mrope", backend, q.device.type)
+        if name == "reference":
+            return _plain(*tensors, rotation, scaling, head_axis, *norm)
+        op = torch.ops.vlmops.mrope_triton if name == "triton" else torch.ops.vlmops.mrope
+        result: tuple[Tensor, Tensor] = op(*tensors, rotation, scaling, head_axis, *norm)
         return result
     _library.require()
     _check_tensors("mrope", *tensors, q_norm_weight, k_norm_weight)
+    ops = _COMPILED
+    if backend is not None or dispatch.asked.get() is not None or not q.is_cpu:
+        name = dispatch.choose("mrope", backend, q.device.type)
+        if name == "reference":
+            return _plain(*tensors, rotation, scaling, head_axis, *norm)
+        if name == "triton":
+            ops = _TRITON
     if q_norm_weight is None and k_norm_weight is None:
-        return _rotate(False, *tensors, rotation, scaling, head_axis)
-    return _norm_rotate(*tensors, rotation, scaling, head_axis, *norm)
+        return _rotate(ops.forward, *tensors, rotation, scaling, head_axis)
+    return _norm_rotate(ops, *tensors, rotation, scaling, head_axis, *norm)
 
 
 def mrope_(
@@ -140,6 +155,7 @@ def mrope_(
     k_norm_weight: Tensor | None = None,
     norm_eps: float = 1e-6,
     norm_offset: float = 0.0,
+    backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`mrope` written over q and k: no memory beyond theirs, for inference.
 
@@ -155,12 +171,25 @@ def mrope_(
     tensors = (q, k, position_ids, inv_freq, freq_axis)
     norm = (q_norm_weight, k_norm_weight, norm_eps, norm_offset)
     if torch.compiler.is_compiling():
-        torch.ops.vlmops.mrope_(*tensors, rotation, scaling, head_axis, *norm)
-    else:
-        _library.require()
-        _check_tensors("mrope_", *tensors, q_norm_weight, k_norm_weight)
-        normed = q_norm_weight is not None or k_norm_weight is not None
-        _in_place(*tensors, rotation, scaling, head_axis, *(norm if normed else ()))
+        name = dispatch.choose("mrope", backend, q.device.type)
+        if name == "reference":
+            _plain_in_place(*tensors, rotation, scaling, head_axis, *norm)
+        else:
+            op = torch.ops.vlmops.mrope_triton_ if name == "triton" else torch.ops.vlmops.mrope_
+            op(*tensors, rotation, scaling, head_axis, *norm)
+        return q, k
+    _library.require()
+    _check_tensors("mrope_", *tensors, q_norm_weight, k_norm_weight)
+    op = _COMPILED.in_place
+    if backend is not None or dispatch.asked.get() is not None or not q.is_cpu:
+        name = dispatch.choose("mrope", backend, q.device.type)
+        if name == "reference":
+            _plain_in_place(*tensors, rotation, scaling, head_axis, *norm)
+            return q, k
+        if name == "triton":
+            op = _TRITON.in_place
+    normed = q_norm_weight is not None or k_norm_weight is not None
+    _in_place(op, *tensors, rotation, scaling, head_axis, *(norm if normed else ()))
     return q, k
 
 
@@ -238,8 +267,39 @@ def reference(
     return rotate(q, q_norm_weight), rotate(k, k_norm_weight)
 
 
-# Registration. The schemas and the CPU kernels are the library's; measured costs of the ways to
-# register autograd are in CONTRIBUTING.md.
+def _plain(*args: Any) -> tuple[Tensor, Tensor]:
+    """`reference` as a backend: in the dtype of q, like the kernels."""
+    *tensors, rotation, scaling, head_axis, q_weight, k_weight, eps, offset = args
+    q, k = reference(
+        *tensors,
+        rotation=rotation,
+        scaling=scaling,
+        head_axis=head_axis,
+        q_norm_weight=q_weight,
+        k_norm_weight=k_weight,
+        norm_eps=eps,
+        norm_offset=offset,
+    )
+    return q.to(tensors[0].dtype), k.to(tensors[1].dtype)
+
+
+def _plain_in_place(q: Tensor, k: Tensor, *args: Any) -> None:
+    q_out, k_out = _plain(q, k, *args)
+    q.copy_(q_out)
+    k.copy_(k_out)
+
+
+# Registration. The schemas and the CPU kernels are the library's, Triton's kernels are ops of their
+# own with the same schemas; measured costs of the ways to register autograd are in CONTRIBUTING.md.
+
+
+class _Ops(NamedTuple):
+    """The overloads of one implementation."""
+
+    forward: Any
+    in_place: Any
+    backward: Any
+    norm_backward: Any
 
 
 class _Rotate(torch.autograd.Function):
@@ -252,7 +312,7 @@ class _Rotate(torch.autograd.Function):
 
     @staticmethod
     def save(ctx: Any, inputs: tuple[Any, ...]) -> None:
-        ctx.inverse, _, __, *tensors = inputs[:6]
+        ctx.op, _, __, *tensors = inputs[:6]
         ctx.options = inputs[6:]
         ctx.head_axis = inputs[8] if len(inputs) > 8 else 1
         ctx.save_for_backward(*tensors)
@@ -266,12 +326,12 @@ class _Rotate(torch.autograd.Function):
             grad_q = grad_q.narrow(ctx.head_axis, 0, 0)
         if not needs_k:
             grad_k = grad_k.narrow(ctx.head_axis, 0, 0)
-        q, k = _rotate(not ctx.inverse, grad_q, grad_k, *ctx.saved_tensors, *ctx.options)
+        q, k = _rotate(_ADJOINTS[ctx.op], grad_q, grad_k, *ctx.saved_tensors, *ctx.options)
         return None, q if needs_q else None, k if needs_k else None, *[None] * 6
 
     @staticmethod
     def jvp(ctx: Any, _: None, q: Tensor, k: Tensor, *__: None) -> tuple[Tensor, Tensor]:
-        return _rotate(ctx.inverse, q, k, *ctx.saved_tensors, *ctx.options)
+        return _rotate(ctx.op, q, k, *ctx.saved_tensors, *ctx.options)
 
 
 class _RotateUnderTransforms(_Rotate):
@@ -292,7 +352,7 @@ class _NormRotate(torch.autograd.Function):
     """With norms: first derivatives; the others come from `_in_parts`."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, ops: _Ops, q: Tensor, k: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
         *positions, rotation, scaling, head_axis, q_weight, k_weight, eps, offset = args
         ctx.save_for_backward(
             None if q_weight is None else q,
@@ -301,41 +361,42 @@ class _NormRotate(torch.autograd.Function):
             q_weight,
             k_weight,
         )
+        ctx.ops = ops
         ctx.options = rotation, scaling, head_axis
         ctx.norm = eps, offset
-        return _call(False, q, k, *args)
+        return _call(ops.forward, q, k, *args)
 
     @staticmethod
     def backward(ctx: Any, grad_q: Tensor, grad_k: Tensor) -> tuple[Tensor | None, ...]:
-        needs = [ctx.needs_input_grad[i] for i in (0, 1, 8, 9)]
+        needs = [ctx.needs_input_grad[i] for i in (1, 2, 9, 10)]
         *tensors, q_weight, k_weight = ctx.saved_tensors
         args = *tensors, *ctx.options, q_weight, k_weight, *ctx.norm
-        grads = _norm_backward(grad_q, grad_k, *args, *needs)
+        grads = _norm_backward(ctx.ops, grad_q, grad_k, *args, *needs)
         used = [grad if needed else None for grad, needed in zip(grads, needs, strict=True)]
-        return *used[:2], *[None] * 6, *used[2:], None, None
+        return None, *used[:2], *[None] * 6, *used[2:], None, None
 
 
-def _call(inverse: bool, *args: Any) -> tuple[Tensor, Tensor]:
-    op = torch.ops.vlmops.mrope_backward if inverse else torch.ops.vlmops.mrope
+def _call(op: Any, *args: Any) -> tuple[Tensor, Tensor]:
     with torch._C._AutoDispatchBelowAutograd():
-        result: tuple[Tensor, Tensor] = op.default(*args)
+        result: tuple[Tensor, Tensor] = op(*args)
     return result
 
 
-def _rotate(inverse: bool, q: Tensor, k: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    """Skips autograd's Python layer when no derivative can be asked for."""
+def _rotate(op: Any, q: Tensor, k: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    """Forward or backward; skips autograd's Python layer when no derivative can be asked for."""
     wants_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
     if not wants_grad and forward_ad._current_level < 0:
-        return _call(inverse, q, k, *args)
+        return _call(op, q, k, *args)
     transformed = torch._C._functorch.maybe_current_level() is not None
     function = _RotateUnderTransforms if transformed else _Rotate
     result: tuple[Tensor, Tensor] = function.apply(  # type: ignore[no-untyped-call]
-        inverse, q, k, *args
+        op, q, k, *args
     )
     return result
 
 
 def _norm_rotate(
+    ops: _Ops,
     q: Tensor,
     k: Tensor,
     position_ids: Tensor,
@@ -352,14 +413,16 @@ def _norm_rotate(
     """As `_rotate`, with norms. Defaults are the schema's: torch leaves out what equals them."""
     args = (q, k, position_ids, inv_freq, freq_axis, rotation, scaling, head_axis)
     if q_weight is None and k_weight is None:
-        return _rotate(False, *args)
+        return _rotate(ops.forward, *args)
     norm = (q_weight, k_weight, eps, offset)
     wants_grad = torch.is_grad_enabled() and _any_requires_grad(q, k, q_weight, k_weight)
     if not wants_grad and forward_ad._current_level < 0:
-        return _call(False, *args, *norm)
+        return _call(ops.forward, *args, *norm)
     if forward_ad._current_level >= 0 or torch._C._functorch.maybe_current_level() is not None:
-        return _in_parts(*args, *norm)
-    result: tuple[Tensor, Tensor] = _NormRotate.apply(*args, *norm)  # type: ignore[no-untyped-call]
+        return _in_parts(ops, *args, *norm)
+    result: tuple[Tensor, Tensor] = _NormRotate.apply(  # type: ignore[no-untyped-call]
+        ops, *args, *norm
+    )
     return result
 
 
@@ -368,6 +431,7 @@ def _any_requires_grad(*tensors: Tensor | None) -> bool:
 
 
 def _in_parts(
+    ops: _Ops,
     q: Tensor,
     k: Tensor,
     position_ids: Tensor,
@@ -390,7 +454,7 @@ def _in_parts(
         return x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * (offset + weight.float())
 
     rest = (position_ids, inv_freq, freq_axis, rotation, scaling, head_axis)
-    rotated = _rotate(False, normalised(q, q_weight), normalised(k, k_weight), *rest)
+    rotated = _rotate(ops.forward, normalised(q, q_weight), normalised(k, k_weight), *rest)
     return rotated[0].to(q.dtype), rotated[1].to(k.dtype)
 
 
@@ -399,6 +463,7 @@ def _all_needs(needs: tuple[bool, ...]) -> tuple[bool, ...]:
 
 
 def _norm_backward(
+    ops: _Ops,
     grad_q: Tensor,
     grad_k: Tensor,
     q: Tensor | None,
@@ -420,7 +485,7 @@ def _norm_backward(
     differentiable = _any_requires_grad(grad_q, grad_k, q, k, q_weight, k_weight)
     if not (torch.is_grad_enabled() and differentiable):
         with torch._C._AutoDispatchBelowAutograd():
-            result: tuple[Tensor, ...] = torch.ops.vlmops.mrope_norm_backward.default(
+            result: tuple[Tensor, ...] = ops.norm_backward(
                 grad_q, grad_k, q, k, *args, q_weight, k_weight, eps, offset, *needs
             )
         return result
@@ -432,7 +497,7 @@ def _norm_backward(
         for t in (q, k, q_weight, k_weight)
     ]
     q, k, q_weight, k_weight = inputs
-    outputs = _in_parts(q, k, *args, q_weight, k_weight, eps, offset)
+    outputs = _in_parts(ops, q, k, *args, q_weight, k_weight, eps, offset)
     needs = _all_needs(needs)
     wanted = {i: t for i, t in enumerate(inputs) if needs[i] and t is not None}
     grads = torch.autograd.grad(outputs, list(wanted.values()), (grad_q, grad_k), create_graph=True)
@@ -440,7 +505,7 @@ def _norm_backward(
     return [found[i] if i in found else grad_q.new_empty(0) for i in range(4)]
 
 
-def _in_place(q: Tensor, k: Tensor, *args: Any) -> None:
+def _in_place(op: Any, q: Tensor, k: Tensor, *args: Any) -> None:
     if torch.is_grad_enabled() and (
         q.requires_grad or k.requires_grad or _any_requires_grad(*args[6:8])
     ):
@@ -459,7 +524,7 @@ def _in_place(q: Tensor, k: Tensor, *args: Any) -> None:
             "called inside; clone them, or use vlmops.mrope"
         )
     with torch._C._AutoDispatchBelowAutograd():
-        torch.ops.vlmops.mrope_.default(q, k, *args)
+        op(q, k, *args)
     torch.autograd.graph.increment_version([t for t in (q, k) if not t.is_inference()])
 
 
@@ -536,13 +601,47 @@ def _fake_norm_backward(
     )
 
 
+def _on_triton(name: str) -> Callable[..., Any]:
+    """Triton is imported when it is first used: it may be missing, and takes its time."""
+
+    def run(*args: Any) -> Any:
+        return getattr(importlib.import_module("vlmops.ops.mrope_triton"), name)(*args)
+
+    return run
+
+
+def _overloads(prefix: str) -> _Ops:
+    names = (prefix, f"{prefix}_", f"{prefix}_backward", f"{prefix}_norm_backward")
+    return _Ops(*(getattr(torch.ops.vlmops, name).default for name in names))
+
+
+def _register(ops: _Ops) -> None:
+    """Autograd and fakes."""
+    kernels = (
+        lambda *args: _norm_rotate(ops, *args),
+        lambda *args: _in_place(ops.in_place, *args),
+        lambda *args: _rotate(ops.backward, *args),
+        lambda *args: _norm_backward(ops, *args),
+    )
+    fakes: tuple[Callable[..., Any], ...] = (_fake, _fake_in_place, _fake, _fake_norm_backward)
+    for op, kernel, fake in zip(ops, kernels, fakes, strict=True):
+        _lib.impl(op, kernel, "Autograd")
+        torch.library.register_fake(op, fake, lib=_lib)
+
+
 if _library.error is None:
-    _lib = torch.library.Library("vlmops", "IMPL")
-    _lib.impl("mrope", _norm_rotate, "Autograd")
-    _lib.impl("mrope_backward", lambda *args: _rotate(True, *args), "Autograd")
-    _lib.impl("mrope_norm_backward", _norm_backward, "Autograd")
-    _lib.impl("mrope_", _in_place, "Autograd")
-    torch.library.register_fake("vlmops::mrope", _fake)
-    torch.library.register_fake("vlmops::mrope_backward", _fake)
-    torch.library.register_fake("vlmops::mrope_norm_backward", _fake_norm_backward)
-    torch.library.register_fake("vlmops::mrope_", _fake_in_place)
+    _lib = torch.library.Library("vlmops", "FRAGMENT")
+    _COMPILED = _overloads("mrope")
+    for _op, _name in zip(_COMPILED, _Ops._fields, strict=True):
+        _schema = str(_op._schema).replace("vlmops::mrope", "mrope_triton", 1)
+        _lib.define(_schema)
+        for _key in ("CPU", "CUDA"):
+            _lib.impl(_schema.partition("(")[0], _on_triton(_name), _key)
+    _TRITON = _overloads("mrope_triton")
+    for _ops in (_COMPILED, _TRITON):
+        _register(_ops)
+    _ADJOINTS = {
+        op: adjoint
+        for ops in (_COMPILED, _TRITON)
+        for op, adjoint in ((ops.forward, ops.backward), (ops.backward, ops.forward))
+    }

@@ -187,6 +187,38 @@ CASES = [
     Case("empty_packed", _inputs(batch=None, tokens=0, layout="contiguous")),
 ]  # fmt: skip
 
+_TINY: dict[str, Any] = {"batch": 1, "tokens": 2, "heads": (3, 2)}
+_TWO: dict[str, Any] = {**_TINY, "batch": 2}
+
+FEW = [
+    Case("tiny_qwen2vl", _inputs(**_TWO)),
+    Case("tiny_norm", _inputs(**_TWO, norms="qk", sections=(24, 20, 20), interleaved=True)),
+    Case("tiny_s1", _inputs(batch=1, tokens=1, heads=(28, 4))),
+    Case("tiny_pairs_partial", _inputs(**_TINY, sections=(8, 12, 12), rotation="pairs")),
+    Case("tiny_half_partial", _inputs(**_TINY, head_dim=50, sections=(7, 6, 6), scaling=1.3)),
+    Case("tiny_tower_d72", _inputs(batch=None, tokens=3, heads=(3, 3), head_dim=72,
+                                   sections=(18, 18), layout="fused", max_id=64)),
+    Case("tiny_bshd", _inputs(**_TWO, head_axis=2, ids=_transposed_ids, id_dtype=torch.int32)),
+    Case("tiny_channels_strided", _inputs(**_TINY, layout="channels")),
+    Case("tiny_channels_strided_pairs", _inputs(**_TINY, layout="channels", rotation="pairs",
+                                                head_dim=40, sections=(7, 6, 6))),
+    Case("tiny_expanded", _inputs(**_TINY, layout="expanded", ids=_negative_ids)),
+    Case("tiny_ids_to_2p24", _inputs(batch=1, tokens=4, heads=(1, 1), max_id=2**24)),
+    Case("tiny_ids_uint8", _inputs(**_TINY, id_dtype=torch.uint8, max_id=255,
+                                   freq_dtype=torch.bfloat16)),
+    Case("tiny_no_frequencies", _inputs(**_TINY, sections=(0,))),
+    Case("tiny_no_k_heads", _inputs(batch=1, tokens=2, heads=(4, 0))),
+    Case("tiny_empty_sequence", _inputs(tokens=0)),
+    Case("tiny_norm_q_alone", _inputs(norms="q", batch=1, tokens=2, heads=(11, 2), head_dim=256,
+                                      sections=(128,), norm_offset=1.0)),
+    Case("tiny_norm_k_alone", _inputs(**_TINY, norms="k", sections=(8, 12, 12),
+                                      rotation="pairs", layout="contiguous")),
+    Case("tiny_norm_partial_strided", _inputs(**_TINY, norms="qk", layout="channels", head_dim=88,
+                                              sections=(19, 9, 9), norm_dtype=torch.float32)),
+    Case("tiny_norm_no_frequencies", _inputs(**_TINY, norms="qk", sections=(0,))),
+    Case("tiny_norm_empty_sequence", _inputs(norms="qk", tokens=0)),
+]  # fmt: skip
+
 
 def _moved(args: Arguments) -> list[Tensor]:
     return [args["q"], args["k"]]
@@ -429,6 +461,7 @@ SPEC = Spec(
     differentiable=("q", "k", "q_norm_weight", "k_norm_weight"),
     written=("q", "k"),
     cases=CASES,
+    few=FEW,
     bench=BENCH,
     errors=ERRORS,
     model_cases=model_cases,

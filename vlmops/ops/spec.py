@@ -68,6 +68,8 @@ class Spec:
     cases: Sequence[Case]
     bench: Mapping[str, BenchCase]
     errors: Sequence[BadCall]
+    few: Sequence[Case] = ()
+    """Tiny cases that stand for all, for backends that are interpreted (0.01 s a program)."""
     model_cases: Callable[[Model, Sequence[int], Sequence[int]], Iterable[BenchCase]] | None = None
     """What the op meets in a model, for numbers of tokens of text and of patches."""
 
