@@ -12,7 +12,7 @@ namespace vlmops {
 struct CudaKernels {
   // What a launcher's status other than 0 means.
   const char* (*describe_status)(int status);
-  // Tells the emulator of memory that kernels may touch; null in libvlmops_cuda.
+  // Tells the emulator of memory that kernels may touch; a null p: of none. Null in libvlmops_cuda.
   void (*register_buffer)(const void* p, size_t bytes, const char* name, bool read_only);
 
   mrope::CudaKernel mrope;

@@ -638,6 +638,7 @@ void set_device(int architecture, int multiprocessors) {
 void set_host_threads(int n) { settings.host_threads = n; }
 const char* describe_status(int status) { return status == 0 ? "no error" : last_error(); }
 void register_named_buffer(const void* p, size_t bytes, const char* name, bool read_only) {
+  if (p == nullptr) return clear_buffers();
   register_buffer(p, bytes, name, read_only);
 }
 const char* last_error() { return last_error_message.c_str(); }
