@@ -1,11 +1,14 @@
 """Loads the compiled library, and keeps the reason where it does not load.
 
 ``libvlmops`` holds schemas, checks and CPU kernels of every op. It is bound to torch's stable ABI,
-so one build serves every torch from 2.11 and every CPython.
+so one build serves every torch from 2.11 and every CPython. ``libvlmops_cuda`` holds the CUDA
+kernels and knows no torch; it is loaded where torch has CUDA, and hands ``libvlmops`` its table of
+launchers.
 """
 
 from __future__ import annotations
 
+import ctypes
 import importlib.metadata
 import os
 from pathlib import Path
@@ -47,9 +50,39 @@ def _load() -> tuple[Path | None, str | None]:
     )
 
 
+def _load_cuda() -> str | None:
+    """Hands `libvlmops` the CUDA kernels; why there are none, if so."""
+    if path is None:
+        return error
+    library = ctypes.CDLL(str(path))
+    library.vlmops_set_cuda.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_char_p]
+    cuda = path.with_name("libvlmops_cuda.so")
+    table, stream, reason = None, None, None
+    if torch.version.cuda is None:
+        reason = f"torch {torch.__version__} is a build for CPUs"
+    elif not cuda.exists():
+        reason = (
+            f"vlmops was built without CUDA ({cuda} is not there): install it beside this torch "
+            "with nvcc on PATH, and -C cmake.define.VLMOPS_CUDA=ON to be told what is missing"
+        )
+    else:
+        try:
+            half = ctypes.CDLL(str(cuda))
+            half.vlmops_cuda_kernels.restype = ctypes.c_void_p
+            torch_cuda = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cuda.so"))
+            stream = ctypes.cast(torch_cuda.aoti_torch_get_current_cuda_stream, ctypes.c_void_p)
+            table = half.vlmops_cuda_kernels()
+        except (OSError, AttributeError) as failed:
+            reason = f"{cuda} does not load beside torch {torch.__version__}: {failed}"
+    library.vlmops_set_cuda(table, stream, (reason or "").encode())
+    return reason
+
+
 path: Path | None
 error: str | None
 path, error = _load()
+cuda_error: str | None = _load_cuda()
+"""Why there are no CUDA kernels; None if they are loaded."""
 
 
 def require() -> None:

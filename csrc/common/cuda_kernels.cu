@@ -1,6 +1,7 @@
 // Fills the table of launchers. Compiled by nvcc into libvlmops_cuda, by g++ into the emulator.
-#include "common/cuda_kernels.h"
+#include <cstdio>
 
+#include "common/cuda_kernels.h"
 #include "common/gpu.cuh"
 
 namespace vlmops {
@@ -11,7 +12,15 @@ using emulator::describe_status;
 constexpr auto register_buffer = &emulator::register_named_buffer;
 #else
 const char* describe_status(int status) {
-  return cudaGetErrorString(static_cast<cudaError_t>(status));
+  if (status != cudaErrorNoKernelImageForDevice)
+    return cudaGetErrorString(static_cast<cudaError_t>(status));
+  static char message[256];
+  std::snprintf(message, sizeof message,
+                "this build of vlmops is for the architectures " VLMOPS_CUDA_ARCHITECTURES
+                " and the GPU is an sm_%d: build it with -C "
+                "cmake.define.VLMOPS_CUDA_ARCHITECTURES=%d",
+                architecture(), architecture());
+  return message;
 }
 constexpr decltype(CudaKernels::register_buffer) register_buffer = nullptr;
 #endif

@@ -271,6 +271,7 @@ __global__ void __launch_bounds__(kThreads)
           sum += squares<V>(read<V>(src, channel, rows.src_stride[3]));
       }
       factor = norm_scale(p, add_up(sum, lanes));
+      __syncwarp();  // in place, lanes overwrite what others have just summed
     }
     if (active) {
       rotate_head<T, rotation, V>(p, rows, src, dst, shared.cosine + token * shared.padded,
