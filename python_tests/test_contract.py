@@ -178,7 +178,7 @@ def test_in_place_writes_what_it_says_and_equals_out_of_place(subject):
 # 3. Dtypes, strides, sizes: by the cases. Determinism:
 
 
-@subjects(backends=WITH_EMULATOR)
+@subjects()
 def test_runs_and_thread_counts_agree_bit_for_bit(subject):
     first = subject.forward(subject.spec.function)
     threads = torch.get_num_threads()
