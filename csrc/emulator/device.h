@@ -14,9 +14,10 @@
 #undef __launch_bounds__
 #define __launch_bounds__(...)
 
-#define VLMOPS_SHARED(T, name, n)                                                  \
-  static char name##_key_;                                                         \
-  T(&name)[n] = *static_cast<::vlmops::emulator::ArrayOf<T, n>*>(                  \
+#define VLMOPS_SHARED(T, name, n)                         \
+  static char name##_key_;                                \
+  T(&name)                                                \
+  [n] = *static_cast<::vlmops::emulator::ArrayOf<T, n>*>( \
       ::vlmops::emulator::shared_array(&name##_key_, #name, sizeof(T) * (n)))
 #define VLMOPS_DYNAMIC_SHARED(T, name) \
   T* const name = static_cast<T*>(::vlmops::emulator::dynamic_shared())
@@ -179,8 +180,8 @@ inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __clz(int x) { return x == 0 ? 32 : __builtin_clz(static_cast<unsigned>(x)); }
 inline int __ffs(int x) { return __builtin_ffs(x); }
 
-#define VLMOPS_MIN_MAX(T)                                \
-  inline T min(T x, T y) { return y < x ? y : x; }       \
+#define VLMOPS_MIN_MAX(T)                          \
+  inline T min(T x, T y) { return y < x ? y : x; } \
   inline T max(T x, T y) { return x < y ? y : x; }
 VLMOPS_MIN_MAX(int)
 VLMOPS_MIN_MAX(unsigned)

@@ -57,8 +57,8 @@ void __tsan_func_entry(void*) {}
 void __tsan_func_exit() {}
 
 // 16 bytes need not be one access: two doubles are 8-byte aligned. Packs check themselves.
-#define VLMOPS_ACCESS(bytes, alignment)                                                           \
-  void __tsan_read##bytes(void* p) { on_access(p, bytes, alignment, Access::kRead, PC); }         \
+#define VLMOPS_ACCESS(bytes, alignment)                                                   \
+  void __tsan_read##bytes(void* p) { on_access(p, bytes, alignment, Access::kRead, PC); } \
   void __tsan_write##bytes(void* p) { on_access(p, bytes, alignment, Access::kWrite, PC); }
 VLMOPS_ACCESS(1, 1)
 VLMOPS_ACCESS(2, 2)
@@ -67,8 +67,8 @@ VLMOPS_ACCESS(8, 8)
 VLMOPS_ACCESS(16, 8)
 #undef VLMOPS_ACCESS
 
-#define VLMOPS_UNALIGNED(bytes)                                                                  \
-  void __tsan_unaligned_read##bytes(void* p) { on_access(p, bytes, 1, Access::kRead, PC); }      \
+#define VLMOPS_UNALIGNED(bytes)                                                             \
+  void __tsan_unaligned_read##bytes(void* p) { on_access(p, bytes, 1, Access::kRead, PC); } \
   void __tsan_unaligned_write##bytes(void* p) { on_access(p, bytes, 1, Access::kWrite, PC); }
 VLMOPS_UNALIGNED(2)
 VLMOPS_UNALIGNED(4)

@@ -27,8 +27,8 @@ __thread uint3 blockIdx;
 __thread uint3 vlmops_block_dim;
 __thread uint3 vlmops_grid_dim;
 
-// Saves what a function must preserve, swaps stacks, and returns on the other one. swapcontext would
-// also save the signal mask, by a system call: five times as slow.
+// Saves what a function must preserve, swaps stacks, and returns on the other one. swapcontext
+// would also save the signal mask, by a system call: five times as slow.
 asm(R"(
 .text
 .hidden vlmops_switch
@@ -183,7 +183,8 @@ void diagnose(Worker& worker, uint64_t block) {
     text = name(*meets) + " waits in " + kCollectiveNames[static_cast<int>(meets->collective)] +
            " at " + describe_site(meets->site) + " for ";
     for (unsigned rest = meets->mask; rest; rest &= rest - 1) {
-      const Fiber& other = worker.fibers[warp * kLanes + static_cast<unsigned>(__builtin_ctz(rest))];
+      const Fiber& other =
+          worker.fibers[warp * kLanes + static_cast<unsigned>(__builtin_ctz(rest))];
       if (other.state == State::kExited) {
         kind = "lane has left";
         text += name(other) + ", which has left the kernel";
@@ -218,8 +219,8 @@ void begin_fiber(Worker& worker, unsigned thread) {
   fiber.state = State::kReady;
   fiber.copies.clear();
   fiber.copy_groups = 0;
-  // Stacks start at different offsets in their pages: at the same one they would share the few cache
-  // lines of one set.
+  // Stacks start at different offsets in their pages: at the same one they would share the few
+  // cache lines of one set.
   unsigned char* const top = worker.stack(thread) + kStackBytes - 256 - thread * 192 % 4096;
   void** frame = reinterpret_cast<void**>(reinterpret_cast<uintptr_t>(top) & ~uintptr_t{63});
   *--frame = nullptr;  // the first frame's return address: it never returns
@@ -327,7 +328,8 @@ std::string kernel_name(const void* kernel) {
 }
 
 // " (at file:line)" of the instruction before pc, from the debug information; empty without
-// addr2line. What was inlined from the headers above kernels is not where the kernel's author looks.
+// addr2line. What was inlined from the headers above kernels is not where the kernel's author
+// looks.
 std::string source_line(const void* pc) {
   Dl_info info;
   if (!pc || !dladdr(pc, &info) || !info.dli_fname) return "";
@@ -356,8 +358,8 @@ std::string launch_error(const LaunchParameters& p) {
     snprintf(text, sizeof text, "a dimension is zero: grid (%u,%u,%u), block (%u,%u,%u)", grid.x,
              grid.y, grid.z, block.x, block.y, block.z);
   } else if (grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535) {
-    snprintf(text, sizeof text, "grid (%u,%u,%u) is over the limit (2147483647,65535,65535)", grid.x,
-             grid.y, grid.z);
+    snprintf(text, sizeof text, "grid (%u,%u,%u) is over the limit (2147483647,65535,65535)",
+             grid.x, grid.y, grid.z);
   } else if (block.x > 1024 || block.y > 1024 || block.z > 64 ||
              static_cast<uint64_t>(block.x) * block.y * block.z > kMaxThreads) {
     snprintf(text, sizeof text,
@@ -367,9 +369,9 @@ std::string launch_error(const LaunchParameters& p) {
     const auto allowed = dynamic_limits.find(p.kernel);
     const size_t limit = allowed == dynamic_limits.end() ? kDefaultSharedLimit : allowed->second;
     if (p.dynamic_shared > limit) {
-      snprintf(text, sizeof text,
-               "%zu bytes of dynamic shared memory are over the limit of %zu%s", p.dynamic_shared,
-               limit, limit == kDefaultSharedLimit ? " (allow_dynamic_shared raises it)" : "");
+      snprintf(text, sizeof text, "%zu bytes of dynamic shared memory are over the limit of %zu%s",
+               p.dynamic_shared, limit,
+               limit == kDefaultSharedLimit ? " (allow_dynamic_shared raises it)" : "");
     }
   }
   return text[0] ? std::string("launch limit: ") + text : "";
@@ -379,14 +381,16 @@ std::string launch_error(const LaunchParameters& p) {
 
 std::string describe_thread(const Worker& worker, unsigned thread) {
   const dim3& dim = worker.launch->parameters.block;
-  return "thread (" + std::to_string(thread % dim.x) + "," + std::to_string(thread / dim.x % dim.y) +
-         "," + std::to_string(thread / dim.x / dim.y) + ")";
+  return "thread (" + std::to_string(thread % dim.x) + "," +
+         std::to_string(thread / dim.x % dim.y) + "," + std::to_string(thread / dim.x / dim.y) +
+         ")";
 }
 
 std::string describe_block(const Launch& launch, uint64_t block) {
   const dim3& grid = launch.parameters.grid;
-  return "block (" + std::to_string(block % grid.x) + "," + std::to_string(block / grid.x % grid.y) +
-         "," + std::to_string(block / grid.x / grid.y) + ")";
+  return "block (" + std::to_string(block % grid.x) + "," +
+         std::to_string(block / grid.x % grid.y) + "," + std::to_string(block / grid.x / grid.y) +
+         ")";
 }
 
 void fail(Site site, const void* pc, const char* pattern, ...) {
@@ -459,12 +463,13 @@ void collective(Collective kind, unsigned mask, void* operand, Complete complete
   const char* const name = kCollectiveNames[static_cast<int>(kind)];
   fiber.site = {file, line};
   if (!(mask & self)) {
-    fail(fiber.site, nullptr, "warp mask: calls %s with mask 0x%08x, which it is not in", name, mask);
+    fail(fiber.site, nullptr, "warp mask: calls %s with mask 0x%08x, which it is not in", name,
+         mask);
   }
   if (mask & warp.exited) {
     const unsigned gone = static_cast<unsigned>(__builtin_ctz(mask & warp.exited));
-    fail(fiber.site, nullptr,
-         "lane has left: calls %s with mask 0x%08x, but lane %u %s", name, mask, gone,
+    fail(fiber.site, nullptr, "lane has left: calls %s with mask 0x%08x, but lane %u %s", name,
+         mask, gone,
          fiber.thread / kLanes * kLanes + gone < static_cast<unsigned>(worker.threads)
              ? "has left the kernel"
              : "does not exist: the block ends before it");
@@ -525,7 +530,8 @@ void* shared_array(const void* key, const char* name, size_t bytes) {
       (dynamic <= kDefaultSharedLimit && !dynamic_limits.count(worker.launch->parameters.kernel) &&
        worker.shared_bytes > kDefaultSharedLimit)) {
     fail({}, nullptr,
-         "launch limit: uses shared '%s', with which the block has %zu bytes of static and %zu of dynamic shared "
+         "launch limit: uses shared '%s', with which the block has %zu bytes of static and %zu of "
+         "dynamic shared "
          "memory; sm_%d gives 49152 static, and %zu in all to kernels with allow_dynamic_shared",
          name, statics, dynamic, settings.architecture, shared_limit());
   }
@@ -602,8 +608,8 @@ int launch(const LaunchParameters& parameters) {
   } else {
     const unsigned have = settings.host_threads > 0 ? static_cast<unsigned>(settings.host_threads)
                                                     : std::thread::hardware_concurrency();
-    const uint64_t threads = launch.blocks * parameters.block.x * parameters.block.y *
-                             parameters.block.z;
+    const uint64_t threads =
+        launch.blocks * parameters.block.x * parameters.block.y * parameters.block.z;
     // Starting a host thread costs as much as some thousand threads of a kernel.
     if (threads > 8192 && launch.blocks > 1) host_threads = have;
   }
@@ -612,16 +618,17 @@ int launch(const LaunchParameters& parameters) {
   run_blocks(launch);
   for (auto& helper : helpers) helper.join();
   if (!launch.failed) return 0;
-  last_error_message = "kernel " + launch.kernel + ": " + launch.error + source_line(launch.error_pc);
+  last_error_message =
+      "kernel " + launch.kernel + ": " + launch.error + source_line(launch.error_pc);
   return kLaunchFailed;
 }
 
 int allow_dynamic_shared(const void* kernel, size_t bytes) {
   if (bytes > shared_limit()) {
-    last_error_message = "kernel " + kernel_name(kernel) + ": launch limit: " +
-                         std::to_string(bytes) + " bytes of shared memory are over sm_" +
-                         std::to_string(settings.architecture) + "'s limit of " +
-                         std::to_string(shared_limit());
+    last_error_message =
+        "kernel " + kernel_name(kernel) + ": launch limit: " + std::to_string(bytes) +
+        " bytes of shared memory are over sm_" + std::to_string(settings.architecture) +
+        "'s limit of " + std::to_string(shared_limit());
     return kLaunchRefused;
   }
   dynamic_limits[kernel] = bytes;

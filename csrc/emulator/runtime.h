@@ -57,7 +57,7 @@ struct LaunchParameters {
   dim3 grid, block;
   size_t dynamic_shared;
   void (*invoke)(const void* arguments);  // calls the kernel with arguments
-  const void* arguments;  // readable by the kernel, like CUDA's parameter space
+  const void* arguments;                  // readable by the kernel, like CUDA's parameter space
   size_t argument_bytes;
 };
 

@@ -41,10 +41,10 @@ constexpr uint8_t kPending = 2;  // a cp.async that has not been waited for
 struct ShadowState {
   Cell* shared;  // one a byte of the arena
   uint32_t serial;
-  uint32_t barriers;              // of this block
-  uint32_t passed[1024];          // by thread
-  bool fenced, acquired;          // this block did __threadfence; an atomic operation on global memory
-  uint64_t accesses;              // since a thread last got anywhere
+  uint32_t barriers;      // of this block
+  uint32_t passed[1024];  // by thread
+  bool fenced, acquired;  // this block did __threadfence; an atomic operation on global memory
+  uint64_t accesses;      // since a thread last got anywhere
   struct Region* last_region;
 };
 

@@ -73,9 +73,9 @@ struct Launch {
   std::atomic<uint64_t> next_block{0};
   std::atomic<bool> failed{false};
   std::mutex mutex;
-  std::string error;           // the first
+  std::string error;               // the first
   const void* error_pc = nullptr;  // instruction, if the message knows no line
-  uint32_t first_serial;       // of the launch's blocks, see shadow.h
+  uint32_t first_serial;           // of the launch's blocks, see shadow.h
 };
 
 struct Worker {
@@ -88,7 +88,7 @@ struct Worker {
   void* host_stack_pointer;
   unsigned char* stacks;
   unsigned char* arena;
-  size_t arena_used;  // in this block
+  size_t arena_used;    // in this block
   size_t shared_bytes;  // without gaps, what the device would count
   std::vector<SharedArray> arrays;
   unsigned fruitless;  // yields and atomic operations since a thread last got anywhere

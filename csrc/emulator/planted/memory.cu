@@ -60,9 +60,7 @@ VLMOPS_PLANTED(write_to_input, 2, 32) {
   y[i] = 0.0f;
 }
 
-VLMOPS_PLANTED(atomic_past_end, 2, 32) {
-  atomicAdd(&y[global_thread() + n / 2], x[0]);
-}
+VLMOPS_PLANTED(atomic_past_end, 2, 32) { atomicAdd(&y[global_thread() + n / 2], x[0]); }
 
 VLMOPS_PLANTED(shared_past_end, 2, 32) {
   VLMOPS_SHARED(float, row, 32);
