@@ -81,7 +81,16 @@ inline unsigned ballot(unsigned mask, bool predicate, const char* file, int line
 
 }  // namespace vlmops::emulator
 
-inline void __syncthreads(VLMOPS_HERE) { vlmops::emulator::sync_threads(file, line); }
+inline void __syncthreads(VLMOPS_HERE) { vlmops::emulator::sync_threads(false, file, line); }
+inline int __syncthreads_count(int predicate, VLMOPS_HERE) {
+  return vlmops::emulator::sync_threads(predicate != 0, file, line);
+}
+inline int __syncthreads_or(int predicate, VLMOPS_HERE) {
+  return vlmops::emulator::sync_threads(predicate != 0, file, line) != 0;
+}
+inline int __syncthreads_and(int predicate, VLMOPS_HERE) {
+  return vlmops::emulator::sync_threads(predicate == 0, file, line) == 0;
+}
 inline void __syncwarp(unsigned mask = 0xffffffffu, VLMOPS_HERE) {
   using namespace vlmops::emulator;
   collective(Collective::kSyncWarp, mask, nullptr, nullptr, file, line);

@@ -60,6 +60,8 @@ __thread Worker* t_worker;
 
 namespace {
 
+std::mutex launch_mutex;  // one launch at a time: what follows, and the shadow memory
+
 struct Settings {
   int architecture = 80;
   int multiprocessors = 8;
@@ -234,7 +236,7 @@ void run_block(Worker& worker, uint64_t block) {
   blockIdx = {static_cast<unsigned>(block % grid.x), static_cast<unsigned>(block / grid.x % grid.y),
               static_cast<unsigned>(block / grid.x / grid.y)};
   worker.threads = worker.running = static_cast<int>(dim.x * dim.y * dim.z);
-  worker.at_barrier = 0;
+  worker.at_barrier = worker.counting = 0;
   worker.fruitless = 0;
   worker.warp_ready = 0;
   // Not a multiple of more than 16: nobody may rely on what CUDA does not promise.
@@ -426,17 +428,21 @@ void fail_misaligned(Site site, const void* pc, const void* p, size_t bytes) {
 
 void trap(const char* file, int line) { fail({file, line}, nullptr, "trap: ran into __trap()"); }
 
-void sync_threads(const char* file, int line) {
+int sync_threads(bool predicate, const char* file, int line) {
   Worker& worker = *t_worker;
   Fiber& fiber = *worker.current;
   fiber.site = {file, line};
   fiber.state = State::kAtBarrier;
   worker.fruitless = 0;
   worker.shadow.accesses = 0;
+  worker.counting += predicate;
   if (++worker.at_barrier < worker.threads) {
     set_not_ready(worker, fiber);
-    return switch_away(worker);
+    switch_away(worker);
+    return worker.counted;  // all have read it before all meet again
   }
+  worker.counted = worker.counting;
+  worker.counting = 0;
   for (int t = 0; t < worker.threads; ++t) {
     Fiber& other = worker.fibers[t];
     if (other.site.line != line || std::strcmp(other.site.file, file) != 0) {
@@ -451,6 +457,7 @@ void sync_threads(const char* file, int line) {
     const auto warp = static_cast<unsigned>(t / kLanes);
     set_ready(worker, warp, ~worker.warps[warp].exited);
   }
+  return worker.counted;
 }
 
 void collective(Collective kind, unsigned mask, void* operand, Complete complete, const char* file,
@@ -591,6 +598,7 @@ void cp_async_wait(int groups_left) {
 }
 
 int launch(const LaunchParameters& parameters) {
+  const std::lock_guard<std::mutex> lock(launch_mutex);
   Launch launch;
   launch.parameters = parameters;
   launch.kernel = kernel_name(parameters.kernel);
@@ -604,7 +612,11 @@ int launch(const LaunchParameters& parameters) {
   unsigned host_threads = 1;
   if (kChecked) {
     // One host thread: the shadow memory of global buffers is written without locks.
-    shadow_begin_launch(launch.first_serial, launch.blocks);
+    if (!shadow_begin_launch(launch.first_serial, launch.blocks)) {
+      last_error_message = "kernel " + launch.kernel +
+                           ": the host has no memory for the shadow of " + "the registered buffers";
+      return kLaunchRefused;
+    }
   } else {
     const unsigned have = settings.host_threads > 0 ? static_cast<unsigned>(settings.host_threads)
                                                     : std::thread::hardware_concurrency();
@@ -624,6 +636,7 @@ int launch(const LaunchParameters& parameters) {
 }
 
 int allow_dynamic_shared(const void* kernel, size_t bytes) {
+  const std::lock_guard<std::mutex> lock(launch_mutex);
   if (bytes > shared_limit()) {
     last_error_message =
         "kernel " + kernel_name(kernel) + ": launch limit: " + std::to_string(bytes) +

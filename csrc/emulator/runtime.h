@@ -37,7 +37,8 @@ using Complete = void (*)(void* const* operands, unsigned mask);
 
 void collective(Collective kind, unsigned mask, void* operand, Complete complete, const char* file,
                 int line);
-void sync_threads(const char* file, int line);
+// How many threads of the block came with a true predicate.
+int sync_threads(bool predicate, const char* file, int line);
 [[noreturn]] void trap(const char* file, int line);
 
 // The static shared array that belongs to `key`, made at its first use in a block.

@@ -43,7 +43,7 @@ constexpr uint64_t kPollAccesses = 1 << 20;
 
 void drop_regions() {
   for (const Region& region : regions) {
-    munmap(region.cells, (region.end - region.begin) * sizeof(Cell));
+    if (region.cells) munmap(region.cells, (region.end - region.begin) * sizeof(Cell));
   }
   regions.clear();
 }
@@ -62,9 +62,14 @@ void make_regions() {
     }
   }
   for (Region& region : regions) {
-    region.cells = static_cast<Cell*>(mmap(nullptr, (region.end - region.begin) * sizeof(Cell),
-                                           PROT_READ | PROT_WRITE,
-                                           MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+    void* const cells =
+        mmap(nullptr, (region.end - region.begin) * sizeof(Cell), PROT_READ | PROT_WRITE,
+             MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (cells == MAP_FAILED) {
+      drop_regions();
+      return;
+    }
+    region.cells = static_cast<Cell*>(cells);
   }
   regions_current = true;
 }
@@ -386,11 +391,13 @@ void check_access(Worker& worker, uintptr_t address, size_t bytes, Access access
   if (!regions.empty()) check_global(c);
 }
 
-void shadow_begin_launch(uint32_t& first_serial, uint64_t blocks) {
+bool shadow_begin_launch(uint32_t& first_serial, uint64_t blocks) {
   if (!regions_current) make_regions();
+  if (!regions_current) return false;
   first_serial = next_serial;
   next_serial += static_cast<uint32_t>(blocks);
   published.assign(blocks, false);
+  return true;
 }
 
 void shadow_begin_block(Worker& worker, uint64_t block) {

@@ -56,7 +56,8 @@ void check_access(Worker& worker, uintptr_t address, size_t bytes, Access access
 // "of shared 'tile' at offset 128", "of 'output 0' at offset 4", "at 0x7f.."
 std::string describe_address(const Worker& worker, uintptr_t address);
 
-void shadow_begin_launch(uint32_t& first_serial, uint64_t blocks);
+// False if there is no memory for it.
+bool shadow_begin_launch(uint32_t& first_serial, uint64_t blocks);
 void shadow_begin_block(Worker& worker, uint64_t block);
 void shadow_sync_threads(Worker& worker);
 void shadow_sync_warp(Worker& worker, unsigned warp, unsigned mask);

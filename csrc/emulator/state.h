@@ -19,7 +19,7 @@ namespace vlmops::emulator {
 constexpr int kLanes = 32;
 constexpr int kMaxThreads = 1024;
 constexpr int kMaxWarps = kMaxThreads / kLanes;
-constexpr size_t kStackBytes = 64 << 10;
+constexpr size_t kStackBytes = 128 << 10;
 constexpr size_t kSharedArena = 320 << 10;  // the largest shared memory and the gaps in it
 constexpr size_t kSharedGap = 144;          // between arrays, so that a step outside shows
 
@@ -84,6 +84,7 @@ struct Worker {
   Warp warps[kMaxWarps];
   unsigned warp_ready;  // bit per warp: has a lane that can run
   int threads, running, at_barrier;
+  int counting, counted;  // __syncthreads_count: at the next barrier, at the last one
   Fiber* current;
   void* host_stack_pointer;
   unsigned char* stacks;

@@ -173,4 +173,22 @@ VLMOPS_CASE(half_warps) {
                 arguments.buffer<int>(0));
 }
 
+// y = how many of the block's x are positive; whether any, whether all, each by the barrier itself.
+__global__ void counting_barriers_kernel(const float* __restrict__ x, int* y) {
+  const bool positive = x[threadIdx.x] > 0.0f;
+  const int count = __syncthreads_count(positive);
+  const int any = __syncthreads_or(positive), all = __syncthreads_and(positive);
+  if (threadIdx.x == 0) {
+    y[0] = count;
+    y[1] = any;
+    y[2] = all;
+  }
+}
+
+VLMOPS_CASE(counting_barriers) {
+  static const int devices = multiprocessors() > 0;
+  return launch(counting_barriers_kernel, dim3(devices), dim3(96), 0, arguments.stream,
+                arguments.buffer<const float>(0), arguments.buffer<int>(1));
+}
+
 }  // namespace vlmops::emulator_good
