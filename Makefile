@@ -74,6 +74,7 @@ bench: setup
 
 mutants: setup
 	$(BIN)/python python_tests/mutate.py
+	$(BIN)/python python_tests/emulator/mutate.py
 
 clean:
 	rm -rf .venv .venv-oldest .venv-newest build

@@ -663,3 +663,12 @@ void register_named_buffer(const void* p, size_t bytes, const char* name, bool r
 const char* last_error() { return last_error_message.c_str(); }
 
 }  // namespace vlmops::emulator
+
+// assert in a kernel stops the launch, not Python. In a launcher it is an assert.
+extern "C" void __assert_fail(const char* condition, const char* file, unsigned line,
+                              const char* function) noexcept {
+  using namespace vlmops::emulator;
+  if (t_worker) fail({file, static_cast<int>(line)}, nullptr, "trap: asserted %s", condition);
+  std::fprintf(stderr, "%s:%u: %s: asserted %s\n", file, line, function, condition);
+  std::abort();
+}
