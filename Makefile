@@ -33,8 +33,8 @@ demo: setup
 test: setup
 	.ci/suite lint 60 $(MAKE) --no-print-directory lint
 	.ci/suite contract 480 $(BIN)/python -m pytest -q python_tests/test_contract.py python_tests/ops
-	# Compiles the emulator first, 20 s or 40.
-	.ci/suite emulator 90 $(BIN)/python -m pytest -q python_tests/emulator
+	# Compiles the emulator first: 30 s of processor time.
+	.ci/suite emulator 180 $(BIN)/python -m pytest -q python_tests/emulator
 	# One thread: the models are tiny, a second one only waits.
 	OMP_NUM_THREADS=1 .ci/suite hf 420 $(BIN)/python -m pytest -q python_tests/hf
 	.ci/suite tools 240 $(BIN)/python -m pytest -q --ignore=python_tests/ops \
