@@ -31,7 +31,7 @@ demo: setup
 
 # Suite and seconds that it may take on two slow cores; .ci/suite says what it took.
 test: setup
-	.ci/suite lint 60 $(MAKE) --no-print-directory lint
+	.ci/suite lint 120 $(MAKE) --no-print-directory lint
 	.ci/suite contract 300 $(BIN)/python -m pytest -q python_tests/test_contract.py python_tests/ops
 	# One thread: the models are tiny, a second one only waits.
 	OMP_NUM_THREADS=1 .ci/suite hf 360 $(BIN)/python -m pytest -q python_tests/hf
