@@ -31,12 +31,12 @@ demo: setup
 
 # Suite and seconds that it may take on two slow cores; .ci/suite says what it took.
 test: setup
-	.ci/suite lint 60 $(MAKE) --no-print-directory lint
-	.ci/suite contract 480 $(BIN)/python -m pytest -q python_tests/test_contract.py python_tests/ops
+	.ci/suite lint 120 $(MAKE) --no-print-directory lint
+	.ci/suite contract 300 $(BIN)/python -m pytest -q python_tests/test_contract.py python_tests/ops
 	# Compiles the emulator first: 30 s of processor time.
 	.ci/suite emulator 180 $(BIN)/python -m pytest -q python_tests/emulator
 	# One thread: the models are tiny, a second one only waits.
-	OMP_NUM_THREADS=1 .ci/suite hf 420 $(BIN)/python -m pytest -q python_tests/hf
+	OMP_NUM_THREADS=1 .ci/suite hf 360 $(BIN)/python -m pytest -q python_tests/hf
 	.ci/suite tools 240 $(BIN)/python -m pytest -q --ignore=python_tests/ops \
 	  --ignore=python_tests/hf --ignore=python_tests/emulator --ignore=python_tests/test_contract.py
 

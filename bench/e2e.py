@@ -24,6 +24,9 @@ from vlmops.bench import measure, runner
 from vlmops.bench.timer import interleave
 from vlmops.demo.inputs import pictures, random_subject
 
+STARTED = "_VLMOPS_BENCH_STARTED"
+"""In the environment of a command that was started again; OMP_PROC_BIND may be the caller's."""
+
 VARIANTS = {"unpatched": [], "linear": ["linear"], "all": None}
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.1, "float16": 0.02}  # of the largest logit
 
@@ -60,7 +63,8 @@ def measured(dtype, options):
     shown[0].image = shown[0].image.resize((options.side, options.side))
     subject = random_subject(shown, 4, 4, getattr(torch, dtype))
     twins, reports = variants(subject.model)
-    calls, logits = {}, {}
+    calls: dict = {}
+    logits = {}
     for name, model in twins.items():
         logits[name], of_model = calls_of(model, subject.inputs)
         calls |= {(stage, name): call for stage, call in of_model.items()}
@@ -103,8 +107,8 @@ def options_of(description, **more):
     )
     parser.add_argument("--json", type=Path, help="write the report there")
     options = parser.parse_args()
-    if os.environ.get("OMP_PROC_BIND") != "true":
-        env = runner.bound(options.isa, 1 if options.cpu_time else None)
+    if STARTED not in os.environ:
+        env = {**runner.bound(options.isa, 1 if options.cpu_time else None), STARTED: "1"}
         raise SystemExit(subprocess.run([sys.executable, *sys.argv], env=env).returncode)
     return options
 
@@ -113,16 +117,17 @@ def timings_of(calls, options):
     """`interleave`, by the chosen clock."""
     if not options.cpu_time:
         return interleave(calls, options.seconds, (3, 60))
-    never = {"clock": time.process_time, "waiting": lambda: {0: 0.0}}
-    return interleave(calls, options.seconds, (3, 60), **never)
+    clock = time.process_time
+    return interleave(calls, options.seconds, (3, 60), clock=clock, waiting=lambda: {0: 0.0})
 
 
 def write(options, op, rows):
-    """The report, as vlmops bench writes it."""
+    """The report, as vlmops bench writes it; its kind tells that it has other rows."""
     if options.json is not None:
         report = {
             "schema": runner.SCHEMA,
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "kind": f"bench/{op}.py",
             "op": op,
             "clock": "cpu" if options.cpu_time else "wall",
             **runner.commit(),

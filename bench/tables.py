@@ -3,6 +3,7 @@
 ``python bench/tables.py`` writes, ``python bench/tables.py --check`` fails if it would.
 """
 
+import argparse
 import difflib
 import sys
 from pathlib import Path
@@ -23,10 +24,13 @@ def renewed(text: str, table: str) -> str:
 
 
 def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="fail if the tables are not current")
+    check = parser.parse_args(argv).check
     old = README.read_text()
     renewed(old, "")
     new = renewed(old, survey.markdown(list(survey.inspect_all())))
-    if argv != ["--check"]:
+    if not check:
         README.write_text(new)
         return 0
     lines = (old.splitlines(), new.splitlines(), README.name, "what vlmops inspect --all says")

@@ -509,7 +509,11 @@ def test_bench_measures_a_model(toy_bench, capsys):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["bench", "mrope", "--model", "list"], r"--model: expected one of qwen2_vl-2b, .*'list'"),
+        (
+            ["bench", "mrope", "--model", "lists"],
+            r"--model: expected one of qwen2_vl-2b, .*'lists'",
+        ),
+        (["bench", "rope", "--model", "list"], r"vlmops bench: op: expected one of .* got 'rope'"),
         (["bench", "mrope", "--sizes", "1"], r"--sizes: expected a --model"),
         (["bench", "mrope", "--sizes", "1,x"], r"--sizes: expected whole numbers .* got 1,x"),
         (["bench", "rope"], r"vlmops bench: op: expected one of .*mrope.*, got 'rope'"),
@@ -533,6 +537,14 @@ def test_cli_answers_a_wrong_command_in_one_line(argv, message, capsys, monkeypa
     assert out == ""
     assert err.count("\n") == 1
     assert re.search(message, err), err
+
+
+def test_cli_lists_models(capsys, monkeypatch):
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("started measuring"))
+    assert cli.main(["bench", "mrope", "--model", "list"]) == 0
+    assert capsys.readouterr().out.splitlines() == list(shapes.MODELS)
+    assert cli.main(["bench", "mrope", "--model", "list", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"models": list(shapes.MODELS)}
 
 
 def test_cli_version(capsys):

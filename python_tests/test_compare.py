@@ -7,6 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from conftest import TESTED_ISAS
 
 from vlmops import _library, cli
 from vlmops.bench import BenchError, compare, runner
@@ -115,8 +116,41 @@ def test_compare_finds_what_became_slower(checkout):
     assert rows["forward"]["verdict"] == "slower"
     assert rows["forward"]["new_ms"] - rows["forward"]["base_ms"] > 0.9
     assert all(row["new_ms"] < 0.9 for name, row in rows.items() if name != "forward")
+    assert result["isa"]["vlmops"] == TESTED_ISAS[-1]
     assert len(worktrees(checkout)) == 1
     assert re.search(r"decode_b1 +float32 +forward .* slower$", compare.table(result), re.MULTILINE)
+
+
+@pytest.mark.parametrize("name", ["mrope", "mrope_"])
+def test_compare_times_nothing_that_is_wrong(checkout, monkeypatch, name):
+    module = checkout / "vlmops" / "ops" / "mrope.py"
+    module.write_text(
+        f"{module.read_text()}\n_right = {name}\n\ndef {name}(q, *args, **kwargs):\n"
+        "    q = q + 1\n    return _right(q, *args, **kwargs)\n"
+    )
+    monkeypatch.setattr(compare, "_launch", lambda *_: pytest.fail("timed"))
+    request = runner.request("mrope", ["decode_b1"], ["float32"])
+    variant = "vlmops in place" if name == "mrope_" else "vlmops"
+    wrong = f"^decode_b1 float32 forward {variant}, result 0: .* has no speed"
+    with pytest.raises(BenchError, match=wrong) as error:
+        compare.run("HEAD", request, threads=1, launches=1)
+    assert error.value.code == 1
+
+
+def test_compare_refuses_an_instruction_set_that_is_not_there(checkout, monkeypatch):
+    monkeypatch.setattr(compare, "_launch", lambda *_: pytest.fail("timed"))
+    bound = runner.bound
+    monkeypatch.setattr(runner, "bound", lambda isa, threads: bound("portable", threads))
+    request = runner.request("mrope", ["decode_b1"], ["float32"], isa="avx512")
+    with pytest.raises(BenchError, match="--isa: this machine has no avx512; its best is portable"):
+        compare.run("HEAD", request, threads=1, launches=1)
+
+
+def test_compare_says_why_git_makes_no_worktree(checkout, monkeypatch, capsys):
+    (checkout / ".git" / "worktrees").write_text("in the way")
+    monkeypatch.setattr(compare, "build", lambda *_: pytest.fail("built"))
+    assert cli.main(["bench", "compare", "mrope", "--base", "HEAD"]) == 1
+    assert re.search(r"git worktree add failed: .*\.git/worktrees", capsys.readouterr().err)
 
 
 def test_compare_starts_either_revision_first(monkeypatch):
@@ -174,6 +208,7 @@ def test_compare_times_no_other_vlmops_than_the_revisions(tmp_path, capfd):
 def test_compare_refuses_what_it_cannot_compare(checkout, monkeypatch, capsys):
     assert cli.main(["bench", "compare", "mrope", "--base", "no-such"]) == 2
     assert "--base: expected a revision of " in capsys.readouterr().err
+    monkeypatch.setattr(compare, "_gate", lambda *_: {})
     monkeypatch.setattr(compare, "_launch", lambda *_, **__: [])
     assert cli.main(["bench", "compare", "mrope", "--base", "HEAD"]) == 2
     assert "--base: HEAD has none of the cases" in capsys.readouterr().err
@@ -195,6 +230,7 @@ def test_compare_exit_code_is_the_verdict(monkeypatch, capsys, verdicts, code):
         assert (base, request.op, threads, threshold) == ("main", "mrope", None, 1.2)
         rows = [dict(zip(("case", "dtype", "variant"), KEY, strict=True)) for _ in verdicts]
         head = {"op": "mrope", "device": "A CPU", "threads": 2, "launches": 5, "dirty": False}
+        head["isa"] = {"vlmops": "avx2", "torch": "AVX2"}
         rows = [{**row, "verdict": verdict} for row, verdict in zip(rows, verdicts, strict=True)]
         return {**head, "base": "0" * 40, "commit": "1" * 40, "rows": rows}
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import vlmops
-from vlmops import _cpus, _library, cli, doctor
+from vlmops import _cpus, _library, cli, doctor, survey
 from vlmops.hf import targets
 from vlmops.hf.report import PatchReport, Row
 
@@ -220,6 +220,46 @@ def test_doctor_tells_sites_that_rotted(monkeypatch, statuses, grade):
     monkeypatch.setattr(targets, "families", lambda: families)
     remedy = "" if grade == "ok" else "please report this with the versions above"
     _says(doctor._sites(), grade, r"^qwen2_vl: .*; qwen3_vl: ", remedy)
+
+
+@pytest.mark.parametrize(
+    ("families", "others", "grade", "remedy"),
+    [
+        (["patched"], ["patched", "not present"], "ok", ""),
+        (["patched"], [None, "patched"], "ok", ""),
+        (["patched"], ["patched", "refused"], "advice", "above: b$"),
+        (["patched"], ["patched", RuntimeError("boom")], "advice", "above: b$"),
+        (["patched", "refused"], ["patched", "patched"], "advice", "above: qwen3_vl$"),
+        (["patched"], ["refused", "refused"], "problem", "above$"),
+        (["patched"], [None, None], "problem", "above$"),
+        ([RuntimeError("boom")], [RuntimeError("boom")], "problem", "above$"),
+    ],
+)
+def test_doctor_grades_all_sites_by_their_verdicts(monkeypatch, families, others, grade, remedy):
+    def inspection(model_type, status):
+        if isinstance(status, str):
+            report = PatchReport("M", (Row("mrope", "A", "", 2, "", status),))
+            return survey.Inspection(model_type, "", report)
+        return survey.Inspection(model_type, "", problem="bad", built=status is not None)
+
+    known = dict(zip(("qwen2_vl", "qwen3_vl"), families, strict=False))
+    monkeypatch.setattr(targets, "families", lambda: tuple({name: ()} for name in known))
+    monkeypatch.setattr(survey, "inspect", lambda name: inspection(name, known[name]))
+    every = [inspection(*pair) for pair in zip("ab", others, strict=False)]
+    monkeypatch.setattr(survey, "inspect_all", lambda: iter(every))
+    found = rf"^{len(others)} model types .*inspect --all says which; qwen2_vl: "
+    _says(doctor._all_sites(), grade, found, remedy)
+
+
+@pytest.mark.parametrize("option", [[], ["--sites"]])
+def test_doctor_where_sites_cannot_be_examined_does_not_work(monkeypatch, capsys, option):
+    def fail():
+        raise AttributeError("no such family")
+
+    monkeypatch.setattr(targets, "families", fail)
+    monkeypatch.setattr(survey, "inspect_all", lambda: iter(()))
+    assert cli.main(["doctor", *option]) == 1
+    assert "could not be examined: AttributeError: no such family" in capsys.readouterr().out
 
 
 def test_doctor_tells_what_it_could_not_look_at(monkeypatch, capsys):

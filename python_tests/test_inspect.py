@@ -202,7 +202,7 @@ def test_inspect_all_takes_every_type_that_sees(run, monkeypatch):
 
 def _inspection(model_type, *rows, problem=""):
     report = None if problem else PatchReport("Model", tuple(Row(*row) for row in rows))
-    return survey.Inspection(model_type, "default config", report, problem)
+    return survey.Inspection(model_type, "default config", report, problem, built=not problem)
 
 
 MANY = [
@@ -227,7 +227,7 @@ def test_inspect_table_for_people():
         f"{'d':24}mrope: refused (not found)",
         "",
         f"4 model types of transformers {transformers.__version__}: "
-        "1 patched, 1 refused, 1 nothing to patch, 1 not built",
+        "1 patched, 1 refused, 1 nothing to patch, 0 patch failed, 1 not built",
     ]
 
 
@@ -243,6 +243,36 @@ def test_inspect_markdown_has_a_column_per_op():
         "- nothing to patch: b",
         "- c: not built: TypeError: x (m.py:1)",
     ]
+
+
+def test_inspect_markdown_is_the_same_on_every_machine():
+    def on(*linear):
+        rope = ("mrope", "A", "text", 2, "cpu", "patched", "with q_norm")
+        refused = ("linear", "L", "", 1, "", "refused", "odd")
+        alone = _inspection("b", *linear)
+        return survey.markdown([_inspection("a", rope, *linear, refused), alone])
+
+    amd = on(("linear", "L", "", 5, "oneDNN", "patched", "n"), ("linear", "L", "", 2, "", *SLOWER))
+    assert amd == on(("linear", "L", "", 7, "", *SLOWER))
+    assert "2 patched, 0 refused, 0 nothing to patch" in amd
+    assert "| a | 7 found, 1 refused (note 2) | 2 patched (note 1) |\n| b | 7 found | - |" in amd
+
+
+SLOWER = ("left alone", "torch's own product is as fast here")
+
+
+def test_inspect_tells_of_a_patch_that_raises_and_goes_on(run, monkeypatch):
+    def fail(model):
+        raise KeyError("no such thing")
+
+    monkeypatch.setattr(survey, "model_types", lambda: ["git", "clip"])
+    monkeypatch.setattr(vlmops, "patch", fail)
+    code, out, _ = run("--all")
+    assert code == 1
+    assert out.count("patch failed: KeyError: 'no such thing' (test_inspect.py:") == 2
+    assert "please report this" in out
+    assert "0 nothing to patch, 2 patch failed, 0 not built" in out
+    assert "- clip: patch failed" in run("--all", "--markdown")[1]
 
 
 @pytest.fixture

@@ -12,8 +12,10 @@ from vlmops import cli
 from vlmops.bench import plot
 
 _FOLDER = Path(__file__).parent.parent / "bench" / "results"
-# bench/e2e.py writes times of models, which are no series over sizes.
-RESULTS = sorted(path for path in _FOLDER.glob("*/*.json") if "-e2e-" not in path.name)
+COMMITTED = sorted(_FOLDER.glob("*/*.json"))
+# Scripts write times of models and of matrix products, which are no series over sizes.
+OF_SCRIPTS = [path for path in COMMITTED if "-e2e-" in path.name or "-linear-" in path.name]
+RESULTS = [path for path in COMMITTED if path not in OF_SCRIPTS]
 SVG = "{http://www.w3.org/2000/svg}"
 
 
@@ -122,10 +124,20 @@ def test_plot_draws_the_committed_results(path, tmp_path, capsys):
     folder = tmp_path / "new" / "folder"
     assert cli.main(["bench", "plot", str(path), "--out", str(folder), "--json"]) == 0
     written = json.loads(capsys.readouterr().out)["written"]
+    assert written
     assert sorted(map(str, folder.iterdir())) == sorted(written)
     points = sum(len(panels(Path(name).read_text())[False, False]) for name in written)
     rows = json.loads(path.read_text())["rows"]
     assert points == sum(r["direction"] in ("forward", "floor") for r in rows if "median_ms" in r)
+
+
+@pytest.mark.parametrize("path", OF_SCRIPTS, ids=lambda path: path.stem)
+def test_plot_refuses_what_scripts_measured(path, tmp_path, capsys):
+    assert cli.main(["bench", "plot", str(path), "--out", str(tmp_path / "new")]) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert re.search(r"expected a report of vlmops bench OP --json, got .* (e2e|linear)$", err)
+    assert not (tmp_path / "new").exists()
 
 
 def test_plot_draws_one_figure_per_series_dtype_and_huge_pages(tmp_path):
@@ -151,10 +163,13 @@ def test_plot_draws_one_figure_per_series_dtype_and_huge_pages(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("not json", "expected a report of vlmops bench --json"),
+        ("not json", "expected a report of vlmops bench OP --json"),
+        ('{"schema": 1, "rows": []}', "nothing in it was measured, so nothing is drawn"),
+        (json.dumps(report([UNAVAILABLE])), "nothing in it was measured, so nothing is drawn"),
+        (json.dumps({**report(ROWS), "kind": "bench/toy.py"}), ".*, got one of bench/toy.py"),
         ("[]", "expected a report of schema 1, got None"),
         ('{"schema": 9, "rows": []}', "expected a report of schema 1, got 9"),
-        (None, "expected a report of vlmops bench --json .*No such file"),
+        (None, "expected a report of vlmops bench OP --json .*No such file"),
     ],
 )
 def test_plot_refuses_what_is_no_report(tmp_path, capsys, text, message):

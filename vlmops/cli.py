@@ -93,7 +93,7 @@ def _parser() -> Parser:
         "and backward, without and with huge pages in torch's allocator. Results are checked "
         "before they are timed.",
         epilog="'vlmops bench plot' draws results, 'vlmops bench compare' compares revisions. "
-        "Exit code: 0 measured; 1 a result is wrong; 2 the command is.",
+        "Exit code: 0 measured, or listed; 1 a result is wrong; 2 the command is.",
     )
     bench.add_argument("op", metavar="OP", help="the op's name, e.g. mrope")
     bench.add_argument(
@@ -118,7 +118,8 @@ def _parser() -> Parser:
         help="draw what bench wrote as JSON",
         description="Draws times and per cent of copy speed against size: one SVG for each series "
         "of cases, dtype and setting of huge pages.",
-        epilog="Exit code: 0 drawn; 2 a RESULT is no report, or the figures cannot be written.",
+        epilog="Exit code: 0 drawn; 2 a RESULT is no report or has nothing to draw, or the "
+        "figures cannot be written.",
     )
     plot.add_argument("results", nargs="+", metavar="RESULT", type=Path, help="a report in JSON")
     plot.add_argument("--out", metavar="FOLDER", type=Path, default=Path(), help="where to (here)")
@@ -130,8 +131,8 @@ def _parser() -> Parser:
         help="measure this checkout against another revision",
         description="Builds another revision of this checkout, and the checkout as it is, and "
         "times an op of both in turn.",
-        epilog="Exit code: 0 nothing is slower; 1 something is, beyond threshold and noise; 2 the "
-        "command is wrong, or something could not be measured.",
+        epilog="Exit code: 0 nothing is slower; 1 something is, beyond threshold and noise, or "
+        "computes something wrong; 2 the command is wrong, or something could not be measured.",
     )
     compare.add_argument("op", metavar="OP", help="the op's name, e.g. mrope")
     compare.add_argument("--base", metavar="REV", required=True, help="e.g. main or HEAD~3")
@@ -204,8 +205,12 @@ def _add_what(parser: argparse.ArgumentParser) -> None:
 
 
 def _bench(args: argparse.Namespace) -> int:
-    from vlmops.bench import report, runner
+    from vlmops.bench import report, runner, shapes
 
+    if "list" in (args.model or ()):
+        runner.request(args.op)  # there is such an op
+        _answer(args, "\n".join(shapes.MODELS), {"models": list(shapes.MODELS)})
+        return 0
     request = runner.request(
         args.op,
         args.case,

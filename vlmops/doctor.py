@@ -12,12 +12,18 @@ import re
 import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 import vlmops
 from vlmops import _cpus, _library
+
+if TYPE_CHECKING:
+    from vlmops.survey import Inspection
+
+    _Looked = tuple[list[Inspection], str, list[Inspection]]
+    """Models, what was found in them, and those that rotted."""
 
 MINIMUM_TORCH = (2, 11)
 
@@ -25,6 +31,7 @@ VARIABLES = ("VLMOPS_CPU_ISA", "VLMOPS_LIBRARY")
 """Every environment variable that vlmops reads."""
 
 Grade = Literal["ok", "advice", "problem"]
+_GRADES: tuple[Grade, ...] = ("ok", "advice", "problem")
 _WIDTH = 100
 _HUGE_PAGES = "/sys/kernel/mm/transparent_hugepage/enabled"
 
@@ -82,21 +89,21 @@ def examine(all_sites: bool = False) -> list[Finding]:
     if needed or importlib.util.find_spec("transformers") is None:
         why = " and ".join(needed) or "transformers"
         return [*findings, Finding("sites", "advice", f"not looked for without {why}")]
-    return [*findings, _try("sites", _all_sites if all_sites else _sites)]
+    return [*findings, _try("sites", _all_sites if all_sites else _sites, "problem")]
 
 
-def _try(topic: str, check: Callable[[], Finding]) -> Finding:
+def _try(topic: str, check: Callable[[], Finding], failed: Grade = "advice") -> Finding:
     try:
         return check()
     except Exception as error:  # torch and transformers of any version, on any machine
         found = f"could not be examined: {type(error).__name__}: {error}"
-        return Finding(topic, "advice", found, "please report this")
+        return Finding(topic, failed, found, "please report this")
 
 
 def report(findings: Sequence[Finding]) -> str:
     """For people: one block per finding, and how many of each grade there are."""
     grades = [finding.grade for finding in findings]
-    counts = (f"{grades.count(grade)} {grade}" for grade in ("ok", "advice", "problem"))
+    counts = (f"{grades.count(grade)} {grade}" for grade in _GRADES)
     return "\n".join([*map(str, findings), "", ", ".join(counts)])
 
 
@@ -268,22 +275,34 @@ def _environment() -> Finding:
 
 
 def _sites() -> Finding:
-    from vlmops import survey
-    from vlmops.hf import targets
-
-    found = [survey.inspect(next(iter(family))) for family in targets.families()]
-    cells = "; ".join(f"{i.model_type}: {survey.cells(i)}" for i in found)
-    if not any(inspection.patched for inspection in found):
-        return Finding("sites", "problem", cells, "please report this with the versions above")
-    rotten = [i.model_type for i in found if i.report is None or i.refused]
-    if rotten:
-        remedy = f"please report this with the versions above: {', '.join(rotten)}"
-        return Finding("sites", "advice", cells, remedy)
-    return Finding("sites", "ok", cells)
+    return _graded(_families())
 
 
 def _all_sites() -> Finding:
     from vlmops import survey
 
-    found = list(survey.inspect_all())
-    return Finding("sites", "ok", f"{survey.summary(found)}; vlmops inspect --all says which")
+    every = list(survey.inspect_all())
+    says = f"{survey.summary(every)}; vlmops inspect --all says which"
+    # What is not built is transformers' affair: a package it wants, a default config of its own.
+    rotten = [i for i in every if i.verdict in ("refused", "patch failed")]
+    return _graded((every, says, rotten), _families())
+
+
+def _families() -> _Looked:
+    from vlmops import survey
+    from vlmops.hf import targets
+
+    found = [survey.inspect(next(iter(family))) for family in targets.families()]
+    says = "; ".join(f"{i.model_type}: {survey.cells(i)}" for i in found)
+    return found, says, [i for i in found if i.report is None or i.refused]
+
+
+def _graded(*looked: _Looked) -> Finding:
+    says = "; ".join(text for _, text, _ in looked)
+    remedy = "please report this with the versions above"
+    if not all(any(i.patched for i in found) for found, _, _ in looked):
+        return Finding("sites", "problem", says, remedy)
+    rotten = dict.fromkeys(i.model_type for _, _, some in looked for i in some)
+    if rotten:
+        return Finding("sites", "advice", says, f"{remedy}: {', '.join(rotten)}")
+    return Finding("sites", "ok", says)

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 import vlmops
+from vlmops import _library
 from vlmops.cli import CommandError
 from vlmops.hf.report import PatchReport
 
@@ -28,6 +29,8 @@ _MAPPINGS = (
     "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
     "MODEL_MAPPING_NAMES",
 )
+_MEASURED = ("linear",)
+"""Ops whose places are patched where measurements, or defaults of the machine, say so."""
 _ROPE = {"rope_type": "default", "rope_theta": 1e4}
 
 # What transformers' own default config of a type lacks to build a model, and why.
@@ -95,6 +98,8 @@ class Inspection:
     report: PatchReport | None = None
     problem: str = ""
     """Why there is no report."""
+    built: bool = True
+    """Whether there was a model to patch."""
 
     @property
     def patched(self) -> int:
@@ -105,7 +110,7 @@ class Inspection:
     def verdict(self) -> str:
         """One of `VERDICTS`."""
         if self.report is None:
-            return "not built"
+            return "patch failed" if self.built else "not built"
         if self.patched:
             return "patched"
         return "refused" if self.refused else "nothing to patch"
@@ -127,7 +132,7 @@ class Inspection:
         return f"{start}\n{self.report}"
 
 
-VERDICTS = ("patched", "refused", "nothing to patch", "not built")
+VERDICTS = ("patched", "refused", "nothing to patch", "patch failed", "not built")
 
 
 def inspect(model: str) -> Inspection:
@@ -141,6 +146,7 @@ def inspect(model: str) -> Inspection:
         CommandError: there is no such model, or its config cannot be read.
         ImportError: as `vlmops.patch`.
     """
+    _library.require()
     with _quiet():
         config, source = None, "default config"
         try:
@@ -151,8 +157,12 @@ def inspect(model: str) -> Inspection:
             raise
         except Exception as error:  # foreign code, asked for what nobody may have tried
             model_type = model if config is None else config.model_type
-            return Inspection(model_type, source, problem=_not_built(error))
-        return Inspection(config.model_type, source, vlmops.patch(built))
+            return Inspection(model_type, source, problem=_why("not built", error), built=False)
+        try:
+            return Inspection(config.model_type, source, vlmops.patch(built))
+        except Exception as error:  # ours; the other models are still worth looking at
+            problem = f"{_why('patch failed', error)}; please report this"
+            return Inspection(config.model_type, source, problem=problem)
 
 
 def model_types() -> list[str]:
@@ -190,10 +200,11 @@ def cells(inspection: Inspection) -> str:
 
 
 def markdown(inspections: list[Inspection]) -> str:
-    """The table of the README: a column per op, reasons below, the rest as lists."""
-    ops = sorted({row.op for i in inspections if i.report for row in i.report.rows})
+    """The table of the README, the same on every machine: a column per op, reasons below, lists."""
+    every = [_anywhere(inspection) for inspection in inspections]
+    ops = sorted({row.op for i in every if i.report for row in i.report.rows})
     by_verdict: dict[str, list[Inspection]] = {verdict: [] for verdict in VERDICTS}
-    for inspection in inspections:
+    for inspection in every:
         by_verdict[inspection.verdict].append(inspection)
     shown = by_verdict["patched"] + by_verdict["refused"]
     reasons = (row.reason for i in shown if i.report for row in i.report.rows if row.reason)
@@ -201,8 +212,8 @@ def markdown(inspections: list[Inspection]) -> str:
     nothing = ", ".join(i.model_type for i in by_verdict["nothing to patch"])
     return "\n".join(
         [
-            f"{summary(inspections)}. Numbers are calls in one forward pass of the type's default "
-            "config.",
+            f"{summary(every)}. Numbers are calls in one forward pass of the type's default "
+            "config; which of the linear layers that are found gain depends on the machine.",
             "",
             f"| model type | {' | '.join(ops)} |",
             f"|---|{'---|' * len(ops)}",
@@ -213,9 +224,22 @@ def markdown(inspections: list[Inspection]) -> str:
             "",
             *(f"- {note}: {reason}" for reason, note in notes.items()),
             f"- nothing to patch: {nothing or 'none'}",
-            *(f"- {i.model_type}: {i.problem}" for i in by_verdict["not built"]),
+            *(f"- {i.model_type}: {i.problem}" for i in every if i.report is None),
         ]
     )
+
+
+def _anywhere(inspection: Inspection) -> Inspection:
+    """With every place patched that would be on a machine where that is the faster."""
+    if inspection.report is None:
+        return inspection
+    rows = tuple(
+        dataclasses.replace(row, status="patched", reason="")
+        if row.op in _MEASURED and row.status in ("patched", "left alone")
+        else row
+        for row in inspection.report.rows
+    )
+    return dataclasses.replace(inspection, report=dataclasses.replace(inspection.report, rows=rows))
 
 
 def _cell(inspection: Inspection, op: str, notes: Mapping[str, str] | None = None) -> str:
@@ -228,6 +252,8 @@ def _cell(inspection: Inspection, op: str, notes: Mapping[str, str] | None = Non
     parts = []
     for (status, reason), count in sites.items():
         said = notes[reason] if notes and reason else reason
+        if notes is not None and op in _MEASURED and status == "patched":
+            status = "found"
         parts.append(f"{count or ''} {status}{f' ({said})' if said else ''}".strip())
     return ", ".join(parts) or "-"
 
@@ -284,8 +310,8 @@ def _model_class(config: Any) -> Any:
     )
 
 
-def _not_built(error: Exception) -> str:
-    message = f"not built: {type(error).__name__}: {_first_line(error)}"
+def _why(verdict: str, error: Exception) -> str:
+    message = f"{verdict}: {type(error).__name__}: {_first_line(error)}"
     if isinstance(error, ImportError):
         return message
     where = traceback.extract_tb(error.__traceback__)[-1]

@@ -4,11 +4,13 @@ import copy
 import functools
 import inspect
 import pickle
+from unittest.mock import ANY
 
 import pytest
 import torch
 from dispatch import CountOps
-from hf.tiny import build, inputs, run
+from hf import checks
+from hf.tiny import FAMILIES, build, inputs, row_of, run
 from torch import nn
 
 import vlmops
@@ -108,6 +110,39 @@ def test_with_mrope_rotation_stays_in_place(family):
     with torch.no_grad(), CountOps() as ran:
         run(model, batch)
     assert ran.counts["vlmops::mrope_"] == report.counts["mrope"] > 2
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_with_mrope_logits_and_gradients_agree(family):
+    """What `vlmops.patch(model)` does by default."""
+    model, batch = build(family), checks.batch_of(family, "several_images")
+    expected, grads = checks.gradients(model, batch)
+    report = vlmops.patch(model)
+    assert report.counts == {"mrope": sum(row_of(family).places.values()), "linear": ANY}
+    with CountOps() as ran:
+        got, our_grads = checks.gradients(model, batch)
+    assert ran.counts[ONEDNN] > 0
+    checks.assert_agree(got, expected, family)
+    checks.assert_gradients_agree(our_grads, grads)
+
+
+def test_an_op_without_a_site_leaves_the_others_unpatched():
+    model = nn.Sequential(nn.Linear(8, 8))
+    for call in (vlmops.patch, lambda *args, **kw: vlmops.patched(*args, **kw).__enter__()):
+        with pytest.raises(ValueError, match="'mrope' has no site"):
+            call(model, ops=["linear", "mrope"])
+        assert type(model[0]) is nn.Linear
+
+
+def test_unpatch_leaves_classes_that_others_put_on_top():
+    model = nn.Sequential(nn.Linear(8, 8))
+    vlmops.patch(model, ops=["linear"])
+    x = torch.randn(2, 8)
+    expected = model(x)
+    nn.utils.parametrizations.weight_norm(model[0])
+    with pytest.raises(RuntimeError, match="class of a Linear was replaced"):
+        vlmops.unpatch(model)
+    torch.testing.assert_close(model(x), expected)
 
 
 @families
@@ -249,8 +284,31 @@ def test_what_gains_nothing_is_left_alone(monkeypatch):
     model = nn.Sequential(nn.Linear(4, 3))
     report = vlmops.patch(model, ops=["linear"])  # asked for by name, and no error
     assert report.counts == {"linear": 0}
-    assert "as fast here" in the_row(report, "left alone").reason
+    assert the_row(report, "left alone").reason == "too small to gain"
     assert type(model[0]) is nn.Linear
+
+
+def test_reasons_tell_measured_from_not_measured(monkeypatch):
+    monkeypatch.setattr(site, "tune", lambda weights: list(weights))
+    sizes = [(8, 4), (1024, 1024), (1024, 1024), (1024, 1032), (1024, 1040)]
+    with torch.device("meta"):
+        model = nn.Sequential(*(nn.Linear(*size) for size in sizes))
+    key = torch.float32, 1040, 1024
+    monkeypatch.setitem(ways.measured, key, (False,) * len(FROM_ROWS))
+
+    def reasons(gains):
+        monkeypatch.setattr(site, "gains", lambda dtype, n, k: (dtype, n, k) in gains)
+        return {r.reason: r.sites for r in vlmops.patch(copy.deepcopy(model)).rows if r.sites}
+
+    assert reasons([]) == {
+        "measured: torch's own product is as fast here": 1,
+        "not measured: the default for this machine is torch's own": 3,
+        "too small to gain": 1,
+    }
+    assert reasons([key])[""] == 1
+    other = torch.float32, 1024, 1024
+    assert reasons([other])["not measured"] == 2
+    assert reasons([key, other])["2 not measured"] == 3
 
 
 def test_measures_what_has_values(monkeypatch):

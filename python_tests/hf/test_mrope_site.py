@@ -4,6 +4,7 @@ import copy
 import functools
 import inspect
 import sys
+import threading
 import types
 import warnings
 
@@ -17,7 +18,7 @@ from hf.tiny import build, run, stretched
 from torch import nn
 
 import vlmops
-from vlmops.hf import aliasing
+from vlmops.hf import aliasing, carry
 from vlmops.hf import patch as patching
 from vlmops.ops.mrope_spec import SPEC
 
@@ -415,6 +416,19 @@ def test_calls_that_the_kernel_cannot_serve_run_as_before():
         assert_agree(traced(embeds), decoder(inputs_embeds=embeds)[0], "traced")
 
 
+def test_a_model_that_moved_runs_as_before(monkeypatch):
+    """To a device that has no kernel."""
+    model, batch = build("qwen2_vl"), batch_of("several_images")
+    expected, grads = gradients(model, batch)
+    vlmops.patch(model)
+    monkeypatch.setattr(carry, "SERVED", ("meta",))
+    with CountOps() as ran:
+        got, our_grads = gradients(model, batch)
+    assert ran.counts["vlmops::mrope"] == 0
+    assert torch.equal(got, expected)
+    assert all(torch.equal(our_grads[name], grad) for name, grad in grads.items())
+
+
 def test_projections_of_two_dtypes():
     """Autocast around one of them: each is rotated in its own."""
     model, batch = build("qwen2_vl"), batch_of("text")
@@ -509,6 +523,47 @@ def test_layers_without_attention_are_left_alone():
         expected = run(model, batch).logits
         assert vlmops.patch(model).counts == {"mrope": LAYERS - 1 + TOWER}
         assert_agree(run(model, batch).logits, expected, "logits")
+
+
+class Gated(nn.Module):
+    """Looks like a norm, and wants more."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(8)), 1e-6
+
+    def forward(self, x, gate):
+        return x * gate * self.weight
+
+
+def scripted():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return torch.jit.script(nn.Identity())
+
+
+FOREIGN = {
+    "a large buffer": lambda m: m.register_buffer("mask", torch.ones(300, 300)),
+    "a gated norm": lambda m: m.add_module("gated", Gated()),
+    "TorchScript": lambda m: m.add_module("scripted", scripted()),
+}
+
+
+@pytest.mark.parametrize("add", FOREIGN.values(), ids=FOREIGN)
+def test_what_attention_modules_may_hold_besides(add):
+    """Refused with a reason, or no matter."""
+    model, batch = build("qwen3_vl"), checks.batch_of("qwen3_vl", "several_images")
+    expected = run(model, batch).logits
+    for layer in model.model.language_model.layers:
+        add(layer.self_attn)
+    assert vlmops.patch(model).counts["mrope"] > 0
+    assert_agree(run(model, batch).logits, expected, "logits")
+
+
+def test_a_rotary_module_that_cannot_be_copied_is_refused():
+    model = build("qwen2_vl")
+    model.model.language_model.rotary_emb.lock = threading.Lock()
+    assert "cannot be probed: TypeError" in refusal(model)
 
 
 def test_rotary_that_differs_is_refused():
@@ -718,6 +773,13 @@ def test_norms_with_hooks_run_themselves(before, which):
         norms_of(model)[which].register_forward_hook(halve)
     with torch.no_grad():
         assert_agree(run(model, batch).logits, run(plain, batch).logits, "logits")
+
+
+def test_norms_that_are_put_off_take_their_argument_by_name():
+    model = build("qwen3_vl")
+    vlmops.patch(model)
+    x = torch.randn(3, 16)
+    assert norms_of(model)[0](hidden_states=x) is x
 
 
 def test_norms_that_differ_are_not_fused():

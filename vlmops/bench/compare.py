@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from vlmops import _cpus
-from vlmops.bench import BenchError, runner
+from vlmops.bench import BenchError, measure, runner
 from vlmops.bench.measure import Request
 from vlmops.bench.timer import ATTEMPTS, ENOUGH, SHORTEST_SAMPLE
 
@@ -44,7 +44,7 @@ def run(
     threshold: float = 1.05,
     launches: int = LAUNCHES,
 ) -> dict[str, Any]:
-    """Compares; the result is ready for JSON.
+    """Compares; the result is ready for JSON. What computes something wrong is not timed.
 
     Args:
         base: The revision to compare with, as git names it.
@@ -54,24 +54,26 @@ def run(
         launches: Pairs of processes.
 
     Raises:
-        BenchError: no checkout, no such revision, a failed build, or a process that died.
+        BenchError: no checkout, no such revision or instruction set, a failed build, a wrong
+            result, or a process that died.
     """
     env = runner.bound(request.isa, threads)
     env.pop("VLMOPS_LIBRARY", None)  # each revision's own
     root = _checkout()
-    commit = _git(root, "rev-parse", "--verify", "--quiet", f"{base}^{{commit}}")
+    commit = _git(root, "rev-parse", "--verify", "--quiet", f"{base}^{{commit}}", check=False)
     if not commit:
         raise BenchError(f"--base: expected a revision of {root}, got {base!r}")
     found: dict[Key, list[Times | None]] = {}
     with tempfile.TemporaryDirectory(prefix="vlmops-compare-") as name:
         folder = Path(name)
         sites = [folder / "base-site", folder / "new-site"]
-        _git(root, "worktree", "add", "--quiet", "--detach", str(folder / "base"), commit)
         try:
+            _git(root, "worktree", "add", "--quiet", "--detach", str(folder / "base"), commit)
             build(folder / "base", sites[0])
-        finally:
-            _git(root, "worktree", "remove", "--force", str(folder / "base"))
+        finally:  # whatever is there: why nothing is must not be hidden
+            _git(root, "worktree", "remove", "--force", str(folder / "base"), check=False)
         build(root, sites[1])
+        isa = _gate(request, sites[1], env)
         for launch in range(launches):
             _progress(f"launch {launch + 1} of {launches}")
             for key, times in _launch(request, sites, env, new_first=launch % 2 == 1):
@@ -83,6 +85,7 @@ def run(
         **runner.commit(),
         "op": request.op,
         "device": _cpus.name(),
+        "isa": isa,
         "threads": int(env["OMP_NUM_THREADS"]),
         "threshold": threshold,
         "launches": launches,
@@ -117,7 +120,8 @@ def table(result: Mapping[str, Any]) -> str:
     """The result, for people."""
     width = max(12, *(len(row["case"]) + 2 for row in result["rows"]))
     lines = [
-        f"{result['op']} on {result['device']}, threads: {result['threads']}, bound; "
+        f"{result['op']} on {result['device']}, {result['isa']['vlmops']} "
+        f"(torch: {result['isa']['torch']}), threads: {result['threads']}, bound; "
         f"{result['launches']} launches",
         f"base {result['base'][:10]}, new {result['commit'][:10]}"
         f"{' with changes' if result['dirty'] else ''}",
@@ -146,11 +150,12 @@ def _checkout() -> Path:
     return Path(_git(package, "rev-parse", "--show-toplevel"))
 
 
-def _git(folder: Path, *args: str) -> str:
-    """What git prints; nothing if ``rev-parse --quiet`` finds nothing."""
+def _git(folder: Path, *args: str, check: bool = True) -> str:
+    """What git prints; without check, perhaps nothing."""
     told = subprocess.run(["git", *args], cwd=folder, capture_output=True, text=True, check=False)
-    if told.returncode != 0 and "--quiet" not in args[:3]:
-        raise BenchError(f"git {args[0]} failed: {told.stderr.strip()}", code=1)
+    if check and told.returncode != 0:
+        command = " ".join(args[:2])
+        raise BenchError(f"git {command} failed: {told.stderr.strip()}", code=1)
     return told.stdout.strip()
 
 
@@ -197,6 +202,20 @@ class _Worker:
             raise BenchError(runner.death(self._process.wait()), code=1)
         time.sleep(_SETTLE)
         return json.loads(answer)
+
+
+def _gate(request: Request, site: Path, env: Mapping[str, str]) -> dict[str, str]:
+    """Checks the new revision's results, in a process of its own; its instruction sets."""
+    with _Worker(site, env) as new:
+        isa: dict[str, str] = new.ask(isa=True)
+        measure.require_isa(request.isa, isa["vlmops"])
+        for dtype in request.dtypes:
+            for case in request.cases:
+                _progress(f"{case} {dtype}: checking")
+                wrong = new.ask(gate={"op": request.op, "case": case, "dtype": dtype})
+                if wrong is not None:
+                    raise BenchError(wrong, code=1)
+    return isa
 
 
 def _launch(

@@ -1,7 +1,8 @@
 """Runs one revision's op for `compare`: a process of its own, told what to do in lines of JSON.
 
 Started as ``python compare_worker.py SITE``, with the revision's package in the folder SITE. Of
-that package it uses no more than the op's SPEC, so that it serves revisions older than itself.
+that package it times no more than the op's SPEC has, so that it serves revisions older than
+itself; the gate is for the new revision alone.
 """
 
 from __future__ import annotations
@@ -44,15 +45,38 @@ def main(site: str) -> None:
 
     for line in sys.stdin:
         request = json.loads(line)
-        if "case" in request:
+        answer: Any
+        if "isa" in request:
+            capability = torch.backends.cpu.get_cpu_capability()
+            answer = {"vlmops": vlmops.cpu_isa(), "torch": capability}
+        elif "gate" in request:
+            answer = _wrong(**request["gate"])
+        elif "case" in request:
             calls.clear()  # before the next inputs take memory
             calls.update(_calls(**request))
-            answer: Any = {
+            answer = {
                 name: min(sample(*pair, 1)[0] for _ in range(3)) for name, pair in calls.items()
             }
         else:
             answer = sample(*calls[request["variant"]], request["repeats"])
         print(json.dumps(answer), file=answers, flush=True)
+
+
+def _wrong(op: str, case: str, dtype: str) -> str | None:
+    """What is wrong with the results of a case, if anything is."""
+    import torch
+
+    from vlmops import ops
+    from vlmops.bench import BenchError, measure
+
+    spec = ops.spec(op)
+    torch.manual_seed(0)
+    args = spec.bench[case].make(getattr(torch, dtype), torch.device("cpu"))
+    try:
+        measure.admitted(spec, f"{case} {dtype}", args)
+    except BenchError as error:
+        return str(error)
+    return None
 
 
 def _load_timer() -> Any:

@@ -97,7 +97,7 @@ def measure_case(
     name = f"{case.name} {dtype_name}"
     args = case.make(dtype, device)
     _progress(f"{name}: checking" + (" and compiling" if request.compile else ""))
-    variants = _variants(spec, name, args, request.compile)
+    variants = admitted(spec, name, args, request.compile)
 
     moved = case.moved(args)
     calls = {**_floors(moved), **variants.calls}
@@ -132,7 +132,19 @@ def _floors(moved: Sequence[Tensor]) -> dict[Key, Call]:
     return {("floor", "copy"): copy, ("floor", "clone"): lambda: [t.clone() for t in moved]}
 
 
-def _variants(spec: Spec, case: str, args: Arguments, compiled: bool) -> Variants:
+@torch.no_grad()
+def admitted(spec: Spec, case: str, args: Arguments, compiled: bool = False) -> Variants:
+    """The ways to compute a case, each of which has computed it once.
+
+    Args:
+        spec: The op.
+        case: What errors call it.
+        args: Of the op.
+        compiled: Whether torch.compile is among them.
+
+    Raises:
+        BenchError: ours or eager computes something wrong, code 1.
+    """
     eager = spec.eager_for(args)
     functions = {"vlmops": spec.function, "eager": eager}
     if compiled:
@@ -270,6 +282,12 @@ def environment(device: torch.device) -> dict[str, Any]:
     }
 
 
+def require_isa(asked: str | None, got: str) -> None:
+    """Raises BenchError if the cap that was asked for is above what the machine has."""
+    if asked not in (None, got):
+        raise BenchError(f"--isa: this machine has no {asked}; its best is {got}")
+
+
 def _progress(line: str) -> None:
     print(f"vlmops bench: {line}", file=sys.stderr, flush=True)
 
@@ -280,9 +298,7 @@ def main(argv: Sequence[str]) -> int:
     device = torch.device("cpu")
     try:
         result = environment(device)
-        best = result["isa"]["vlmops"]
-        if request.isa not in (None, best):
-            raise BenchError(f"--isa: this machine has no {request.isa}; its best is {best}")
+        require_isa(request.isa, result["isa"]["vlmops"])
         result["rows"] = measure(request, ops.spec(request.op), device)
     except BenchError as error:
         result = {"error": str(error), "code": error.code}

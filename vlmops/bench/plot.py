@@ -27,6 +27,9 @@ COLORS = {
 _OTHERS = ("#009E73", "#CC79A7", "#F0E442")
 _WIDTH, _HEIGHT, _LEFT, _TOP, _GAP_X, _GAP_Y = 360, 240, 70, 80, 80, 70
 
+_DRAWN = "vlmops bench OP --json"
+_NEEDED = {"case", "dtype", "thp_mem_alloc", "direction", "variant", "bytes"}
+
 Points = list[tuple[float, float]]
 
 
@@ -70,18 +73,23 @@ class Axis:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """A report that ``vlmops bench --json PATH`` wrote.
+    """A report that ``vlmops bench OP --json PATH`` wrote.
 
     Raises:
-        BenchError: it is not one.
+        BenchError: it is not one, or nothing in it was measured.
     """
     try:
         report: dict[str, Any] = json.loads(path.read_text())
         schema = report["schema"] if "rows" in report else None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise BenchError(f"{path}: expected a report of vlmops bench --json ({error})") from error
+        raise BenchError(f"{path}: expected a report of {_DRAWN} ({error})") from error
     if schema != SCHEMA:
         raise BenchError(f"{path}: expected a report of schema {SCHEMA}, got {schema}")
+    if "kind" in report or not all(row.keys() >= _NEEDED for row in report["rows"]):
+        kind = report.get("kind", f"another that measured {report.get('op')}")
+        raise BenchError(f"{path}: expected a report of {_DRAWN}, got one of {kind}")
+    if not any("median_ms" in row for row in report["rows"]):
+        raise BenchError(f"{path}: nothing in it was measured, so nothing is drawn; measure again")
     return report
 
 

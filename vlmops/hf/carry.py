@@ -25,6 +25,8 @@ from vlmops.hf.norms import Deferred, Norms, Study
 from vlmops.hf.rotary import Apply, Layout, LayoutKey
 from vlmops.ops.mrope import Rotation, mrope, mrope_
 
+SERVED = ("cpu", "meta")
+
 Layouts = Mapping[LayoutKey, Layout]
 
 
@@ -93,7 +95,8 @@ def rotary_forward(original: Any, layouts: Layouts) -> Callable[..., Any]:
     def forward(self: Any, x: Tensor, position_ids: Tensor, layer_type: str | None = None) -> Any:
         given = () if layer_type is None else (layer_type,)
         served = (
-            x.dtype in (torch.float32, torch.bfloat16, torch.float16)
+            x.device.type in SERVED  # a model may move after it was patched
+            and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
             and not position_ids.is_floating_point()
             and not torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
             and not self._forward_hooks  # they expect cosines and sines
@@ -110,6 +113,8 @@ def _table_forward(original: Any) -> Callable[..., Any]:
     @torch.no_grad()
     def forward(self: Any, x: Tensor) -> Tensor:
         table: Tensor = original(self, x)
+        if table.device.type not in SERVED:
+            return table
         if torch.jit.is_tracing() or self._forward_hooks:  # type: ignore[attr-defined, no-untyped-call]
             return table
         ids, inv_freq = rotary.factor_table(table)

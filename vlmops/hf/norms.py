@@ -71,10 +71,10 @@ def study(attention: Any, apply: Apply, packed: bool) -> Study:
         packed: See `rehearsal.run`.
     """
     kinds = {name: kind for name, m in attention.named_children() if (kind := _rms_norm(m))}
-    made = rehearsal.twin(attention)
-    for value, name in enumerate(kinds, start=1):
-        made._modules[name] = _Marker(value)
     try:
+        made = rehearsal.twin(attention)
+        for value, name in enumerate(kinds, start=1):
+            made._modules[name] = _Marker(value)
         calls = _arrivals(made, apply, packed)
     except rehearsal.ImpossibleError as reason:
         return Study(1, False, str(reason) if kinds else None)
@@ -142,16 +142,19 @@ def _rms_norm(module: nn.Module) -> tuple[float, float] | None:
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if not isinstance(eps, float) or original_class(module):
         return None
-    made = rehearsal.twin(module)
     # Small numbers too, where eps counts.
     x = torch.randn(8, len(weight), generator=torch.Generator().manual_seed(0))
     x = x * torch.logspace(-5, 1, 8)[:, None]
-    with torch.no_grad():
-        got = made(x)
-        plain = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
-        for offset in (0.0, 1.0):
-            if torch.allclose(got, plain * (offset + made.weight), rtol=1e-4, atol=1e-7):
-                return eps, offset
+    try:
+        made = rehearsal.twin(module)
+        with torch.no_grad():
+            got = made(x)
+            plain = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+            for offset in (0.0, 1.0):
+                if torch.allclose(got, plain * (offset + made.weight), rtol=1e-4, atol=1e-7):
+                    return eps, offset
+    except Exception:  # foreign code that wants more than x is no norm, whatever it raises
+        return None
     return None
 
 
@@ -175,8 +178,10 @@ def deferring_class(norm: nn.Module) -> type[nn.Module]:
     original: Any = type(norm)
 
     def make_forward(_: str) -> Callable[..., Any]:
-        def forward(self: Any, hidden_states: Tensor) -> Any:
-            return hidden_states if defers(self) else original.forward(self, hidden_states)
+        def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if defers(self) and len(args) + len(kwargs) == 1:
+                return args[0] if args else next(iter(kwargs.values()))
+            return original.forward(self, *args, **kwargs)
 
         forward.__signature__ = inspect.signature(original.forward)  # type: ignore[attr-defined]
         return forward

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from vlmops import _library
-from vlmops.hf.rebind import original_class
+from vlmops.hf.rebind import original_class, was_patched
 from vlmops.hf.report import PatchReport, Row, Status
 from vlmops.hf.sites import AlreadyPatched, LeftAlone, Refused, Site, all_sites
 from vlmops.hf.targets import Expected, expected_places
@@ -65,7 +65,7 @@ def unpatch(model: nn.Module) -> int:
         RuntimeError: another library has wrapped what `patch` put there; nothing is restored.
     """
     _require_module(model)
-    return _restore([m for m in model.modules() if original_class(m) is not None])
+    return _restore([m for m in model.modules() if was_patched(m)])
 
 
 @contextlib.contextmanager
@@ -100,15 +100,17 @@ def _patch(
             with _where_probes_run():
                 found = _patch_site(model, sites[op], verify, changed)
             rows += found or [Row(op, "", "", 0, "", "not present")]
+        rows += _missing(model, rows)
+        report = PatchReport(type(model).__name__, tuple(rows))
+        for op in ops or ():
+            left_alone = any(row.op == op and row.status == "left alone" for row in rows)
+            if report.counts[op] == 0 and not left_alone:
+                raise ValueError(
+                    f"ops: {op!r} has no site that can be patched in this model\n{report}"
+                )
     except BaseException:
         _restore(changed)
         raise
-    rows += _missing(model, rows)
-    report = PatchReport(type(model).__name__, tuple(rows))
-    for op in ops or ():
-        left_alone = any(row.op == op and row.status == "left alone" for row in rows)
-        if report.counts[op] == 0 and not left_alone:
-            raise ValueError(f"ops: {op!r} has no site that can be patched in this model\n{report}")
     return report, changed
 
 
@@ -186,10 +188,15 @@ def _missing(model: nn.Module, rows: list[Row]) -> list[Row]:
 
 def _restore(modules: list[nn.Module]) -> int:
     for module in modules:
-        if original_class(module) is not None and "forward" in vars(module):
+        what = None
+        if original_class(module) is None and was_patched(module):
+            what = f"class of a {type(module).__bases__[0].__name__}"
+        elif original_class(module) is not None and "forward" in vars(module):
+            what = f"forward of a {type(module).__name__}"
+        if what is not None:
             raise RuntimeError(
-                f"the forward of a {type(module).__name__} was replaced on the instance after "
-                "vlmops patched it; undo that first, then call vlmops.unpatch"
+                f"the {what} was replaced on the instance after vlmops patched it; undo that "
+                "first, then call vlmops.unpatch"
             )
     for module in modules:
         original = original_class(module)

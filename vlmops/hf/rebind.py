@@ -82,13 +82,19 @@ def subclass(
 
 
 def original_class(module: nn.Module) -> type[nn.Module] | None:
-    """The class that a patched module had, or None if the module is not patched."""
-    return getattr(type(module), _ORIGINAL, None)
+    """The class that a patched module had, or None if the module's class is not one of ours."""
+    return vars(type(module)).get(_ORIGINAL)
+
+
+def was_patched(module: nn.Module) -> bool:
+    """Whether a module is patched, even if somebody put a class of their own on top since."""
+    return hasattr(type(module), _ORIGINAL)
 
 
 def _reduce_to_original(self: nn.Module, protocol: Any) -> Any:
     # What is pickled loads without vlmops, as a module of the original class.
-    return copyreg._reconstructor, (original_class(self), object, None), self.__dict__  # type: ignore[attr-defined]
+    original = getattr(type(self), _ORIGINAL)
+    return copyreg._reconstructor, (original, object, None), self.__dict__  # type: ignore[attr-defined]
 
 
 def _copy(self: nn.Module) -> nn.Module:
@@ -107,6 +113,8 @@ def _deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
 def changed(module: nn.Module) -> str | None:
     """What somebody did to a module's forward that patching would undo."""
     name = type(module).__name__
+    if was_patched(module) and not original_class(module):
+        return f"{name}'s class was replaced after vlmops patched it; undo that, then patch"
     if original_class(module):
         return f"some of its {name} modules are patched and others are not"
     if "forward" in vars(module):

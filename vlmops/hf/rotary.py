@@ -100,9 +100,15 @@ def is_rotary(module: nn.Module) -> bool:
     """Whether a module has frequencies, or a table of rotations, and the signature for them."""
     if any(True for _ in module.children()):
         return False
-    if list(inspect.signature(type(module).forward).parameters) in _SIGNATURES:
+    if _parameters(module) in _SIGNATURES:
         return bool(_frequencies(module))
     return table_of(module) is not None
+
+
+def _parameters(module: nn.Module) -> list[str]:
+    """Of a module's forward; none where it has no signature, as in TorchScript."""
+    forward = inspect.getattr_static(type(module), "forward")
+    return list(inspect.signature(forward).parameters) if inspect.isfunction(forward) else []
 
 
 def table_of(module: nn.Module) -> Tensor | None:
@@ -112,13 +118,12 @@ def table_of(module: nn.Module) -> Tensor | None:
     does not turn.
     """
     buffers = [b for b in module.buffers(recurse=False) if b.is_complex() and b.dim() == 3]
-    parameters = inspect.signature(type(module).forward).parameters
-    return buffers[0] if len(buffers) == 1 and len(parameters) == 2 else None
+    return buffers[0] if len(buffers) == 1 and len(_parameters(module)) == 2 else None
 
 
 def layer_types(rotary: nn.Module) -> list[str | None]:
     """The values of ``layer_type`` that a module knows; [None] if it takes none."""
-    if "layer_type" not in inspect.signature(type(rotary).forward).parameters:
+    if "layer_type" not in _parameters(rotary):
         return [None]
     names = list(_frequencies(rotary))
     return [None if name == "inv_freq" else name.removesuffix("_inv_freq") for name in names]
@@ -145,13 +150,14 @@ def read_layouts(rotary: Any, apply: Apply) -> dict[LayoutKey, Layout] | str:
     """The layouts of a rotary module together with the function that rotates.
 
     Args:
-        rotary: From `on_cpu`; its frequencies are overwritten.
+        rotary: The module, of which a copy is probed.
         apply: The function.
 
     Returns:
         (layer_type, number of axes in position_ids) -> layout, or what is unusual.
     """
     try:
+        rotary = on_cpu(rotary)
         if table_of(rotary) is not None:
             return {(None, 0): _read_table(rotary, apply)}
         layouts = {}

@@ -150,8 +150,13 @@ def wins(dtype: torch.dtype, n: int, k: int) -> Wins:
     """For each of `FROM_ROWS`, whether a weight ``[n, k]`` goes the alternative's way."""
     found = measured.get((dtype, n, k))
     if found is None:
-        found = _default(dtype if n * k >= _SMALL else None)
+        found = _default(None if is_small(n, k) else dtype)
     return found
+
+
+def is_small(n: int, k: int) -> bool:
+    """Whether a weight ``[n, k]`` that nobody measured is left to F.linear for its size alone."""
+    return n * k < _SMALL
 
 
 @functools.cache

@@ -16,7 +16,14 @@ from torch import Tensor, nn
 
 from vlmops.hf.rebind import original_class, subclass
 from vlmops.hf.sites import AlreadyPatched, LeftAlone, Place, Refused, Site
-from vlmops.ops.linear import alternative, has_alternative, linear, reference
+from vlmops.ops.linear import (
+    alternative,
+    has_alternative,
+    is_small,
+    linear,
+    measured,
+    reference,
+)
 from vlmops.ops.linear_tuning import gains, tune
 
 _TOLERANCE = 1e-4  # beyond rounding the result: float32 sums are off by 1e-6 to 6e-6
@@ -30,17 +37,34 @@ def find(model: nn.Module) -> Iterator[Place | Refused | AlreadyPatched]:
     refusals = {m: _refusal(m) for m in linears if m not in set(patched)}
     served: list[Any] = [m for m, reason in refusals.items() if reason is None]
     tune(m.weight for m in served if m.weight.device.type == "cpu")  # not from meta: no values
-    gainful = [m for m in served if gains(m.weight.dtype, *m.weight.shape)]
+    gainful = [m for m in served if gains(*_class(m))]
 
     if patched:
         yield AlreadyPatched(Place("", "Linear", len(patched), backend=_backend(patched)))
     if gainful:
-        yield Place("", "Linear", len(gainful), gainful, _backend(gainful))
-    if len(served) > len(gainful):
-        count = len(served) - len(gainful)
-        yield LeftAlone(Place("", "Linear", count), "torch's own product is as fast here")
+        guessed = sum(_class(m) not in measured for m in gainful)
+        note = f"{f'{guessed} ' if guessed < len(gainful) else ''}not measured" if guessed else ""
+        yield Place("", "Linear", len(gainful), gainful, _backend(gainful), note)
+    others = Counter(_why_not(m) for m in set(served).difference(gainful))
+    for reason, count in sorted(others.items()):
+        yield LeftAlone(Place("", "Linear", count), reason)
     for reason, count in Counter(filter(None, refusals.values())).items():
         yield Refused(Place("", "Linear", count), reason)
+
+
+def _class(module: Any) -> tuple[torch.dtype, int, int]:
+    n, k = module.weight.shape
+    return module.weight.dtype, n, k
+
+
+def _why_not(module: Any) -> str:
+    """Why a linear layer that can be served is left alone."""
+    key = _class(module)
+    if key in measured:
+        return "measured: torch's own product is as fast here"
+    if is_small(*key[1:]):
+        return "too small to gain"
+    return "not measured: the default for this machine is torch's own"
 
 
 def _backend(modules: list[Any]) -> str:

@@ -108,8 +108,10 @@ def _study(module: nn.Module, apply: Apply) -> _Attention:
 
 
 def _note(attentions: tuple[_Attention, ...]) -> str:
-    """What the report says of the norms."""
+    """What the report says of the norms, and of what was compared."""
     notes = []
+    if not all(a.study.rehearsed for a in attentions):
+        notes.append("not rehearsed: rotated out of place")
     for found in dict.fromkeys(a.study.norms for a in attentions):
         if isinstance(found, Norms):
             notes.append(f"with {found.q} and {found.k}")
@@ -128,7 +130,8 @@ def _below(holder: nn.Module, holders: set[int]) -> Iterator[nn.Module]:
 
 def _forward(module: nn.Module) -> Any:
     """The model's own forward, without decorators; None for C++ and TorchScript."""
-    forward: Any = inspect.unwrap((original_class(module) or type(module)).forward)
+    forward: Any = inspect.getattr_static(original_class(module) or type(module), "forward")
+    forward = inspect.unwrap(forward)
     return forward if inspect.isfunction(forward) else None
 
 
@@ -183,7 +186,7 @@ def _examine(rotaries: list[nn.Module], attentions: tuple[_Attention, ...]) -> _
     layouts: dict[nn.Module, Layouts] = {}
     for module in rotaries:
         for apply in {a.apply for a in attentions}:
-            read = rotary.read_layouts(rotary.on_cpu(module), apply)
+            read = rotary.read_layouts(module, apply)
             if isinstance(read, str):
                 return read
             if layouts.setdefault(module, read) != read:
