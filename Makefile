@@ -31,12 +31,14 @@ demo: setup
 
 # Suite and seconds that it may take on two slow cores; .ci/suite says what it took.
 test: setup
-	.ci/suite lint 60 $(MAKE) --no-print-directory lint
+	.ci/suite lint 120 $(MAKE) --no-print-directory lint
 	.ci/suite contract 300 $(BIN)/python -m pytest -q python_tests/test_contract.py python_tests/ops
+	# Compiles the emulator first: 30 s of processor time.
+	.ci/suite emulator 180 $(BIN)/python -m pytest -q python_tests/emulator
 	# One thread: the models are tiny, a second one only waits.
 	OMP_NUM_THREADS=1 .ci/suite hf 360 $(BIN)/python -m pytest -q python_tests/hf
 	.ci/suite tools 240 $(BIN)/python -m pytest -q --ignore=python_tests/ops \
-	  --ignore=python_tests/hf --ignore=python_tests/test_contract.py
+	  --ignore=python_tests/hf --ignore=python_tests/emulator --ignore=python_tests/test_contract.py
 
 # Patching with the oldest transformers that vlmops supports and with the newest, each in an
 # environment of its own over .venv.
@@ -57,7 +59,8 @@ families: .venv-oldest/built .venv-newest/built
 lint: setup
 	$(BIN)/ruff check $(PYTHON_FILES)
 	$(BIN)/ruff format --check $(PYTHON_FILES)
-	$(BIN)/clang-format --dry-run --Werror $$(find csrc -name '*.h' -o -name '*.cpp' -o -name '*.c')
+	$(BIN)/clang-format --dry-run --Werror $$(find csrc -name '*.h' -o -name '*.cpp' -o -name '*.c' \
+	  -o -name '*.cu' -o -name '*.cuh')
 	$(BIN)/mypy
 
 tables: setup
@@ -71,6 +74,7 @@ bench: setup
 
 mutants: setup
 	$(BIN)/python python_tests/mutate.py
+	$(BIN)/python python_tests/emulator/mutate.py
 
 clean:
 	rm -rf .venv .venv-oldest .venv-newest build

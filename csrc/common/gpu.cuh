@@ -30,7 +30,7 @@
 #include <cuda_runtime.h>
 
 #define VLMOPS_SHARED(T, name, n) __shared__ __align__(16) T name[n]
-#define VLMOPS_DYNAMIC_SHARED(T, name)                                  \
+#define VLMOPS_DYNAMIC_SHARED(T, name)                                   \
   extern __shared__ __align__(16) unsigned char vlmops_dynamic_shared[]; \
   T* const name = reinterpret_cast<T*>(vlmops_dynamic_shared)
 #define VLMOPS_CHECK_ALIGNED(p, bytes)
@@ -41,15 +41,19 @@ namespace vlmops {
 template <class... Parameters, class... Arguments>
 inline int launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
                   void* stream, Arguments&&... arguments) {
-  kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(stream)>>>(
-      static_cast<Arguments&&>(arguments)...);
-  return static_cast<int>(cudaGetLastError());
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = static_cast<cudaStream_t>(stream);
+  return static_cast<int>(
+      cudaLaunchKernelEx(&config, kernel, static_cast<Arguments&&>(arguments)...));
 }
 
 template <class... Parameters>
 inline int allow_dynamic_shared(void (*kernel)(Parameters...), size_t bytes) {
-  return static_cast<int>(cudaFuncSetAttribute(
-      kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)));
+  return static_cast<int>(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                               static_cast<int>(bytes)));
 }
 
 inline int device_attribute(cudaDeviceAttr attribute) {
@@ -127,7 +131,8 @@ __device__ __forceinline__ void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-// c [16, 8] += a [16, 8] b [8, 8]; a and b are float32 bits of which the machine reads the upper 19.
+// c [16, 8] += a [16, 8] b [8, 8]; a and b are float32 bits of which the machine reads the
+// upper 19.
 __device__ __forceinline__ void mma_m16n8k8_tf32(float (&c)[4], const uint32_t (&a)[4],
                                                  const uint32_t (&b)[2]) {
   asm volatile(

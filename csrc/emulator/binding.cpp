@@ -1,5 +1,5 @@
-// The Python modules vlmops_emulator_fast and _checked: for tests, not part of the wheel. Pointers are plain integers
-// (tensor.data_ptr()), so that it needs no torch.
+// The Python modules vlmops_emulator_fast and _checked: for tests, not part of the wheel. Pointers
+// are plain integers (tensor.data_ptr()), so that it needs no torch.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -45,7 +45,8 @@ static void define(py::module_& m) {
   m.def("cases", &case_names, "Names of the emulator's own test kernels.");
   m.def("run_case", &run_case, py::arg("name"), py::arg("buffers"), py::arg("sizes"),
         py::call_guard<py::gil_scoped_release>(),
-        "Launches a test kernel on data pointers and sizes. Raises RuntimeError with what went wrong.");
+        "Launches a test kernel on data pointers and sizes. Raises RuntimeError with what went "
+        "wrong.");
   m.def(
       "register_buffer",
       [](uintptr_t p, size_t bytes, const std::string& name, bool read_only) {
@@ -58,8 +59,9 @@ static void define(py::module_& m) {
         "The device that launchers see: 80, 86, 89, 90, 100, 120.");
   m.def("set_host_threads", &set_host_threads, py::arg("n"), "0: as many as the machine has.");
   m.def("last_error", [] { return std::string(last_error()); });
-  m.def("cuda_kernels", [] { return reinterpret_cast<uintptr_t>(vlmops_cuda_kernels()); },
-        "Address of the table of launchers, the one that libvlmops takes.");
+  m.def(
+      "cuda_kernels", [] { return reinterpret_cast<uintptr_t>(vlmops_cuda_kernels()); },
+      "Address of the table of launchers, the one that libvlmops takes.");
 }
 
 // Two names, since Python knows modules by name: either can be loaded beside the other.

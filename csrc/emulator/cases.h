@@ -34,7 +34,7 @@ struct RegisterCase : Case {
 }  // namespace vlmops::emulator
 
 // VLMOPS_CASE(name) { return launch(..); } with `arguments` in scope.
-#define VLMOPS_CASE(name)                                                                        \
-  static int name##_case(const ::vlmops::emulator::Arguments& arguments);                        \
-  static const ::vlmops::emulator::RegisterCase name##_registered(#name, &name##_case);          \
+#define VLMOPS_CASE(name)                                                               \
+  static int name##_case(const ::vlmops::emulator::Arguments& arguments);               \
+  static const ::vlmops::emulator::RegisterCase name##_registered(#name, &name##_case); \
   static int name##_case(const ::vlmops::emulator::Arguments& arguments)

@@ -15,9 +15,10 @@
 #define VLMOPS_GRID_CONSTANT
 #define __launch_bounds__(...)
 
-#define VLMOPS_SHARED(T, name, n)                                                  \
-  static char name##_key_;                                                         \
-  T(&name)[n] = *static_cast<::vlmops::emulator::ArrayOf<T, n>*>(                  \
+#define VLMOPS_SHARED(T, name, n)                         \
+  static char name##_key_;                                \
+  T(&name)                                                \
+  [n] = *static_cast<::vlmops::emulator::ArrayOf<T, n>*>( \
       ::vlmops::emulator::shared_array(&name##_key_, #name, sizeof(T) * (n)))
 #define VLMOPS_DYNAMIC_SHARED(T, name) \
   T* const name = static_cast<T*>(::vlmops::emulator::dynamic_shared())
@@ -81,7 +82,16 @@ inline unsigned ballot(unsigned mask, bool predicate, const char* file, int line
 
 }  // namespace vlmops::emulator
 
-inline void __syncthreads(VLMOPS_HERE) { vlmops::emulator::sync_threads(file, line); }
+inline void __syncthreads(VLMOPS_HERE) { vlmops::emulator::sync_threads(false, file, line); }
+inline int __syncthreads_count(int predicate, VLMOPS_HERE) {
+  return vlmops::emulator::sync_threads(predicate != 0, file, line);
+}
+inline int __syncthreads_or(int predicate, VLMOPS_HERE) {
+  return vlmops::emulator::sync_threads(predicate != 0, file, line) != 0;
+}
+inline int __syncthreads_and(int predicate, VLMOPS_HERE) {
+  return vlmops::emulator::sync_threads(predicate == 0, file, line) == 0;
+}
 inline void __syncwarp(unsigned mask = 0xffffffffu, VLMOPS_HERE) {
   using namespace vlmops::emulator;
   collective(Collective::kSyncWarp, mask, nullptr, nullptr, file, line);
@@ -180,8 +190,8 @@ inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __clz(int x) { return x == 0 ? 32 : __builtin_clz(static_cast<unsigned>(x)); }
 inline int __ffs(int x) { return __builtin_ffs(x); }
 
-#define VLMOPS_MIN_MAX(T)                                \
-  inline T min(T x, T y) { return y < x ? y : x; }       \
+#define VLMOPS_MIN_MAX(T)                          \
+  inline T min(T x, T y) { return y < x ? y : x; } \
   inline T max(T x, T y) { return x < y ? y : x; }
 VLMOPS_MIN_MAX(int)
 VLMOPS_MIN_MAX(unsigned)

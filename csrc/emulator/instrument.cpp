@@ -57,8 +57,8 @@ void __tsan_func_entry(void*) {}
 void __tsan_func_exit() {}
 
 // 16 bytes need not be one access: two doubles are 8-byte aligned. Packs check themselves.
-#define VLMOPS_ACCESS(bytes, alignment)                                                           \
-  void __tsan_read##bytes(void* p) { on_access(p, bytes, alignment, Access::kRead, PC); }         \
+#define VLMOPS_ACCESS(bytes, alignment)                                                   \
+  void __tsan_read##bytes(void* p) { on_access(p, bytes, alignment, Access::kRead, PC); } \
   void __tsan_write##bytes(void* p) { on_access(p, bytes, alignment, Access::kWrite, PC); }
 VLMOPS_ACCESS(1, 1)
 VLMOPS_ACCESS(2, 2)
@@ -67,8 +67,8 @@ VLMOPS_ACCESS(8, 8)
 VLMOPS_ACCESS(16, 8)
 #undef VLMOPS_ACCESS
 
-#define VLMOPS_UNALIGNED(bytes)                                                                  \
-  void __tsan_unaligned_read##bytes(void* p) { on_access(p, bytes, 1, Access::kRead, PC); }      \
+#define VLMOPS_UNALIGNED(bytes)                                                             \
+  void __tsan_unaligned_read##bytes(void* p) { on_access(p, bytes, 1, Access::kRead, PC); } \
   void __tsan_unaligned_write##bytes(void* p) { on_access(p, bytes, 1, Access::kWrite, PC); }
 VLMOPS_UNALIGNED(2)
 VLMOPS_UNALIGNED(4)
@@ -80,6 +80,41 @@ void __tsan_read_range(void* p, size_t bytes) { on_access(p, bytes, 1, Access::k
 void __tsan_write_range(void* p, size_t bytes) { on_access(p, bytes, 1, Access::kWrite, PC); }
 void __tsan_vptr_read(void* p) { on_access(p, 8, 8, Access::kRead, PC); }
 void __tsan_vptr_update(void* p, void*) { on_access(p, 8, 8, Access::kWrite, PC); }
+
+// C++ atomics, which kernels do not use and launchers do (a function's static variable has one).
+#define VLMOPS_ATOMIC_OPERATION(bits, T, name, builtin)      \
+  T __tsan_atomic##bits##_##name(T* p, T value, int) {       \
+    on_access(p, sizeof(T), sizeof(T), Access::kAtomic, PC); \
+    return builtin(p, value, __ATOMIC_SEQ_CST);              \
+  }
+#define VLMOPS_COMPARE_EXCHANGE(bits, T, kind)                                               \
+  bool __tsan_atomic##bits##_compare_exchange_##kind(T* p, T* expected, T value, int, int) { \
+    on_access(p, sizeof(T), sizeof(T), Access::kAtomic, PC);                                 \
+    return __atomic_compare_exchange_n(p, expected, value, false, __ATOMIC_SEQ_CST,          \
+                                       __ATOMIC_SEQ_CST);                                    \
+  }
+#define VLMOPS_ATOMICS(bits, T)                                              \
+  T __tsan_atomic##bits##_load(const T* p, int) {                            \
+    on_access(const_cast<T*>(p), sizeof(T), sizeof(T), Access::kAtomic, PC); \
+    return __atomic_load_n(p, __ATOMIC_SEQ_CST);                             \
+  }                                                                          \
+  void __tsan_atomic##bits##_store(T* p, T value, int) {                     \
+    on_access(p, sizeof(T), sizeof(T), Access::kAtomic, PC);                 \
+    __atomic_store_n(p, value, __ATOMIC_SEQ_CST);                            \
+  }                                                                          \
+  VLMOPS_ATOMIC_OPERATION(bits, T, exchange, __atomic_exchange_n)            \
+  VLMOPS_ATOMIC_OPERATION(bits, T, fetch_add, __atomic_fetch_add)            \
+  VLMOPS_ATOMIC_OPERATION(bits, T, fetch_sub, __atomic_fetch_sub)            \
+  VLMOPS_ATOMIC_OPERATION(bits, T, fetch_and, __atomic_fetch_and)            \
+  VLMOPS_ATOMIC_OPERATION(bits, T, fetch_or, __atomic_fetch_or)              \
+  VLMOPS_COMPARE_EXCHANGE(bits, T, strong)                                   \
+  VLMOPS_COMPARE_EXCHANGE(bits, T, weak)
+VLMOPS_ATOMICS(8, uint8_t)
+VLMOPS_ATOMICS(32, uint32_t)
+VLMOPS_ATOMICS(64, uint64_t)
+#undef VLMOPS_ATOMICS
+#undef VLMOPS_COMPARE_EXCHANGE
+#undef VLMOPS_ATOMIC_OPERATION
 
 // memcpy and memset of checked kernels, renamed by checked_memory.h: the compiler calls nothing
 // before them, libtsan would take their place.

@@ -27,8 +27,8 @@ __thread uint3 blockIdx;
 __thread uint3 vlmops_block_dim;
 __thread uint3 vlmops_grid_dim;
 
-// Saves what a function must preserve, swaps stacks, and returns on the other one. swapcontext would
-// also save the signal mask, by a system call: five times as slow.
+// Saves what a function must preserve, swaps stacks, and returns on the other one. swapcontext
+// would also save the signal mask, by a system call: five times as slow.
 asm(R"(
 .text
 .hidden vlmops_switch
@@ -59,6 +59,8 @@ namespace vlmops::emulator {
 __thread Worker* t_worker;
 
 namespace {
+
+std::mutex launch_mutex;  // one launch at a time: what follows, and the shadow memory
 
 struct Settings {
   int architecture = 80;
@@ -183,7 +185,8 @@ void diagnose(Worker& worker, uint64_t block) {
     text = name(*meets) + " waits in " + kCollectiveNames[static_cast<int>(meets->collective)] +
            " at " + describe_site(meets->site) + " for ";
     for (unsigned rest = meets->mask; rest; rest &= rest - 1) {
-      const Fiber& other = worker.fibers[warp * kLanes + static_cast<unsigned>(__builtin_ctz(rest))];
+      const Fiber& other =
+          worker.fibers[warp * kLanes + static_cast<unsigned>(__builtin_ctz(rest))];
       if (other.state == State::kExited) {
         kind = "lane has left";
         text += name(other) + ", which has left the kernel";
@@ -218,8 +221,8 @@ void begin_fiber(Worker& worker, unsigned thread) {
   fiber.state = State::kReady;
   fiber.copies.clear();
   fiber.copy_groups = 0;
-  // Stacks start at different offsets in their pages: at the same one they would share the few cache
-  // lines of one set.
+  // Stacks start at different offsets in their pages: at the same one they would share the few
+  // cache lines of one set.
   unsigned char* const top = worker.stack(thread) + kStackBytes - 256 - thread * 192 % 4096;
   void** frame = reinterpret_cast<void**>(reinterpret_cast<uintptr_t>(top) & ~uintptr_t{63});
   *--frame = nullptr;  // the first frame's return address: it never returns
@@ -233,7 +236,7 @@ void run_block(Worker& worker, uint64_t block) {
   blockIdx = {static_cast<unsigned>(block % grid.x), static_cast<unsigned>(block / grid.x % grid.y),
               static_cast<unsigned>(block / grid.x / grid.y)};
   worker.threads = worker.running = static_cast<int>(dim.x * dim.y * dim.z);
-  worker.at_barrier = 0;
+  worker.at_barrier = worker.counting = 0;
   worker.fruitless = 0;
   worker.warp_ready = 0;
   // Not a multiple of more than 16: nobody may rely on what CUDA does not promise.
@@ -327,7 +330,8 @@ std::string kernel_name(const void* kernel) {
 }
 
 // " (at file:line)" of the instruction before pc, from the debug information; empty without
-// addr2line. What was inlined from the headers above kernels is not where the kernel's author looks.
+// addr2line. What was inlined from the headers above kernels is not where the kernel's author
+// looks.
 std::string source_line(const void* pc) {
   Dl_info info;
   if (!pc || !dladdr(pc, &info) || !info.dli_fname) return "";
@@ -356,8 +360,8 @@ std::string launch_error(const LaunchParameters& p) {
     snprintf(text, sizeof text, "a dimension is zero: grid (%u,%u,%u), block (%u,%u,%u)", grid.x,
              grid.y, grid.z, block.x, block.y, block.z);
   } else if (grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535) {
-    snprintf(text, sizeof text, "grid (%u,%u,%u) is over the limit (2147483647,65535,65535)", grid.x,
-             grid.y, grid.z);
+    snprintf(text, sizeof text, "grid (%u,%u,%u) is over the limit (2147483647,65535,65535)",
+             grid.x, grid.y, grid.z);
   } else if (block.x > 1024 || block.y > 1024 || block.z > 64 ||
              static_cast<uint64_t>(block.x) * block.y * block.z > kMaxThreads) {
     snprintf(text, sizeof text,
@@ -367,9 +371,9 @@ std::string launch_error(const LaunchParameters& p) {
     const auto allowed = dynamic_limits.find(p.kernel);
     const size_t limit = allowed == dynamic_limits.end() ? kDefaultSharedLimit : allowed->second;
     if (p.dynamic_shared > limit) {
-      snprintf(text, sizeof text,
-               "%zu bytes of dynamic shared memory are over the limit of %zu%s", p.dynamic_shared,
-               limit, limit == kDefaultSharedLimit ? " (allow_dynamic_shared raises it)" : "");
+      snprintf(text, sizeof text, "%zu bytes of dynamic shared memory are over the limit of %zu%s",
+               p.dynamic_shared, limit,
+               limit == kDefaultSharedLimit ? " (allow_dynamic_shared raises it)" : "");
     }
   }
   return text[0] ? std::string("launch limit: ") + text : "";
@@ -379,14 +383,16 @@ std::string launch_error(const LaunchParameters& p) {
 
 std::string describe_thread(const Worker& worker, unsigned thread) {
   const dim3& dim = worker.launch->parameters.block;
-  return "thread (" + std::to_string(thread % dim.x) + "," + std::to_string(thread / dim.x % dim.y) +
-         "," + std::to_string(thread / dim.x / dim.y) + ")";
+  return "thread (" + std::to_string(thread % dim.x) + "," +
+         std::to_string(thread / dim.x % dim.y) + "," + std::to_string(thread / dim.x / dim.y) +
+         ")";
 }
 
 std::string describe_block(const Launch& launch, uint64_t block) {
   const dim3& grid = launch.parameters.grid;
-  return "block (" + std::to_string(block % grid.x) + "," + std::to_string(block / grid.x % grid.y) +
-         "," + std::to_string(block / grid.x / grid.y) + ")";
+  return "block (" + std::to_string(block % grid.x) + "," +
+         std::to_string(block / grid.x % grid.y) + "," + std::to_string(block / grid.x / grid.y) +
+         ")";
 }
 
 void fail(Site site, const void* pc, const char* pattern, ...) {
@@ -422,17 +428,21 @@ void fail_misaligned(Site site, const void* pc, const void* p, size_t bytes) {
 
 void trap(const char* file, int line) { fail({file, line}, nullptr, "trap: ran into __trap()"); }
 
-void sync_threads(const char* file, int line) {
+int sync_threads(bool predicate, const char* file, int line) {
   Worker& worker = *t_worker;
   Fiber& fiber = *worker.current;
   fiber.site = {file, line};
   fiber.state = State::kAtBarrier;
   worker.fruitless = 0;
   worker.shadow.accesses = 0;
+  worker.counting += predicate;
   if (++worker.at_barrier < worker.threads) {
     set_not_ready(worker, fiber);
-    return switch_away(worker);
+    switch_away(worker);
+    return worker.counted;  // all have read it before all meet again
   }
+  worker.counted = worker.counting;
+  worker.counting = 0;
   for (int t = 0; t < worker.threads; ++t) {
     Fiber& other = worker.fibers[t];
     if (other.site.line != line || std::strcmp(other.site.file, file) != 0) {
@@ -447,6 +457,7 @@ void sync_threads(const char* file, int line) {
     const auto warp = static_cast<unsigned>(t / kLanes);
     set_ready(worker, warp, ~worker.warps[warp].exited);
   }
+  return worker.counted;
 }
 
 void collective(Collective kind, unsigned mask, void* operand, Complete complete, const char* file,
@@ -459,12 +470,13 @@ void collective(Collective kind, unsigned mask, void* operand, Complete complete
   const char* const name = kCollectiveNames[static_cast<int>(kind)];
   fiber.site = {file, line};
   if (!(mask & self)) {
-    fail(fiber.site, nullptr, "warp mask: calls %s with mask 0x%08x, which it is not in", name, mask);
+    fail(fiber.site, nullptr, "warp mask: calls %s with mask 0x%08x, which it is not in", name,
+         mask);
   }
   if (mask & warp.exited) {
     const unsigned gone = static_cast<unsigned>(__builtin_ctz(mask & warp.exited));
-    fail(fiber.site, nullptr,
-         "lane has left: calls %s with mask 0x%08x, but lane %u %s", name, mask, gone,
+    fail(fiber.site, nullptr, "lane has left: calls %s with mask 0x%08x, but lane %u %s", name,
+         mask, gone,
          fiber.thread / kLanes * kLanes + gone < static_cast<unsigned>(worker.threads)
              ? "has left the kernel"
              : "does not exist: the block ends before it");
@@ -525,7 +537,8 @@ void* shared_array(const void* key, const char* name, size_t bytes) {
       (dynamic <= kDefaultSharedLimit && !dynamic_limits.count(worker.launch->parameters.kernel) &&
        worker.shared_bytes > kDefaultSharedLimit)) {
     fail({}, nullptr,
-         "launch limit: uses shared '%s', with which the block has %zu bytes of static and %zu of dynamic shared "
+         "launch limit: uses shared '%s', with which the block has %zu bytes of static and %zu of "
+         "dynamic shared "
          "memory; sm_%d gives 49152 static, and %zu in all to kernels with allow_dynamic_shared",
          name, statics, dynamic, settings.architecture, shared_limit());
   }
@@ -585,6 +598,7 @@ void cp_async_wait(int groups_left) {
 }
 
 int launch(const LaunchParameters& parameters) {
+  const std::lock_guard<std::mutex> lock(launch_mutex);
   Launch launch;
   launch.parameters = parameters;
   launch.kernel = kernel_name(parameters.kernel);
@@ -598,12 +612,16 @@ int launch(const LaunchParameters& parameters) {
   unsigned host_threads = 1;
   if (kChecked) {
     // One host thread: the shadow memory of global buffers is written without locks.
-    shadow_begin_launch(launch.first_serial, launch.blocks);
+    if (!shadow_begin_launch(launch.first_serial, launch.blocks)) {
+      last_error_message = "kernel " + launch.kernel +
+                           ": the host has no memory for the shadow of " + "the registered buffers";
+      return kLaunchRefused;
+    }
   } else {
     const unsigned have = settings.host_threads > 0 ? static_cast<unsigned>(settings.host_threads)
                                                     : std::thread::hardware_concurrency();
-    const uint64_t threads = launch.blocks * parameters.block.x * parameters.block.y *
-                             parameters.block.z;
+    const uint64_t threads =
+        launch.blocks * parameters.block.x * parameters.block.y * parameters.block.z;
     // Starting a host thread costs as much as some thousand threads of a kernel.
     if (threads > 8192 && launch.blocks > 1) host_threads = have;
   }
@@ -612,16 +630,18 @@ int launch(const LaunchParameters& parameters) {
   run_blocks(launch);
   for (auto& helper : helpers) helper.join();
   if (!launch.failed) return 0;
-  last_error_message = "kernel " + launch.kernel + ": " + launch.error + source_line(launch.error_pc);
+  last_error_message =
+      "kernel " + launch.kernel + ": " + launch.error + source_line(launch.error_pc);
   return kLaunchFailed;
 }
 
 int allow_dynamic_shared(const void* kernel, size_t bytes) {
+  const std::lock_guard<std::mutex> lock(launch_mutex);
   if (bytes > shared_limit()) {
-    last_error_message = "kernel " + kernel_name(kernel) + ": launch limit: " +
-                         std::to_string(bytes) + " bytes of shared memory are over sm_" +
-                         std::to_string(settings.architecture) + "'s limit of " +
-                         std::to_string(shared_limit());
+    last_error_message =
+        "kernel " + kernel_name(kernel) + ": launch limit: " + std::to_string(bytes) +
+        " bytes of shared memory are over sm_" + std::to_string(settings.architecture) +
+        "'s limit of " + std::to_string(shared_limit());
     return kLaunchRefused;
   }
   dynamic_limits[kernel] = bytes;
@@ -644,3 +664,12 @@ void register_named_buffer(const void* p, size_t bytes, const char* name, bool r
 const char* last_error() { return last_error_message.c_str(); }
 
 }  // namespace vlmops::emulator
+
+// assert in a kernel stops the launch, not Python. In a launcher it is an assert.
+extern "C" void __assert_fail(const char* condition, const char* file, unsigned line,
+                              const char* function) noexcept {
+  using namespace vlmops::emulator;
+  if (t_worker) fail({file, static_cast<int>(line)}, nullptr, "trap: asserted %s", condition);
+  std::fprintf(stderr, "%s:%u: %s: asserted %s\n", file, line, function, condition);
+  std::abort();
+}

@@ -37,7 +37,8 @@ using Complete = void (*)(void* const* operands, unsigned mask);
 
 void collective(Collective kind, unsigned mask, void* operand, Complete complete, const char* file,
                 int line);
-void sync_threads(const char* file, int line);
+// How many threads of the block came with a true predicate.
+int sync_threads(bool predicate, const char* file, int line);
 [[noreturn]] void trap(const char* file, int line);
 
 // The static shared array that belongs to `key`, made at its first use in a block.
@@ -57,7 +58,7 @@ struct LaunchParameters {
   dim3 grid, block;
   size_t dynamic_shared;
   void (*invoke)(const void* arguments);  // calls the kernel with arguments
-  const void* arguments;  // readable by the kernel, like CUDA's parameter space
+  const void* arguments;                  // readable by the kernel, like CUDA's parameter space
   size_t argument_bytes;
 };
 

@@ -43,7 +43,7 @@ constexpr uint64_t kPollAccesses = 1 << 20;
 
 void drop_regions() {
   for (const Region& region : regions) {
-    munmap(region.cells, (region.end - region.begin) * sizeof(Cell));
+    if (region.cells) munmap(region.cells, (region.end - region.begin) * sizeof(Cell));
   }
   regions.clear();
 }
@@ -62,9 +62,14 @@ void make_regions() {
     }
   }
   for (Region& region : regions) {
-    region.cells = static_cast<Cell*>(mmap(nullptr, (region.end - region.begin) * sizeof(Cell),
-                                           PROT_READ | PROT_WRITE,
-                                           MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+    void* const cells =
+        mmap(nullptr, (region.end - region.begin) * sizeof(Cell), PROT_READ | PROT_WRITE,
+             MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (cells == MAP_FAILED) {
+      drop_regions();
+      return;
+    }
+    region.cells = static_cast<Cell*>(cells);
   }
   regions_current = true;
 }
@@ -96,7 +101,8 @@ struct Checked {
 
   // "writes 4 bytes of shared memory 'tile' at offset 128"
   std::string what(uintptr_t at) const {
-    return std::string(verb(access)) + " " + std::to_string(bytes) + " bytes " + describe_address(worker, at);
+    return std::string(verb(access)) + " " + std::to_string(bytes) + " bytes " +
+           describe_address(worker, at);
   }
 
   [[noreturn]] void bad(const char* kind, uintptr_t at, const std::string& more) const {
@@ -107,16 +113,18 @@ struct Checked {
   }
 
   [[noreturn]] void race(uintptr_t at, const char* before, unsigned thread) const {
-    bad("race", at, std::string(", which ") + describe_thread(worker, thread) + " " + before +
-                        " with no barrier in between");
+    bad("race", at,
+        std::string(", which ") + describe_thread(worker, thread) + " " + before +
+            " with no barrier in between");
   }
 
   [[noreturn]] void race_of_blocks(uintptr_t at, const char* before, uint32_t serial) const {
-    bad("race", at, std::string(", which ") +
-                        (serial == kManyBlocks
-                             ? "other blocks"
-                             : describe_block(*worker.launch, serial - worker.launch->first_serial)) +
-                        " " + before + " in the same launch");
+    bad("race", at,
+        std::string(", which ") +
+            (serial == kManyBlocks
+                 ? "other blocks"
+                 : describe_block(*worker.launch, serial - worker.launch->first_serial)) +
+            " " + before + " in the same launch");
   }
 };
 
@@ -164,8 +172,9 @@ void check_cell(const Checked& c, Cell& cell, uintptr_t at) {
     const bool both_atomic = atomic && (cell.flags & kAtomic);
     if (cell.write_block == shadow.serial) {
       if ((cell.flags & kPending) && c.access != Access::kCopyEnd) {
-        c.bad("cp.async", at, ", where a cp.async of " + describe_thread(worker, cell.write_thread) +
-                                  " has not been waited for");
+        c.bad("cp.async", at,
+              ", where a cp.async of " + describe_thread(worker, cell.write_thread) +
+                  " has not been waited for");
       }
       if (cell.write_thread == kManyThreads) {
         if (!both_atomic && cell.write_clock >= shadow.barriers) {
@@ -232,9 +241,9 @@ void check_cell(const Checked& c, Cell& cell, uintptr_t at) {
       c.race(at, "read", static_cast<unsigned>(reader));
     }
   }
-  const bool many = atomic && (cell.flags & kAtomic) && cell.write_block == shadow.serial &&
-                    (cell.write_thread == kManyThreads ||
-                     !ordered(worker, cell.write_thread, cell.write_clock));
+  const bool many =
+      atomic && (cell.flags & kAtomic) && cell.write_block == shadow.serial &&
+      (cell.write_thread == kManyThreads || !ordered(worker, cell.write_thread, cell.write_clock));
   cell.read_block = 0;
   cell.write_block = shadow.serial;
   cell.write_thread = many ? kManyThreads : static_cast<uint16_t>(self);
@@ -279,7 +288,7 @@ void check_shared(const Checked& c, size_t offset) {
   const Buffer* nearest = nullptr;
   uintptr_t distance = UINTPTR_MAX;
   for (const Buffer& buffer : buffers) {
-    const uintptr_t d = c.address >= buffer.end     ? c.address - buffer.end
+    const uintptr_t d = c.address >= buffer.end    ? c.address - buffer.end
                         : c.address < buffer.begin ? buffer.begin - c.address
                                                    : 0;
     if (d < distance) {
@@ -292,9 +301,9 @@ void check_shared(const Checked& c, size_t offset) {
   } else if (c.address - reinterpret_cast<uintptr_t>(c.worker.stacks) < kMaxThreads * kStackBytes) {
     text += ", another thread's local memory";
   } else if (nearest) {
-    text += ": offset " +
-            std::to_string(static_cast<ptrdiff_t>(c.address - nearest->begin)) + " of '" +
-            nearest->name + "', which has " + std::to_string(nearest->end - nearest->begin);
+    text += ": offset " + std::to_string(static_cast<ptrdiff_t>(c.address - nearest->begin)) +
+            " of '" + nearest->name + "', which has " +
+            std::to_string(nearest->end - nearest->begin);
   }
   fail(c.site, c.pc, "out of bounds: %s", text.c_str());
 }
@@ -382,11 +391,13 @@ void check_access(Worker& worker, uintptr_t address, size_t bytes, Access access
   if (!regions.empty()) check_global(c);
 }
 
-void shadow_begin_launch(uint32_t& first_serial, uint64_t blocks) {
+bool shadow_begin_launch(uint32_t& first_serial, uint64_t blocks) {
   if (!regions_current) make_regions();
+  if (!regions_current) return false;
   first_serial = next_serial;
   next_serial += static_cast<uint32_t>(blocks);
   published.assign(blocks, false);
+  return true;
 }
 
 void shadow_begin_block(Worker& worker, uint64_t block) {
@@ -419,7 +430,7 @@ void shadow_sync_warp(Worker& worker, unsigned warp, unsigned mask) {
   auto& clock = worker.warps[warp].clock;
   uint32_t seen[kLanes] = {};
   for (unsigned rest = mask; rest; rest &= rest - 1) {
-    const uint32_t(&row)[kLanes] = clock[__builtin_ctz(rest)];
+    const uint32_t (&row)[kLanes] = clock[__builtin_ctz(rest)];
     for (int j = 0; j < kLanes; ++j) seen[j] = std::max(seen[j], row[j]);
   }
   for (unsigned rest = mask; rest; rest &= rest - 1) {

@@ -41,10 +41,10 @@ constexpr uint8_t kPending = 2;  // a cp.async that has not been waited for
 struct ShadowState {
   Cell* shared;  // one a byte of the arena
   uint32_t serial;
-  uint32_t barriers;              // of this block
-  uint32_t passed[1024];          // by thread
-  bool fenced, acquired;          // this block did __threadfence; an atomic operation on global memory
-  uint64_t accesses;              // since a thread last got anywhere
+  uint32_t barriers;      // of this block
+  uint32_t passed[1024];  // by thread
+  bool fenced, acquired;  // this block did __threadfence; an atomic operation on global memory
+  uint64_t accesses;      // since a thread last got anywhere
   struct Region* last_region;
 };
 
@@ -56,7 +56,8 @@ void check_access(Worker& worker, uintptr_t address, size_t bytes, Access access
 // "of shared 'tile' at offset 128", "of 'output 0' at offset 4", "at 0x7f.."
 std::string describe_address(const Worker& worker, uintptr_t address);
 
-void shadow_begin_launch(uint32_t& first_serial, uint64_t blocks);
+// False if there is no memory for it.
+bool shadow_begin_launch(uint32_t& first_serial, uint64_t blocks);
 void shadow_begin_block(Worker& worker, uint64_t block);
 void shadow_sync_threads(Worker& worker);
 void shadow_sync_warp(Worker& worker, unsigned warp, unsigned mask);

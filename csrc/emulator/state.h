@@ -19,7 +19,7 @@ namespace vlmops::emulator {
 constexpr int kLanes = 32;
 constexpr int kMaxThreads = 1024;
 constexpr int kMaxWarps = kMaxThreads / kLanes;
-constexpr size_t kStackBytes = 64 << 10;
+constexpr size_t kStackBytes = 128 << 10;
 constexpr size_t kSharedArena = 320 << 10;  // the largest shared memory and the gaps in it
 constexpr size_t kSharedGap = 144;          // between arrays, so that a step outside shows
 
@@ -73,9 +73,9 @@ struct Launch {
   std::atomic<uint64_t> next_block{0};
   std::atomic<bool> failed{false};
   std::mutex mutex;
-  std::string error;           // the first
+  std::string error;               // the first
   const void* error_pc = nullptr;  // instruction, if the message knows no line
-  uint32_t first_serial;       // of the launch's blocks, see shadow.h
+  uint32_t first_serial;           // of the launch's blocks, see shadow.h
 };
 
 struct Worker {
@@ -84,11 +84,12 @@ struct Worker {
   Warp warps[kMaxWarps];
   unsigned warp_ready;  // bit per warp: has a lane that can run
   int threads, running, at_barrier;
+  int counting, counted;  // __syncthreads_count: at the next barrier, at the last one
   Fiber* current;
   void* host_stack_pointer;
   unsigned char* stacks;
   unsigned char* arena;
-  size_t arena_used;  // in this block
+  size_t arena_used;    // in this block
   size_t shared_bytes;  // without gaps, what the device would count
   std::vector<SharedArray> arrays;
   unsigned fruitless;  // yields and atomic operations since a thread last got anywhere

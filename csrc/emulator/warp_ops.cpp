@@ -84,8 +84,8 @@ void shuffle_lanes(void* const* operands, unsigned mask) {
     if (!(mask >> source & 1)) {
       const Fiber& self = *t_worker->current;
       fail(self.site, nullptr,
-           "warp mask: in a shuffle with mask 0x%08x lane %d reads lane %d, which is not in it", mask,
-           lane, source);
+           "warp mask: in a shuffle with mask 0x%08x lane %d reads lane %d, which is not in it",
+           mask, lane, source);
     }
     values[lane] = static_cast<Exchange*>(operands[source])->value;
   }
@@ -106,7 +106,8 @@ void vote_lanes(void* const* operands, unsigned mask) {
   }
 }
 
-// Lane l gets of matrix i the pair at row l / 4, columns 2 (l % 4) and on; transposed, of its column.
+// Lane l gets of matrix i the pair at row l / 4, columns 2 (l % 4) and on; transposed, of its
+// column.
 void load_matrices(void* const* operands, unsigned) {
   Worker& worker = *t_worker;
   const Fiber* const lanes = worker.current - worker.lane();

@@ -1,5 +1,5 @@
-// Good kernels of the emulator's tests: packs with ragged tails, reductions, atomics, dynamic shared
-// memory. No alarm may go off on any of them.
+// Good kernels of the emulator's tests: packs with ragged tails, reductions, atomics, dynamic
+// shared memory. No alarm may go off on any of them.
 #include "common/gpu.cuh"
 #include "emulator/cases.h"
 
@@ -16,7 +16,8 @@ __global__ void __launch_bounds__(128)
     const auto px = load_pack<kPack<T>>(x + i * kPack<T>);
     auto py = load_pack<kPack<T>>(y + i * kPack<T>);
 #pragma unroll
-    for (int j = 0; j < kPack<T>; ++j) py[j] = from_float<T>(fmaf(a, to_float(px[j]), to_float(py[j])));
+    for (int j = 0; j < kPack<T>; ++j)
+      py[j] = from_float<T>(fmaf(a, to_float(px[j]), to_float(py[j])));
     store_pack(y + i * kPack<T>, py);
   }
   for (int64_t i = packs * kPack<T> + first; i < n; i += step) {
@@ -73,7 +74,8 @@ VLMOPS_CASE(norm) {
                 arguments.buffer<const float>(0), arguments.buffer<float>(1), arguments.size(1));
 }
 
-// counts[v] += how often v in [0, 64) occurs; the block's own counts are collected in shared memory.
+// counts[v] += how often v in [0, 64) occurs; the block's own counts are collected in shared
+// memory.
 __global__ void histogram_kernel(const int* __restrict__ x, int* counts, float* total, int n) {
   VLMOPS_SHARED(int, local, 64);
   if (threadIdx.x < 64) local[threadIdx.x] = 0;
@@ -124,12 +126,14 @@ __global__ void transpose_kernel(const double* __restrict__ x, double* __restric
   VLMOPS_DYNAMIC_SHARED(double, staged);
   const int row = blockIdx.y * tile + threadIdx.y, column = blockIdx.x * tile + threadIdx.x;
   if (row < rows && column < columns) {
-    staged[threadIdx.y * (tile + 1) + threadIdx.x] = x[static_cast<int64_t>(row) * columns + column];
+    staged[threadIdx.y * (tile + 1) + threadIdx.x] =
+        x[static_cast<int64_t>(row) * columns + column];
   }
   __syncthreads();
   const int to_row = blockIdx.x * tile + threadIdx.y, to_column = blockIdx.y * tile + threadIdx.x;
   if (to_row < columns && to_column < rows) {
-    y[static_cast<int64_t>(to_row) * rows + to_column] = staged[threadIdx.x * (tile + 1) + threadIdx.y];
+    y[static_cast<int64_t>(to_row) * rows + to_column] =
+        staged[threadIdx.x * (tile + 1) + threadIdx.y];
   }
 }
 
@@ -165,7 +169,26 @@ __global__ void half_warps_kernel(int* y) {
 }
 
 VLMOPS_CASE(half_warps) {
-  return launch(half_warps_kernel, dim3(1), dim3(64), 0, arguments.stream, arguments.buffer<int>(0));
+  return launch(half_warps_kernel, dim3(1), dim3(64), 0, arguments.stream,
+                arguments.buffer<int>(0));
+}
+
+// y = how many of the block's x are positive; whether any, whether all, each by the barrier itself.
+__global__ void counting_barriers_kernel(const float* __restrict__ x, int* y) {
+  const bool positive = x[threadIdx.x] > 0.0f;
+  const int count = __syncthreads_count(positive);
+  const int any = __syncthreads_or(positive), all = __syncthreads_and(positive);
+  if (threadIdx.x == 0) {
+    y[0] = count;
+    y[1] = any;
+    y[2] = all;
+  }
+}
+
+VLMOPS_CASE(counting_barriers) {
+  static const int devices = multiprocessors() > 0;
+  return launch(counting_barriers_kernel, dim3(devices), dim3(96), 0, arguments.stream,
+                arguments.buffer<const float>(0), arguments.buffer<int>(1));
 }
 
 }  // namespace vlmops::emulator_good

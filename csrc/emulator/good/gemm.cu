@@ -1,5 +1,6 @@
-// A good matrix product for the emulator's tests: tiles come by cp.async into two buffers, fragments
-// by ldmatrix, products by mma. y [M, N] = x [M, K] w^T, w [N, K], or w [K, N] where it says so.
+// A good matrix product for the emulator's tests: tiles come by cp.async into two buffers,
+// fragments by ldmatrix, products by mma. y [M, N] = x [M, K] w^T, w [N, K], or w [K, N] where it
+// says so.
 //
 // Everything counts in units of 16 bytes, what one cp.async moves and one row of ldmatrix's 8x8
 // matrices holds: 8 halves or 4 float32. One mma is two units deep in either type.
@@ -8,9 +9,10 @@
 
 namespace vlmops::emulator_good {
 
-constexpr int kTile = 64;        // rows and columns of y a block computes, with 2x2 warps
-constexpr int kUnits = 4;        // depth of a tile of x and w
-constexpr int kStride = kUnits + 1;  // of a row in shared memory: a unit off, against bank conflicts
+constexpr int kTile = 64;  // rows and columns of y a block computes, with 2x2 warps
+constexpr int kUnits = 4;  // depth of a tile of x and w
+constexpr int kStride =
+    kUnits + 1;  // of a row in shared memory: a unit off, against bank conflicts
 
 struct alignas(16) Unit {
   uint32_t words[4];
@@ -41,16 +43,15 @@ __device__ __forceinline__ void copy_tile(Unit* shared, int shared_stride, int r
 }
 
 template <class T, bool kWeightByDepth>
-__global__ void __launch_bounds__(128)
-    gemm_kernel(const T* __restrict__ x, const T* __restrict__ w, float* __restrict__ y, int m,
-                int n, int k) {
+__global__ void __launch_bounds__(128) gemm_kernel(const T* __restrict__ x, const T* __restrict__ w,
+                                                   float* __restrict__ y, int m, int n, int k) {
   constexpr int kElements = 16 / sizeof(T);
   constexpr int kDepth = kUnits * kElements;
   constexpr int kWStride = kWeightByDepth ? kTile / kElements + 1 : kStride;
   constexpr int kWRows = kWeightByDepth ? kDepth : kTile;
   VLMOPS_DYNAMIC_SHARED(Unit, staged);
-  Unit* const xs = staged;                            // [2, kTile, kStride]
-  Unit* const ws = staged + 2 * kTile * kStride;      // [2, kWRows, kWStride]
+  Unit* const xs = staged;                        // [2, kTile, kStride]
+  Unit* const ws = staged + 2 * kTile * kStride;  // [2, kWRows, kWStride]
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
   const int row = blockIdx.y * kTile, column = blockIdx.x * kTile;
   const auto copy = [&](int step) {

@@ -46,4 +46,10 @@ VLMOPS_CASE(too_much_asked) {
   return status != 0 ? status : launch(asks_kernel, dim3(1), dim3(32), bytes, arguments.stream);
 }
 
+// Sizes multiplied or added in int before they reach the grid.
+VLMOPS_CASE(overflow_in_launcher) {
+  const int threads = 0x7fffffff - static_cast<int>(arguments.sizes[0]);
+  return launch(nothing_kernel, dim3((threads + 31) / 32), dim3(32), 0, arguments.stream);
+}
+
 }  // namespace vlmops::planted

@@ -1,5 +1,6 @@
 // Planted bugs: accesses that must not happen.
 
+#include <cassert>
 #include <cstring>
 
 #include "emulator/planted/planted.h"
@@ -60,9 +61,7 @@ VLMOPS_PLANTED(write_to_input, 2, 32) {
   y[i] = 0.0f;
 }
 
-VLMOPS_PLANTED(atomic_past_end, 2, 32) {
-  atomicAdd(&y[global_thread() + n / 2], x[0]);
-}
+VLMOPS_PLANTED(atomic_past_end, 2, 32) { atomicAdd(&y[global_thread() + n / 2], x[0]); }
 
 VLMOPS_PLANTED(shared_past_end, 2, 32) {
   VLMOPS_SHARED(float, row, 32);
@@ -143,6 +142,11 @@ VLMOPS_PLANTED(shift_too_far, 2, 32) {
 
 VLMOPS_PLANTED(trapped, 2, 32) {
   if (global_thread() == n - 1) __trap();
+  y[global_thread()] = x[0];
+}
+
+VLMOPS_PLANTED(asserted, 2, 32) {
+  assert(global_thread() < n - 1);
   y[global_thread()] = x[0];
 }
 

@@ -6,11 +6,11 @@
 #include "emulator/cases.h"
 
 // VLMOPS_PLANTED(name, grid, block) { body of a kernel } with x, y and n in scope.
-#define VLMOPS_PLANTED(name, grid, block)                                                          \
-  __global__ void name##_kernel(const float* x, float* y, int n);                                  \
-  VLMOPS_CASE(name) {                                                                              \
-    return launch(name##_kernel, dim3(grid), dim3(block), 0, arguments.stream,                     \
-                  arguments.buffer<const float>(0), arguments.buffer<float>(1), 64);               \
-  }                                                                                                \
-  __global__ void name##_kernel([[maybe_unused]] const float* x, [[maybe_unused]] float* y,        \
+#define VLMOPS_PLANTED(name, grid, block)                                                   \
+  __global__ void name##_kernel(const float* x, float* y, int n);                           \
+  VLMOPS_CASE(name) {                                                                       \
+    return launch(name##_kernel, dim3(grid), dim3(block), 0, arguments.stream,              \
+                  arguments.buffer<const float>(0), arguments.buffer<float>(1), 64);        \
+  }                                                                                         \
+  __global__ void name##_kernel([[maybe_unused]] const float* x, [[maybe_unused]] float* y, \
                                 [[maybe_unused]] int n)
