@@ -646,6 +646,13 @@ _TILE = 1024  # pairs of channels, 8 a thread
 _BACKWARD_PROGRAMS = 1024  # rows of partial sums: the result must not depend on the device
 
 
+def compiled() -> int:
+    """Number of kernels that were compiled in this process."""
+    kernels = () if INTERPRETED else (mrope_kernel, mrope_norm_backward_kernel)
+    # What a device's entry holds first is the kernels by key.
+    return sum(len(cache[0]) for kernel in kernels for cache in kernel.device_caches.values())
+
+
 class Rows(NamedTuple):
     """One of q, k, its output and what else has its shape: strides as the kernel wants them."""
 
