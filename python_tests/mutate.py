@@ -169,10 +169,10 @@ def build(source, build_dir):
 TESTS = [str(ROOT / "python_tests/test_contract.py"), str(ROOT / "python_tests/ops")]
 
 
-def first_failure(start, *options, **environment):
+def first_failure(start, tests, *options, **environment):
     """The first test that fails, or None."""
     run = subprocess.run(
-        [sys.executable, *start, "-x", "-q", "--no-header", *options, *TESTS],
+        [sys.executable, *start, "-x", "-q", "--no-header", *options, *tests],
         cwd=ROOT,
         env={**os.environ, **environment},
         capture_output=True,
@@ -215,7 +215,7 @@ def compiled():
             start = time.monotonic()
             library = build(source, Path(scratch) / "build")
             failure = first_failure(
-                ["-m", "pytest"], "-k", "not triton", VLMOPS_LIBRARY=str(library)
+                ["-m", "pytest"], TESTS, "-k", "not triton", VLMOPS_LIBRARY=str(library)
             )
             if not report(name, failure, time.monotonic() - start):
                 unnoticed.append(name)
@@ -230,7 +230,9 @@ def triton():
         for name, (old, new) in TRITON_MUTATIONS.items():
             copy.write_text(mutated(ROOT / "vlmops/ops/mrope_triton.py", name, old, new))
             start = time.monotonic()
-            failure = first_failure(["-c", RUN_WITH, str(copy)], "-k", "triton and not opcheck")
+            failure = first_failure(
+                ["-c", RUN_WITH, str(copy)], TESTS[::-1], "-k", "triton and not opcheck"
+            )
             if not report(f"triton: {name}", failure, time.monotonic() - start):
                 unnoticed.append(name)
     return unnoticed

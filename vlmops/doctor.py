@@ -17,11 +17,12 @@ from typing import Any, Literal
 import torch
 
 import vlmops
-from vlmops import _cpus, _library
+import vlmops.ops
+from vlmops import _cpus, _library, dispatch
 
 MINIMUM_TORCH = (2, 11)
 
-VARIABLES = ("VLMOPS_CPU_ISA", "VLMOPS_LIBRARY")
+VARIABLES = ("VLMOPS_BACKEND", "VLMOPS_CHECK", "VLMOPS_CPU_ISA", "VLMOPS_LIBRARY")
 """Every environment variable that vlmops reads."""
 
 Grade = Literal["ok", "advice", "problem"]
@@ -68,6 +69,7 @@ def examine(all_sites: bool = False) -> list[Finding]:
         "libvlmops_cuda": lambda: Finding(
             "libvlmops_cuda", "ok", "not built: this version has CPU kernels only"
         ),
+        "backends": _backends,
         "instruction set": _isa,
         "oneDNN": _onednn,
         "MKL": _mkl,
@@ -147,7 +149,22 @@ def _gpu() -> Finding:
 
 def _triton() -> Finding:
     version = _installed("triton")
-    return Finding("Triton", "ok", version or "not installed; no kernel needs it yet")
+    return Finding("Triton", "ok", version or "not installed; backend 'triton' needs it")
+
+
+def _backends() -> Finding:
+    """The default of every op on each kind of device, and whether it is more than a guess."""
+    found = []
+    for op in vlmops.ops.__all__:
+        for device in ("cpu", "cuda"):
+            try:
+                choice = dispatch.default(op, device)
+            except RuntimeError as error:
+                found.append(f"{op} on {device}: none ({error})")
+                continue
+            kind = "measured" if choice.measured else "a guess, not measured"
+            found.append(f"{op} on {device}: {choice.backend} ({kind})")
+    return Finding("backends", "ok", "; ".join(found))
 
 
 def _installed(package: str) -> str | None:
