@@ -1,10 +1,12 @@
-"""Breaks the kernels on purpose and shows the contract suite go red each time.
+"""Breaks the kernels on purpose and shows the suites go red each time.
 
-Every mutation is made in a scratch copy of csrc/, built there, and the contract suite is run with
-VLMOPS_LIBRARY pointing at it, up to its first failure. Exits 1 if a mutation goes unnoticed or no
-longer applies. Not part of `make test`: run `make mutants` after changing a kernel or the suite.
+Every mutation of csrc/ is made in a scratch copy, built there, and the contract suite is run with
+VLMOPS_LIBRARY pointing at it, up to its first failure. Triton's kernels are broken in a copy of
+their module that takes its place. Exits 1 if a mutation goes unnoticed or no longer applies. Not
+part of `make test`: run `make mutants` after changing a kernel or the suite.
 """
 
+import argparse
 import os
 import shutil
 import subprocess
@@ -108,6 +110,53 @@ MUTATIONS = {
         "ops/mrope/mrope.cpp", "if (id >= -kMaxId && id <= kMaxId) continue;", "continue;"),
 }  # fmt: skip
 
+# name -> (text in vlmops/ops/mrope_triton.py, replacement)
+TRITON_MUTATIONS = {
+    "unchanged": ("import ctypes", "import ctypes"),
+    "flip a sign": ("b_y = b_a * b_cos[None, :] - b_b", "b_y = b_a * b_cos[None, :] + b_b"),
+    "backward rotates forward": (
+        "head_axis, scaling, -scaling, norm", "head_axis, scaling, scaling, norm"),
+    "use the first batch's positions": (
+        "i_b * s_id_b + i_t * s_id_t, s_id_a, s_freq, s_axis,\n        cos",
+        "i_t * s_id_t, s_id_a, s_freq, s_axis,\n        cos"),
+    "use one axis for all": ("p_ids + o_id + b_axis * s_id_axis", "p_ids + o_id"),
+    "drop the last part of pi/2": (
+        "    b_r = tl.fma(-b_k, -1.7151245100058819e-15, b_r)\n", ""),
+    "trust the first multiple of pi/2": (
+        "    b_k += tl.floor(b_r * 0.6366197723675814 + 0.5)\n", ""),
+    "skip k's first tile": ("n_parts - tl.cdiv(n_q, BHQ) % n_parts", "n_parts"),
+    "address in 32 bits": (
+        "i_b, i_t = (i_token // n_tokens).to(tl.int64), (i_token % n_tokens).to(tl.int64)\n"
+        "    b_cos",
+        "i_b, i_t = i_token // n_tokens, i_token % n_tokens\n    s_q_t = s_q_t.to(tl.int32)\n"
+        "    b_cos"),
+    "do not copy the rest": ("elif COPY:", "elif False:"),
+    "norm: mean over the rotated channels alone": (
+        "1.0 / tl.sqrt_rn(b_square / D + eps)\n            b_a",
+        "1.0 / tl.sqrt_rn(b_square / (2 * R + 1) + eps)\n            b_a"),
+    "norm: forget the rest's squares": (
+        "                b_square += tl.sum(b_c * b_c, axis=1)\n", ""),
+    "norm backward: forget the mean": ("(b_a - b_xa * b_mean)", "b_a"),
+    "norm backward: weights' gradients of the last token": ("b_sa += b_a", "b_sa = b_a"),
+    "norm backward: k's sums for q's": ("(q_weight, sums[0]", "(q_weight, sums[1]"),
+    "strides of 16 bytes where there are none": (
+        "_VECTOR if all(x % _VECTOR == 0 for s in used for x in s[:3]) else 1", "_VECTOR"),
+    "let ids beyond 2^24 through": ("(ids < -MAX_ID) | (ids > MAX_ID)", "ids < -MAX_ID - 2**30"),
+}  # fmt: skip
+
+RUN_WITH = """
+import importlib.util, os, sys
+os.environ["TRITON_INTERPRET"] = "1"
+name = "vlmops.ops.mrope_triton"
+spec = importlib.util.spec_from_file_location(name, sys.argv[1])
+sys.modules[name] = module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+import vlmops.ops
+vlmops.ops.mrope_triton = module
+import pytest
+sys.exit(pytest.main(sys.argv[2:]))
+"""
+
 
 def build(source, build_dir):
     configure = ["cmake", "-S", source, "-B", build_dir, "-G", "Ninja",
@@ -117,13 +166,15 @@ def build(source, build_dir):
     return build_dir / "libvlmops.so"
 
 
-def first_failure(library):
-    """The first test that fails with this library, or None."""
-    tests = [ROOT / "python_tests/test_contract.py", ROOT / "python_tests/ops"]
+TESTS = [str(ROOT / "python_tests/test_contract.py"), str(ROOT / "python_tests/ops")]
+
+
+def first_failure(start, tests, *options, **environment):
+    """The first test that fails, or None."""
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", *map(str, tests)],
+        [sys.executable, *start, "-x", "-q", "--no-header", *options, *tests],
         cwd=ROOT,
-        env={**os.environ, "VLMOPS_LIBRARY": str(library)},
+        env={**os.environ, **environment},
         capture_output=True,
         text=True,
         check=False,
@@ -134,7 +185,23 @@ def first_failure(library):
     return failed[0].removeprefix("FAILED ").split(" - ")[0] if failed else "the suite crashed"
 
 
-def main():
+def mutated(path, name, old, new):
+    text = path.read_text()
+    if old not in text:
+        sys.exit(f"{name}: {path.name} no longer contains {old!r}; mend the mutations")
+    return text.replace(old, new)
+
+
+def report(name, failure, seconds):
+    """Prints what came of a mutation; returns whether that was to be."""
+    expected = (failure is None) == (name.endswith("unchanged"))
+    verdict = f"red: {failure}" if failure else "green"
+    print(f"{'ok ' if expected else 'BAD'} {name}: {verdict} ({seconds:.0f} s)", flush=True)
+    return expected
+
+
+def compiled():
+    """Names of the mutations of csrc/ that went unnoticed."""
     unnoticed = []
     with tempfile.TemporaryDirectory() as scratch:
         source = Path(scratch) / "source"
@@ -144,19 +211,40 @@ def main():
             shutil.copytree(ROOT / "csrc", source / "csrc", copy_function=shutil.copyfile)
             shutil.copy(ROOT / "CMakeLists.txt", source)
             path = source / "csrc" / file
-            text = path.read_text()
-            if old not in text:
-                sys.exit(f"{name}: {file} no longer contains {old!r}; mend MUTATIONS")
-            path.write_text(text.replace(old, new))
+            path.write_text(mutated(path, name, old, new))
             start = time.monotonic()
-            failure = first_failure(build(source, Path(scratch) / "build"))
-            seconds = time.monotonic() - start
-            expected = (failure is None) == (name == "unchanged")
-            verdict = f"red: {failure}" if failure else "green"
-            print(f"{'ok ' if expected else 'BAD'} {name}: {verdict} ({seconds:.0f} s)", flush=True)
-            if not expected:
+            library = build(source, Path(scratch) / "build")
+            failure = first_failure(
+                ["-m", "pytest"], TESTS, "-k", "not triton", VLMOPS_LIBRARY=str(library)
+            )
+            if not report(name, failure, time.monotonic() - start):
                 unnoticed.append(name)
-    print(f"{len(MUTATIONS) - 1} mutations, {len(unnoticed)} unexpected")
+    return unnoticed
+
+
+def triton():
+    """Names of the mutations of the Triton kernels that went unnoticed."""
+    unnoticed = []
+    with tempfile.TemporaryDirectory() as scratch:
+        copy = Path(scratch) / "mrope_triton.py"
+        for name, (old, new) in TRITON_MUTATIONS.items():
+            copy.write_text(mutated(ROOT / "vlmops/ops/mrope_triton.py", name, old, new))
+            start = time.monotonic()
+            failure = first_failure(
+                ["-c", RUN_WITH, str(copy)], TESTS[::-1], "-k", "triton and not opcheck"
+            )
+            if not report(f"triton: {name}", failure, time.monotonic() - start):
+                unnoticed.append(name)
+    return unnoticed
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", choices=["compiled", "triton"])
+    only = parser.parse_args().only
+    runs = {"compiled": compiled, "triton": triton}
+    unnoticed = [name for kind, run in runs.items() if only in (None, kind) for name in run()]
+    print(f"{len(unnoticed)} mutations with an unexpected result")
     return 1 if unnoticed else 0
 
 

@@ -18,7 +18,8 @@ from vlmops.hf.report import PatchReport, Row
 ROOT = Path(__file__).parent.parent
 TOPICS = [
     "vlmops", "torch", "GPU", "Triton", "transformers", "libvlmops", "libvlmops_cuda",
-    "instruction set", "oneDNN", "MKL", "CPU", "threads", "huge pages", "environment", "sites",
+    "backends", "instruction set", "oneDNN", "MKL", "CPU", "threads", "huge pages", "environment",
+    "sites",
 ]  # fmt: skip
 
 
@@ -39,6 +40,7 @@ def test_doctor_finds_that_this_machine_works(capsys, tmp_path):
     for topic, says in {
         "torch": torch.__version__,
         "libvlmops": str(_library.path),
+        "backends": "mrope on cpu: cpu (measured); mrope on cuda: ",
         "instruction set": vlmops.cpu_isa(),
         "CPU": f"{_cpus.cores()} cores",
     }.items():

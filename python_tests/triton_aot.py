@@ -193,7 +193,7 @@ def main():
     options = parser.parse_args()
     failed = 0
     print(f"triton {triton.__version__}: {'kernel':28}{'arch':>8}{'regs':>6}{'shared':>8}"
-          f"{'spill':>6}{'ld.128':>7}{'st.128':>7}  sin+cos a thread")  # fmt: skip
+          f"{'spill':>6}{'ld.128':>7}{'st.128':>7}  sines a thread")  # fmt: skip
     for name, (call, kernel_name, registers, wide) in calls().items():
         if options.only and name not in options.only:
             continue
@@ -212,8 +212,8 @@ def main():
             loads = len(re.findall(r"LDG\S*\.128", sass))
             stores = len(re.findall(r"STG\S*\.128", sass))
             spilled = numbers["STACK"] + numbers["LOCAL"] + len(re.findall(r"\b(LDL|STL)\b", sass))
-            # The constant is pi/2's first part.
-            angles = len(re.findall(r"1\.570796\d*", sass)) // 2
+            # pi/2's first part, which one sine takes three times.
+            angles = len(re.findall(r"1\.570796\d*", sass)) // 3
             problems = [
                 text
                 for text, bad in {
@@ -221,6 +221,7 @@ def main():
                     "spills": spilled > 0,
                     f"fewer than {wide} 128-bit loads": loads < wide,
                     f"fewer than {wide} 128-bit stores": stores < wide,
+                    "sines computed by every thread again": angles > 2,
                 }.items()
                 if bad
             ]

@@ -56,4 +56,3 @@ def mend():
     # Made of the functions that were there when the class was.
     for name in ("create_fp_trunc", "create_fp_ext"):
         setattr(InterpreterBuilder, name, cast_impl)
-

@@ -6,11 +6,13 @@ from vlmops.dispatch import backend
 from vlmops.hf.patch import patch, patched, unpatch
 from vlmops.hf.report import PatchReport
 from vlmops.ops.mrope import mrope, mrope_, mrope_freq_axis
+from vlmops.warmup import Warmup, warmup
 
 __version__ = "0.1.0"
 
 __all__ = [
     "PatchReport",
+    "Warmup",
     "backend",
     "cpu_isa",
     "mrope",
@@ -19,4 +21,5 @@ __all__ = [
     "patch",
     "patched",
     "unpatch",
+    "warmup",
 ]

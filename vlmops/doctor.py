@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 import vlmops
-from vlmops import _cpus, _library
+import vlmops.ops
+from vlmops import _cpus, _library, dispatch
 
 if TYPE_CHECKING:
     from vlmops.survey import Inspection
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 MINIMUM_TORCH = (2, 11)
 
-VARIABLES = ("VLMOPS_CPU_ISA", "VLMOPS_LIBRARY")
+VARIABLES = ("VLMOPS_BACKEND", "VLMOPS_CHECK", "VLMOPS_CPU_ISA", "VLMOPS_LIBRARY")
 """Every environment variable that vlmops reads."""
 
 Grade = Literal["ok", "advice", "problem"]
@@ -75,6 +76,7 @@ def examine(all_sites: bool = False) -> list[Finding]:
         "libvlmops_cuda": lambda: Finding(
             "libvlmops_cuda", "ok", "not built: this version has CPU kernels only"
         ),
+        "backends": _backends,
         "instruction set": _isa,
         "oneDNN": _onednn,
         "MKL": _mkl,
@@ -154,7 +156,22 @@ def _gpu() -> Finding:
 
 def _triton() -> Finding:
     version = _installed("triton")
-    return Finding("Triton", "ok", version or "not installed; no kernel needs it yet")
+    return Finding("Triton", "ok", version or "not installed; backend 'triton' needs it")
+
+
+def _backends() -> Finding:
+    """The default of every op on each kind of device, and whether it is more than a guess."""
+    found = []
+    for op in vlmops.ops.__all__:
+        for device in ("cpu", "cuda"):
+            try:
+                choice = dispatch.default(op, device)
+            except RuntimeError as error:
+                found.append(f"{op} on {device}: none ({error})")
+                continue
+            kind = "measured" if choice.measured else "a guess, not measured"
+            found.append(f"{op} on {device}: {choice.backend} ({kind})")
+    return Finding("backends", "ok", "; ".join(found))
 
 
 def _installed(package: str) -> str | None:

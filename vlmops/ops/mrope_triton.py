@@ -46,10 +46,13 @@ def _sine(b_angle, b_quarters):
     b_turns = b_angle * 0.6366197723675814
     # Beyond 2^23 a float32 is an integer, and adding 1/2 would round it to the next but one.
     b_k = tl.where(tl.abs(b_turns) < 8388608.0, tl.floor(b_turns + 0.5), b_turns)
+    # Rounded, k may be off by one from 2^22 on: what remains says so, and is formed anew.
+    b_r = tl.fma(-b_k, -4.371138828673793e-08, tl.fma(-b_k, 1.5707963705062866, b_angle))
+    b_k += tl.floor(b_r * 0.6366197723675814 + 0.5)
     b_r = tl.fma(-b_k, 1.5707963705062866, b_angle)
     b_r = tl.fma(-b_k, -4.371138828673793e-08, b_r)
     b_r = tl.fma(-b_k, -1.7151245100058819e-15, b_r)
-    # k may be off by one where its last bit is worth 1: once more, with a small k.
+    # Beyond 2^24 k has no last bit: bounded, if not right to all bits of a number that has none.
     b_more = tl.floor(b_r * 0.6366197723675814 + 0.5)
     b_r = tl.fma(-b_more, 1.5707963705062866, b_r)
     b_r = tl.fma(-b_more, -4.371138828673793e-08, b_r)
@@ -641,6 +644,13 @@ INTERPRETED = not isinstance(mrope_kernel, triton.JITFunction)
 _VECTOR = 8  # elements: 16 bytes of bfloat16
 _TILE = 1024  # pairs of channels, 8 a thread
 _BACKWARD_PROGRAMS = 1024  # rows of partial sums: the result must not depend on the device
+
+
+def compiled() -> int:
+    """Number of kernels that were compiled in this process."""
+    kernels = () if INTERPRETED else (mrope_kernel, mrope_norm_backward_kernel)
+    # What a device's entry holds first is the kernels by key.
+    return sum(len(cache[0]) for kernel in kernels for cache in kernel.device_caches.values())
 
 
 class Rows(NamedTuple):
