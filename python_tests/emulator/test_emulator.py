@@ -20,6 +20,7 @@ GOOD = {
     "last_block": [(1,), (20,)],
     "transpose": [(35, 50)],
     "half_warps": [()],
+    "atomics": [(500,), (20000,)],
     "counting_barriers": [(0,), (40,), (96,)],
     "gemm_bf16": [(70, 88, 104), (64, 64, 256)],
     "gemm_f16": [(70, 88, 104)],
@@ -82,6 +83,18 @@ def half_warps(mode, case):
     y = torch.empty(64, dtype=torch.int32)
     launch(mode, case, [], [y], [])
     assert y.tolist() == expected
+
+
+def atomics(mode, case, n):
+    x = torch.randint(-1000, 1000, (n,), dtype=torch.int32)
+    ints = [torch.full((1,), -5000, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)]
+    wide, total = torch.zeros(2, dtype=torch.int64), torch.zeros(1, dtype=torch.float64)
+    locked, lock = torch.zeros(1), torch.zeros(1, dtype=torch.int32)
+    launch(mode, case, [x], [*ints, wide, total, locked, lock], [n])
+    assert ints[0] == x.max()
+    assert ints[1] == x[x < 0].max()  # the greatest as unsigned
+    assert wide.tolist() == [x.abs().max(), n]
+    assert total == locked == x.sum()
 
 
 def counting_barriers(mode, case, positive):
@@ -346,11 +359,17 @@ def test_kernels_without_registered_buffers_run_on_any_memory():
 
 @pytest.mark.parametrize("mode", MODES)
 def test_results_are_the_same_every_time(mode):
-    x, w = torch.randn(70, 104).half(), torch.randn(88, 104).half()
-    first, second = torch.empty(70, 88), torch.empty(70, 88)
-    for y in (first, second):
-        launch(mode, "gemm_f16", [x, w], [y], [70, 88, 104])
-    assert torch.equal(first, second)
+    x, w = torch.randn(576, 104).half(), torch.randn(512, 104).half()
+    # Enough blocks for several host threads.
+    results = [torch.empty(576, 512) for _ in range(3)]
+    try:
+        for y, host_threads in zip(results, (0, 0, 1), strict=True):
+            load(mode).set_host_threads(host_threads)
+            launch(mode, "gemm_f16", [x, w], [y], [576, 512, 104])
+    finally:
+        load(mode).set_host_threads(0)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -173,6 +173,34 @@ VLMOPS_CASE(half_warps) {
                 arguments.buffer<int>(0));
 }
 
+// The greatest x as int, as unsigned and as 64 bits; their sum in float64 and, behind a lock, in
+// float32; how many there are.
+__global__ void atomics_kernel(const int* __restrict__ x, int* greatest,
+                               unsigned* unsigned_greatest, unsigned long long* wide, double* sum,
+                               float* locked_sum, unsigned* lock, int n) {
+  const int i = blockIdx.x * blockDim.x + threadIdx.x;
+  if (i >= n) return;
+  atomicMax(greatest, x[i]);
+  atomicMax(unsigned_greatest, static_cast<unsigned>(x[i]));
+  atomicMax(wide, static_cast<unsigned long long>(abs(x[i])));
+  atomicAdd(wide + 1, 1ull);
+  atomicAdd(sum, static_cast<double>(x[i]));
+  while (atomicCAS(lock, 0u, 1u) != 0u) {
+  }
+  atomicExch(locked_sum, atomicAdd(locked_sum, 0.0f) + static_cast<float>(x[i]));
+  __threadfence();
+  atomicExch(lock, 0u);
+}
+
+VLMOPS_CASE(atomics) {
+  const int n = arguments.size(0);
+  return launch(atomics_kernel, dim3(n / 64 + 1), dim3(64), 0, arguments.stream,
+                arguments.buffer<const int>(0), arguments.buffer<int>(1),
+                arguments.buffer<unsigned>(2), arguments.buffer<unsigned long long>(3),
+                arguments.buffer<double>(4), arguments.buffer<float>(5),
+                arguments.buffer<unsigned>(6), n);
+}
+
 // y = how many of the block's x are positive; whether any, whether all, each by the barrier itself.
 __global__ void counting_barriers_kernel(const float* __restrict__ x, int* y) {
   const bool positive = x[threadIdx.x] > 0.0f;
