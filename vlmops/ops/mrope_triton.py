@@ -756,7 +756,7 @@ def _rotate(
     if all_tokens == 0 or tiles == 0 or constants["D"] == 0:
         return
     parts = tiles if all_tokens <= 512 else 1
-    in_place = q.tensors[0].data_ptr() == q.tensors[1].data_ptr()
+    in_place = q.tensors[0] is q.tensors[1]  # pointers of empty tensors are all null
     _launch(
         mrope_kernel,
         (all_tokens, parts),
