@@ -124,7 +124,9 @@ TRITON_MUTATIONS = {
         "    b_r = tl.fma(-b_k, -1.7151245100058819e-15, b_r)\n", ""),
     "trust the first multiple of pi/2": (
         "    b_k += tl.floor(b_r * 0.6366197723675814 + 0.5)\n", ""),
-    "skip k's first tile": ("n_parts - tl.cdiv(n_q, BHQ) % n_parts", "n_parts"),
+    "skip tiles of k": (
+        "(i_part + n_parts - tl.cdiv(n_q, BHQ) % n_parts) % n_parts",
+        "i_part + n_parts - tl.cdiv(n_q, BHQ) % n_parts"),
     "address in 32 bits": (
         "i_b, i_t = (i_token // n_tokens).to(tl.int64), (i_token % n_tokens).to(tl.int64)\n"
         "    b_cos",

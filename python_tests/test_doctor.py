@@ -203,7 +203,12 @@ def test_doctor_knows_every_variable_that_is_read(monkeypatch):
     monkeypatch.setenv("VLMOPS_CPU_ISA", "avx2")
     _says(doctor._environment(), "ok", "VLMOPS_CPU_ISA=avx2")
     monkeypatch.setenv("VLMOPS_CPU_ISAS", "avx2")
-    _says(doctor._environment(), "advice", "=avx2", "unset VLMOPS_CPU_ISAS: known are VLMOPS_CPU_")
+    _says(
+        doctor._environment(),
+        "advice",
+        "=avx2",
+        "unset VLMOPS_CPU_ISAS: known are VLMOPS_BACKEND VLMOPS_",
+    )
 
 
 @pytest.mark.parametrize(

@@ -208,6 +208,7 @@ FEW = [
                                    freq_dtype=torch.bfloat16)),
     Case("tiny_no_frequencies", _inputs(**_TINY, sections=(0,))),
     Case("tiny_no_k_heads", _inputs(batch=1, tokens=2, heads=(4, 0))),
+    Case("tiny_no_q_heads_partial", _inputs(batch=1, tokens=2, heads=(0, 3), sections=(8, 8, 8))),
     Case("tiny_empty_sequence", _inputs(tokens=0)),
     Case("tiny_norm_q_alone", _inputs(norms="q", batch=1, tokens=2, heads=(11, 2), head_dim=256,
                                       sections=(128,), norm_offset=1.0)),

@@ -75,12 +75,13 @@ def _turn(
     R: tl.constexpr, A: tl.constexpr, BR: tl.constexpr, CHECK: tl.constexpr,
 ):  # fmt: skip
     """Cosines and sines [BR] of one token."""
-    # One tensor [2 BR] of both, so that with R = 64 each of 128 threads computes one of them.
-    # Tensors smaller than that the compiler computes again in every thread that needs an element,
-    # 16 times over, rather than hand them around through shared memory.
-    o_2r = tl.arange(0, 2 * BR)
-    o_r = o_2r // 2
-    b_is_cos = (o_2r + 1) % 2
+    # One tensor of both, so that with R = 64 each of 128 threads computes one of them. It has 128
+    # elements at least: smaller ones the compiler computes again in every thread that needs an
+    # element, up to 16 times over, rather than hand them around through shared memory.
+    n_sines: tl.constexpr = 2 * BR if 2 * BR > 128 else 128
+    o_w = tl.arange(0, n_sines)
+    o_r = (o_w // 2) % BR
+    b_is_cos = (o_w + 1) % 2
     m_r = o_r < R
     b_axis = tl.load(p_axis + o_r * s_axis, mask=m_r, other=0).to(tl.int64)
     if CHECK:
@@ -95,6 +96,9 @@ def _turn(
     b_freq = tl.load(p_freq + o_r * s_freq, mask=m_r, other=0.0).to(tl.float32)
     b_sine = _sine(b_id.to(tl.float32) * b_freq, b_is_cos)
     b_sine *= tl.where(b_is_cos != 0, cos_scale, sin_scale)
+    if n_sines > 2 * BR:  # the first 2 BR of them
+        b_sine = tl.where(o_w < 2 * BR, b_sine, 0.0)
+        b_sine = tl.sum(tl.reshape(b_sine, [n_sines // (2 * BR), 2 * BR]), axis=0)
     b_cos, b_sin = tl.split(tl.reshape(b_sine, [BR, 2]))
     return b_cos, b_sin
 
@@ -752,7 +756,7 @@ def _rotate(
     if all_tokens == 0 or tiles == 0 or constants["D"] == 0:
         return
     parts = tiles if all_tokens <= 512 else 1
-    in_place = q.tensors[0].data_ptr() == q.tensors[1].data_ptr()
+    in_place = q.tensors[0] is q.tensors[1]  # pointers of empty tensors are all null
     _launch(
         mrope_kernel,
         (all_tokens, parts),
