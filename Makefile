@@ -7,7 +7,7 @@ BIN = .venv/bin
 SOURCES = CMakeLists.txt $(shell find csrc -type f)
 PYTHON_FILES = vlmops python_tests bench csrc
 
-.PHONY: setup demo test lint families tables check-tables bench triton-static mutants clean FORCE
+.PHONY: setup demo test lint families tables check-tables bench gpu-static triton-static mutants clean FORCE
 
 setup: .venv/built
 
@@ -78,6 +78,11 @@ bench: setup
 	$(BIN)/vlmops bench mrope
 
 # Triton's kernels for GPUs that are not there: registers, spills, 128-bit accesses.
+# Every CUDA kernel for every architecture, against csrc/gpu_budget.json.
+gpu-static: setup
+	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[cuda]" --no-build-isolation
+	$(BIN)/python bench/gpu_static.py
+
 triton-static: setup
 	OMP_NUM_THREADS=1 $(BIN)/python python_tests/triton_aot.py
 
