@@ -1,8 +1,7 @@
 // Fills the table of launchers. Compiled by nvcc into libvlmops_cuda, by g++ into the emulator.
-#include "common/cuda_kernels.h"
-
 #include <cstdio>
 
+#include "common/cuda_kernels.h"
 #include "common/gpu.cuh"
 
 namespace vlmops {
