@@ -1,7 +1,8 @@
 """What every op promises (README, "The contract"), generated from every SPEC.
 
 No op is named here. A test's id is op, backend, dtype, case. Interpreted backends run the few
-cases of a SPEC that stand for all; VLMOPS_ALL_CASES=1 gives them every one.
+cases of a SPEC that stand for all; VLMOPS_ALL_CASES=1 gives them every one. VLMOPS_TEST_DEVICE=cuda
+runs the same tests on a GPU; what conftest.py's NOT_ON_A_GPU names is left out there.
 """
 
 import functools
@@ -10,7 +11,7 @@ import os
 
 import pytest
 import torch
-from conftest import HAS_TRITON, TESTED_ISAS
+from conftest import DEVICE, HAS_TRITON, NOT_ON_A_GPU, ON_GPU, TESTED_ISAS
 from dispatch import CountOps
 from emulator.build import emulated
 from torch.autograd import forward_ad
@@ -19,12 +20,13 @@ import vlmops
 from vlmops.ops.compare import largest_error, mismatch
 
 SPECS = [vlmops.ops.spec(op) for op in vlmops.ops.__all__]
-BACKENDS = [f"cpu_{isa}" for isa in TESTED_ISAS] + (["triton"] if HAS_TRITON else [])
+TRITON = ["triton"] if HAS_TRITON else []
+BACKENDS = ["cuda", *TRITON] if ON_GPU else [f"cpu_{isa}" for isa in TESTED_ISAS] + TRITON
 # One level of the CPU's is enough for what does not look at numbers.
-EACH_ONCE = BACKENDS[len(TESTED_ISAS) - 1 :]
+EACH_ONCE = BACKENDS if ON_GPU else BACKENDS[len(TESTED_ISAS) - 1 :]
 # The CUDA kernels, which see numbers only, on the emulated GPU that checks every access.
-WITH_EMULATOR = [*BACKENDS, "emulator"]
-ALL_CASES = os.environ.get("VLMOPS_ALL_CASES") == "1"
+WITH_EMULATOR = BACKENDS if ON_GPU else [*BACKENDS, "emulator"]
+ALL_CASES = os.environ.get("VLMOPS_ALL_CASES") == "1" or ON_GPU
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CPU = torch.device("cpu")
 
@@ -34,7 +36,7 @@ class Subject:
 
     def __init__(self, spec, case, dtype, op):
         self.spec, self.dtype, self.case, self.op = spec, dtype, case, op
-        self.args = case.make(dtype, CPU)
+        self.args = case.make(dtype, DEVICE)
         self.eager = spec.eager_for(self.args)
         self.differentiable = spec.differentiable_in(self.args)
 
@@ -60,7 +62,7 @@ class Subject:
     def upstream(self):
         """Random, and strided as no kernel expects: the transpose of a contiguous tensor."""
         outputs = self.spec.reference(**self.args)
-        flipped = [torch.randn(o.shape[::-1]).to(self.dtype) for o in outputs]
+        flipped = [torch.randn(o.shape[::-1]).to(DEVICE, self.dtype) for o in outputs]
         return [t.permute(*reversed(range(t.dim()))) for t in flipped]
 
 
@@ -108,8 +110,8 @@ ONE_DTYPE = {"fp32": torch.float32}
 
 @pytest.fixture
 def backend(request, use_cpu_isa):
-    if request.param == "triton":
-        with vlmops.backend("triton"):
+    if request.param in ("cuda", "triton"):
+        with vlmops.backend(request.param):
             yield request.param
     elif request.param == "emulator":
         with emulated("checked"):
@@ -253,24 +255,36 @@ def test_exports(subject):
 @subjects(cases=2)
 def test_autocast_keeps_the_dtype_and_the_bits(subject):
     expected = subject.forward(subject.spec.function)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE.type, torch.bfloat16):
         assert_bit_equal(subject.forward(subject.spec.function), expected, "under autocast")
 
 
 # 5. Bad input raises and says what is wrong.
 
 BAD_CALLS = [
-    pytest.param(backend, spec, bad, id=f"{spec.op}-{backend}-{bad.name}")
+    pytest.param(
+        *(backend, spec, bad),
+        id=f"{spec.op}-{backend}-{bad.name}",
+        marks=[pytest.mark.skip(reason=f"on a GPU: {NOT_ON_A_GPU['values']}")]
+        if ON_GPU and bad.reads_values
+        else [],
+    )
     for spec in SPECS
     for backend in EACH_ONCE
     for bad in spec.errors
 ]
 
 
+def on_device(value):
+    """What a bad call makes on the CPU; its other devices are what is bad about it."""
+    made_here = isinstance(value, torch.Tensor) and value.is_cpu
+    return value.to(DEVICE) if made_here else value
+
+
 @pytest.mark.parametrize(("backend", "spec", "bad"), BAD_CALLS, indirect=["backend"])
 def test_bad_call_raises(backend, spec, bad):
-    good = spec.cases[0].make(torch.float32, CPU)
-    args = bad.change(good)
+    good = spec.cases[0].make(torch.float32, DEVICE)
+    args = {name: on_device(value) for name, value in bad.change(good).items()}
     with pytest.raises(bad.exception, match=bad.pattern):
         spec.function(**args)
     if spec.in_place is not None:
@@ -284,8 +298,8 @@ def test_bad_call_raises(backend, spec, bad):
 
 
 def test_memory_is_poisoned():
-    assert torch.empty(64).isnan().all()
-    assert torch.empty(64, dtype=torch.bfloat16).isnan().all()
+    assert torch.empty(64, device=DEVICE).isnan().all()
+    assert torch.empty(64, dtype=torch.bfloat16, device=DEVICE).isnan().all()
 
 
 # 7. Angles are the float32 product: `reference` forms them so, and clause 1 compares with it.
@@ -330,7 +344,7 @@ def test_double_backward(subject):
         args, leaves = subject.with_grad(cast)
         ups = [cast(u).clone().requires_grad_() for u in upstream]
         grads = torch.autograd.grad(function(**args), [*leaves.values()], ups, create_graph=True)
-        directions = [torch.linspace(-1, 1, g.numel()).view(g.shape).to(g.dtype) for g in grads]
+        directions = [torch.linspace(-1, 1, g.numel()).view(g.shape).to(g) for g in grads]
         return torch.autograd.grad(
             grads, [*ups, *leaves.values()], directions, materialize_grads=True
         )
@@ -356,7 +370,7 @@ def test_forward_mode_and_vmap(subject):
             functools.partial(call, spec.reference), (value.double(),), (tangent.double(),)
         )
         for g, e in zip(got, exact, strict=True):
-            g = torch.zeros(e.shape) if g is None else g  # an output that does not depend on it
+            g = torch.zeros_like(e) if g is None else g  # an output that does not depend on it
             torch.testing.assert_close(g.double(), e, rtol=1e-5, atol=1e-5)
 
         stacked = torch.stack([value, tangent])

@@ -93,7 +93,8 @@ def _parser() -> Parser:
         "and backward, without and with huge pages in torch's allocator. Results are checked "
         "before they are timed.",
         epilog="'vlmops bench plot' draws results, 'vlmops bench compare' compares revisions. "
-        "Exit code: 0 measured, or listed; 1 a result is wrong; 2 the command is.",
+        "Exit code: 0 measured, or listed; 1 a result is wrong, or faster than the device can be; "
+        "2 the command is wrong.",
     )
     bench.add_argument("op", metavar="OP", help="the op's name, e.g. mrope")
     bench.add_argument(
@@ -108,6 +109,12 @@ def _parser() -> Parser:
         help="with --model: tokens and patches, e.g. 256,1024,4096 (default: typical ones)",
     )
     _add_what(bench)
+    bench.add_argument(
+        "--device",
+        default="cpu",
+        help="cpu (default), cuda, or rehearsal: what cuda would do, on the CPU with a made-up "
+        "clock",
+    )
     bench.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     bench.add_argument("--quick", action="store_true", help="few rounds: a look, not a claim")
     add_json(bench)
@@ -220,9 +227,14 @@ def _bench(args: argparse.Namespace) -> int:
         args.quick,
         args.model,
         args.sizes,
+        args.device,
     )
     measured = runner.run(request, args.threads)
     _answer(args, report.table(measured), measured)
+    for error in measured.get("errors", ()):
+        print(f"vlmops bench: {error}", file=sys.stderr)
+    if measured.get("errors"):
+        return 1
     disturbed = report.busy(measured["rows"], measured["threads"])
     if disturbed is not None:
         print(f"vlmops bench: {disturbed}", file=sys.stderr)

@@ -13,6 +13,7 @@ import platform
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -48,6 +49,8 @@ class Request:
     """Names of `shapes.MODELS`, whose cases are named ``MODEL/CASE``."""
     sizes: Sequence[int] = ()
     """Tokens and patches of their cases; typical ones if there are none."""
+    device: str = "cpu"
+    """One of `gpu.DEVICES`, or the CPU."""
 
 
 @dataclasses.dataclass
@@ -55,6 +58,8 @@ class Variants:
     """Ways to compute one case, all of which passed the gate."""
 
     calls: dict[Key, Call] = dataclasses.field(default_factory=dict)
+    builds: dict[Key, Callable[[Arguments], Call]] = dataclasses.field(default_factory=dict)
+    """The same for other arguments, of the shapes that passed the gate."""
     unavailable: dict[Key, str] = dataclasses.field(default_factory=dict)
     restore: Callable[[], None] = lambda: None
     """Gives in-place variants fresh inputs: theirs would decay or grow from call to call."""
@@ -96,13 +101,13 @@ def measure_case(
     dtype_name = str(dtype).removeprefix("torch.")
     name = f"{case.name} {dtype_name}"
     args = case.make(dtype, device)
-    _progress(f"{name}: checking" + (" and compiling" if request.compile else ""))
+    progress(f"{name}: checking" + (" and compiling" if request.compile else ""))
     variants = admitted(spec, name, args, request.compile)
 
     moved = case.moved(args)
     calls = {**_floors(moved), **variants.calls}
     budget, rounds = (0.5, (5, 20)) if request.quick else (6.0, (11, 100))
-    _progress(f"{name}: timing")
+    progress(f"{name}: timing")
     timings = interleave(calls, budget, rounds, after_round=variants.restore)
     head = {
         "case": case.name,
@@ -111,10 +116,10 @@ def measure_case(
         "bytes": 2 * sum(t.numel() * t.element_size() for t in moved),
         "flops": case.flops(args),
     }
-    rows = list(_rows(head, timings))
+    rows = list(rows_of(head, timings))
     disturbed = report.busy(rows, torch.get_num_threads())
     if disturbed is not None:  # now, not when all cases were measured in vain
-        _progress(f"{name}: {disturbed}")
+        progress(f"{name}: {disturbed}")
     return rows + [
         {**head, "direction": direction, "variant": variant, "unavailable": reason}
         for (direction, variant), reason in variants.unavailable.items()
@@ -133,7 +138,14 @@ def _floors(moved: Sequence[Tensor]) -> dict[Key, Call]:
 
 
 @torch.no_grad()
-def admitted(spec: Spec, case: str, args: Arguments, compiled: bool = False) -> Variants:
+def admitted(
+    spec: Spec,
+    case: str,
+    args: Arguments,
+    compiled: bool = False,
+    others: Mapping[str, Callable[..., Any]] = MappingProxyType({}),
+    peers: Mapping[str, Callable[..., Any]] = MappingProxyType({}),
+) -> Variants:
     """The ways to compute a case, each of which has computed it once.
 
     Args:
@@ -141,22 +153,28 @@ def admitted(spec: Spec, case: str, args: Arguments, compiled: bool = False) -> 
         case: What errors call it.
         args: Of the op.
         compiled: Whether torch.compile is among them.
+        others: More of ours, by variant: forward and backward; one that refuses gets no number,
+            one that is wrong ends the benchmark.
+        peers: Of other libraries, forward only; they may write over what ``spec.written`` names,
+            and what is wrong or fails gets no number.
 
     Raises:
         BenchError: ours or eager computes something wrong, code 1.
     """
     eager = spec.eager_for(args)
-    functions = {"vlmops": spec.function, "eager": eager}
+    functions = {"vlmops": spec.function, **others, "eager": eager}
     if compiled:
         functions[COMPILED] = _compile(eager)
     variants = Variants()
 
-    def admit(gate: Gate, direction: str, variant: str, build: Callable[[], Call]) -> None:
+    def admit(gate: Gate, direction: str, variant: str, build: Callable[[Arguments], Call]) -> None:
+        forgiven = variant == COMPILED or variant in peers
+        may_refuse = forgiven or variant in others
         try:
-            call = build()
+            call = build(args)
             results = _tensors(call())
         except Exception as error:
-            if variant != COMPILED:
+            if not may_refuse:
                 raise
             reason = str(error).strip() or type(error).__name__
             variants.unavailable[direction, variant] = reason.splitlines()[0]
@@ -164,33 +182,47 @@ def admitted(spec: Spec, case: str, args: Arguments, compiled: bool = False) -> 
         try:
             gate.check(f"{case} {direction} {variant}", results)
         except BenchError as error:
-            if variant != COMPILED:
+            if not forgiven:
                 raise
             # A miscompiled yardstick has no speed either, and is no reason to withhold ours.
             variants.unavailable[direction, variant] = str(error)
             return
         variants.calls[direction, variant] = call
+        variants.builds[direction, variant] = build
 
+    restores: list[Callable[[], None]] = []
+
+    def on_scratch(function: Callable[..., Any], own: bool, args: Arguments) -> Call:
+        call, restore = _in_place(function, spec.written, args, own)
+        restores.append(restore)
+        return call
+
+    def restore() -> None:
+        for one in restores:
+            one()
+
+    variants.restore = restore
     differentiable = spec.differentiable_in(args)
     exact = {**args, **{name: args[name].double() for name in differentiable}}
     outputs = _tensors(eager(**args))
     gate = Gate(_tensors(spec.reference(**exact)), outputs)
     for variant, function in functions.items():
-        admit(gate, "forward", variant, functools.partial(functools.partial, function, **args))
+        admit(gate, "forward", variant, functools.partial(_forward, function))
     if spec.in_place is not None:
-        in_place, variants.restore = _in_place(spec.in_place, spec.written, args)
-        admit(gate, "forward", "vlmops in place", lambda: in_place)
+        build = functools.partial(on_scratch, spec.in_place, False)
+        admit(gate, "forward", "vlmops in place", build)
+    for variant, function in peers.items():
+        admit(gate, "forward", variant, functools.partial(on_scratch, function, True))
 
     if differentiable:
         upstream = [torch.randn_like(output) for output in outputs]
         backward = functools.partial(_backward, differentiable)
         gate = Gate(
-            backward(exact, [t.double() for t in upstream], spec.reference)(),
-            backward(args, upstream, eager)(),
+            backward([t.double() for t in upstream], spec.reference, exact)(),
+            backward(upstream, eager, args)(),
         )
         for variant, function in functions.items():
-            build = functools.partial(backward, args, upstream, function)
-            admit(gate, "backward", variant, build)
+            admit(gate, "backward", variant, functools.partial(backward, upstream, function))
     return variants
 
 
@@ -202,16 +234,23 @@ def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function, dynamic=False)
 
 
+def _forward(function: Callable[..., Any], args: Arguments) -> Call:
+    return functools.partial(function, **args)
+
+
 def _in_place(
-    function: Callable[..., Any], names: Sequence[str], args: Arguments
+    function: Callable[..., Any], names: Sequence[str], args: Arguments, own: bool = False
 ) -> tuple[Call, Callable[[], None]]:
-    """The call on scratch copies, and what gives them their first values back."""
+    """The call on scratch copies, and what gives them their first values back.
+
+    It returns what it wrote over, or with ``own`` what the function returned.
+    """
     scratch = {**args, **{name: args[name].clone() for name in names}}
     written = [scratch[name] for name in names]
 
-    def call() -> list[Tensor]:
-        function(**scratch)
-        return written
+    def call() -> Any:
+        result = function(**scratch)
+        return result if own else written
 
     def restore() -> None:
         for name in names:
@@ -221,7 +260,7 @@ def _in_place(
 
 
 def _backward(
-    names: Sequence[str], args: Arguments, upstream: Sequence[Tensor], function: Callable[..., Any]
+    names: Sequence[str], upstream: Sequence[Tensor], function: Callable[..., Any], args: Arguments
 ) -> Call:
     """From the gradients of the outputs to those of the inputs, on a graph that is kept."""
     inputs = {name: args[name].detach().requires_grad_() for name in names}
@@ -235,7 +274,9 @@ def _tensors(result: Any) -> Sequence[Tensor]:
     return (result,) if isinstance(result, Tensor) else tuple(result)
 
 
-def _rows(head: Row, timings: Mapping[Key, Timing]) -> Iterator[Row]:
+def rows_of(head: Row, timings: Mapping[Key, Timing]) -> Iterator[Row]:
+    """A row for each timing, related to the floors and to eager."""
+
     def ratio(key: Key, median: float) -> float | None:
         other = timings[key].median
         return None if other is None else other / median
@@ -252,7 +293,10 @@ def _rows(head: Row, timings: Mapping[Key, Timing]) -> Iterator[Row]:
         if timing.median is None or timing.p25 is None or timing.p75 is None:
             yield {**row, "unavailable": TOO_FEW}
             continue
-        of_copy, of_clone = (ratio(("floor", floor), timing.median) for floor in ("copy", "clone"))
+        of_copy, of_clone = (
+            ratio(("floor", floor), timing.median) if ("floor", floor) in timings else None
+            for floor in ("copy", "clone")
+        )
         eager = None if direction == "floor" else ratio((direction, "eager"), timing.median)
         yield {
             **row,
@@ -288,7 +332,8 @@ def require_isa(asked: str | None, got: str) -> None:
         raise BenchError(f"--isa: this machine has no {asked}; its best is {got}")
 
 
-def _progress(line: str) -> None:
+def progress(line: str) -> None:
+    """Says on stderr what is being done."""
     print(f"vlmops bench: {line}", file=sys.stderr, flush=True)
 
 
@@ -297,6 +342,12 @@ def main(argv: Sequence[str]) -> int:
     request = Request(**json.loads(argv[0]))
     device = torch.device("cpu")
     try:
+        if request.device != "cpu":
+            from vlmops.bench import measure_gpu
+
+            result = measure_gpu.run(request)
+            Path(argv[1]).write_text(json.dumps(result))
+            return 0
         result = environment(device)
         require_isa(request.isa, result["isa"]["vlmops"])
         result["rows"] = measure(request, ops.spec(request.op), device)

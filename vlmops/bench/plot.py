@@ -23,7 +23,9 @@ COLORS = {
     "torch.compile": "#E69F00",
     "copy": "#000000",
     "clone": "#777777",
+    "launch": "#AA4499",
 }
+_FLOORS = ("copy", "clone", "launch")
 _OTHERS = ("#009E73", "#CC79A7", "#F0E442")
 _WIDTH, _HEIGHT, _LEFT, _TOP, _GAP_X, _GAP_Y = 360, 240, 70, 80, 80, 70
 
@@ -110,13 +112,20 @@ def write(report: Mapping[str, Any], stem: str, folder: Path) -> list[Path]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for (series, dtype, thp), rows in itertools.groupby(timed, key):
-            name = f"{stem}-{series}-{dtype}-thp{int(thp)}.svg".replace("/", "-")
-            title = f"{report['op']} {series}*, {dtype}, THP_MEM_ALLOC_ENABLE={int(thp)}"
+            on_cpu = _on_cpu(report)
+            setting = f"-thp{int(thp)}" if on_cpu else ""
+            name = f"{stem}-{series}-{dtype}{setting}.svg".replace("/", "-")
+            title = f"{report['op']} {series}*, {dtype}"
+            title += f", THP_MEM_ALLOC_ENABLE={int(thp)}" if on_cpu else ""
             written.append(folder / name)
             written[-1].write_text(figure(list(rows), title, _origin(report)))
     except OSError as error:
         raise BenchError(f"--out: {folder} cannot be written ({error.strerror})") from error
     return written
+
+
+def _on_cpu(report: Mapping[str, Any]) -> bool:
+    return bool(report["device"].get("type", "cpu") == "cpu")
 
 
 def _series(case: str) -> str:
@@ -126,6 +135,11 @@ def _series(case: str) -> str:
 
 def _origin(report: Mapping[str, Any]) -> str:
     commit = (report["commit"] or "no commit")[:10]
+    if not _on_cpu(report):
+        return (
+            f"{report['device']['name']}, driver {report['device']['driver']}; "
+            f"torch {report['versions']['torch']}; {commit}, {report['date'][:10]}"
+        )
     return (
         f"{report['device']['name']}, {report['threads']} threads, {report['isa']['vlmops']}; "
         f"torch {report['versions']['torch']}; {commit}, {report['date'][:10]}"
@@ -205,7 +219,7 @@ def _bytes(count: float) -> str:
 
 def _line(points: Sequence[tuple[float, float]], color: str, variant: str = "") -> str:
     joined = " ".join(f"{x:.2f},{y:.2f}" for x, y in points)
-    dash = ' stroke-dasharray="6 4"' if variant in ("copy", "clone") else ""
+    dash = ' stroke-dasharray="6 4"' if variant in _FLOORS else ""
     width = 2 if variant else 1
     return (
         f'<polyline points="{joined}" fill="none" stroke="{color}" stroke-width="{width}"{dash}/>'

@@ -15,7 +15,7 @@ from typing import Any
 
 import vlmops
 from vlmops import _cpus, _library, ops
-from vlmops.bench import BenchError, shapes
+from vlmops.bench import BenchError, gpu, shapes
 from vlmops.bench.measure import Request, known_cases
 
 SCHEMA = 1
@@ -47,6 +47,7 @@ def request(
     quick: bool = False,
     models: Sequence[str] | None = None,
     sizes: Sequence[int] | None = None,
+    device: str = "cpu",
 ) -> Request:
     """A request whose every name exists; all cases, float32 and bfloat16 by default.
 
@@ -71,8 +72,9 @@ def request(
     dtypes = dtypes or ["float32", "bfloat16"]
     _check_names("--case", cases, list(known))
     _check_names("--dtype", dtypes, DTYPES)
+    _check_names("--device", [device], ["cpu", *gpu.DEVICES])
     _check_names("--isa", [isa] if isa else [], list(TORCH_CAPS))
-    return Request(op, cases, dtypes, isa, compile, quick, models, sizes)
+    return Request(op, cases, dtypes, isa, compile, quick, models, sizes, device)
 
 
 def _check_names(option: str, names: Sequence[str], allowed: Sequence[str]) -> None:
@@ -82,7 +84,7 @@ def _check_names(option: str, names: Sequence[str], allowed: Sequence[str]) -> N
 
 
 def run(request: Request, threads: int | None = None) -> dict[str, Any]:
-    """Measures without and with huge pages in torch's allocator: the report, ready for JSON.
+    """Measures, on the CPU without and with huge pages in torch's allocator: ready for JSON.
 
     Args:
         request: What to measure.
@@ -96,7 +98,8 @@ def run(request: Request, threads: int | None = None) -> dict[str, Any]:
         _library.require()
     except ImportError as error:
         raise BenchError(str(error)) from None
-    results = [_measure(request, {**env, "THP_MEM_ALLOC_ENABLE": value}) for value in "01"]
+    settings = "01" if request.device == "cpu" else "0"  # huge pages are the CPU's
+    results = [_measure(request, {**env, "THP_MEM_ALLOC_ENABLE": value}) for value in settings]
     return {
         "schema": SCHEMA,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -135,10 +138,9 @@ def bound(isa: str | None, threads: int | None) -> dict[str, str]:
 
 
 def _measure(request: Request, env: dict[str, str]) -> dict[str, Any]:
-    print(
-        f"vlmops bench: {request.op}, THP_MEM_ALLOC_ENABLE={env['THP_MEM_ALLOC_ENABLE']}",
-        file=sys.stderr,
-    )
+    thp = f"THP_MEM_ALLOC_ENABLE={env['THP_MEM_ALLOC_ENABLE']}"
+    where = thp if request.device == "cpu" else request.device
+    print(f"vlmops bench: {request.op}, {where}", file=sys.stderr)
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "result.json"
         arguments = [json.dumps(dataclasses.asdict(request)), str(output)]

@@ -34,6 +34,8 @@ class BadCall:
     change: Callable[[Arguments], Arguments]
     pattern: str
     exception: type[Exception] = RuntimeError
+    reads_values: bool = False
+    """Whether only the values of a tensor tell that it is bad: a GPU does not look."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +74,8 @@ class Spec:
     """Tiny cases that stand for all, for backends that are interpreted (0.01 s a program)."""
     model_cases: Callable[[Model, Sequence[int], Sequence[int]], Iterable[BenchCase]] | None = None
     """What the op meets in a model, for numbers of tokens of text and of patches."""
+    peers: Callable[[Arguments], Mapping[str, Callable[..., Any]]] | None = None
+    """Other libraries that are installed and can do a call, by name; see `measure.admitted`."""
 
     def differentiable_in(self, args: Arguments) -> list[str]:
         """The arguments of a call that get gradients."""
