@@ -35,6 +35,8 @@
 namespace vlmops::mrope {
 
 constexpr int kThreads = 256;
+// Of kThreads each, on one multiprocessor: without this ptxas spills in three kernels.
+constexpr int kBlocks = 3;
 constexpr int kMaxTokens = 4;  // of a block at a time
 
 // What one head's channels are: packs of V where they lie side by side.
@@ -238,7 +240,7 @@ __device__ __forceinline__ void rotate_head(const Params& p, const Rows& rows, c
 }
 
 template <class T, Rotation rotation, int V, bool kNorm>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocks)
     mrope_kernel(const VLMOPS_GRID_CONSTANT Params p, int tokens_per_block, int lanes) {
   VLMOPS_DYNAMIC_SHARED(unsigned char, memory);
   const Shared shared(memory, p, tokens_per_block, kNorm);
@@ -330,7 +332,7 @@ __device__ __forceinline__ void norm_gradient(Floats<V>& g, const Floats<V>& x, 
 // blockIdx.y is 0 for q, 1 for k; a block goes over the tokens in steps of the grid. partial
 // [grid.x, 2, D].
 template <class T, Rotation rotation, int V>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocks)
     mrope_norm_backward_kernel(const VLMOPS_GRID_CONSTANT Params p, int tokens_per_block, int lanes,
                                float* partial) {
   VLMOPS_DYNAMIC_SHARED(unsigned char, memory);
@@ -414,7 +416,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 // q_weight_grad, k_weight_grad [D]: the partial sums [parts, 2, D] in their order.
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocks)
     mrope_weight_grad_kernel(const VLMOPS_GRID_CONSTANT Params p, const float* partial, int parts,
                              float* q_weight_grad, float* k_weight_grad) {
   const int d = static_cast<int>(p.head_dim);
