@@ -23,7 +23,7 @@ setup: .venv/built
 
 # Python files are used where they are, only the library is built.
 .venv/built: .venv/modules $(SOURCES)
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation -e ".[dev,demo]"
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation -e ".[dev,demo,cuda]"
 	touch $@
 
 demo: setup
@@ -40,6 +40,7 @@ test: setup
 	# The interpreter takes a hundredth of a second a program.
 	OMP_NUM_THREADS=1 .ci/suite triton 240 $(BIN)/python -m pytest -q python_tests/test_contract.py \
 	  python_tests/ops -k triton
+	.ci/suite nvcc 120 $(BIN)/python bench/gpu_static.py --arch 90
 	# One thread: the models are tiny, a second one only waits.
 	OMP_NUM_THREADS=1 .ci/suite hf 360 $(BIN)/python -m pytest -q python_tests/hf
 	.ci/suite tools 240 $(BIN)/python -m pytest -q --ignore=python_tests/ops \
@@ -77,10 +78,9 @@ check-tables: setup
 bench: setup
 	$(BIN)/vlmops bench mrope
 
-# Triton's kernels for GPUs that are not there: registers, spills, 128-bit accesses.
-# Every CUDA kernel for every architecture, against csrc/gpu_budget.json.
+# Registers, spills, 128-bit accesses of every CUDA kernel on every architecture, against
+# csrc/gpu_budget.json, then of Triton's. No GPU needed.
 gpu-static: setup
-	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[cuda]" --no-build-isolation
 	$(BIN)/python bench/gpu_static.py
 
 triton-static: setup

@@ -50,14 +50,14 @@ def _load() -> tuple[Path | None, str | None]:
     )
 
 
-def _load_cuda() -> str | None:
-    """Hands `libvlmops` the CUDA kernels; why there are none, if so."""
+def _load_cuda() -> tuple[str, str | None]:
+    """Hands `libvlmops` the CUDA kernels: their architectures, and why there are none, if so."""
     if path is None:
-        return error
+        return "", error
     library = ctypes.CDLL(str(path))
     library.vlmops_set_cuda.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_char_p]
     cuda = path.with_name("libvlmops_cuda.so")
-    table, stream, reason = None, None, None
+    table, stream, reason, architectures = None, None, None, ""
     if torch.version.cuda is None:
         reason = f"torch {torch.__version__} is a build for CPUs"
     elif not cuda.exists():
@@ -69,20 +69,50 @@ def _load_cuda() -> str | None:
         try:
             half = ctypes.CDLL(str(cuda))
             half.vlmops_cuda_kernels.restype = ctypes.c_void_p
+            half.vlmops_cuda_architectures.restype = ctypes.c_char_p
+            architectures = half.vlmops_cuda_architectures().decode()
             torch_cuda = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cuda.so"))
             stream = ctypes.cast(torch_cuda.aoti_torch_get_current_cuda_stream, ctypes.c_void_p)
             table = half.vlmops_cuda_kernels()
         except (OSError, AttributeError) as failed:
             reason = f"{cuda} does not load beside torch {torch.__version__}: {failed}"
     library.vlmops_set_cuda(table, stream, (reason or "").encode())
-    return reason
+    return architectures, reason
 
 
 path: Path | None
 error: str | None
 path, error = _load()
-cuda_error: str | None = _load_cuda()
+cuda_architectures: str
+"""What the CUDA kernels are built for, as CMake has it: ``"80-real 90-real 120"``."""
+cuda_error: str | None
 """Why there are no CUDA kernels; None if they are loaded."""
+cuda_architectures, cuda_error = _load_cuda()
+
+
+def cuda_refuses(capability: tuple[int, int]) -> str | None:
+    """Why the CUDA kernels do not run on a GPU of that compute capability; None if they do.
+
+    Machine code runs on later GPUs of the same generation; PTX, which an entry without ``-real``
+    contains, on all later ones; code for an ``a`` architecture on that one alone.
+    """
+    if cuda_error is not None:
+        return cuda_error
+    major, minor = capability
+    gpu = 10 * major + minor
+    for entry in cuda_architectures.split():
+        number, _, kind = entry.partition("-")
+        own = number[-1].isalpha()
+        built = int(number.rstrip("af"))
+        if built == gpu or (not own and built < gpu and (kind != "real" or built // 10 == major)):
+            return None
+    entries = [entry.partition("-") for entry in cuda_architectures.split()]
+    contains = ", ".join(f"sm_{n}" + (" with PTX" if k != "real" else "") for n, _, k in entries)
+    return (
+        f"the GPU is an sm_{gpu}, and this build of vlmops has kernels for {contains}; install "
+        f"from source with -C cmake.define.VLMOPS_CUDA_ARCHITECTURES={gpu}, or use "
+        "backend='triton'"
+    )
 
 
 def require() -> None:

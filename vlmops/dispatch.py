@@ -15,6 +15,8 @@ from typing import NamedTuple
 
 import torch
 
+from vlmops import _library
+
 BACKENDS = ("cpu", "cuda", "triton", "reference")
 
 asked: contextvars.ContextVar[str | None] = contextvars.ContextVar(
@@ -115,10 +117,9 @@ def unavailable(op: str, name: str, device_type: str) -> str | None:
     if name in ("cpu", "cuda"):
         if device_type != name:
             return f"expected tensors on {name}, got {device_type}; move them, or ask for none"
-        key = name.upper()
-        if not torch._C._dispatch_has_kernel_for_dispatch_key(f"vlmops::{op}", key):
-            return "this build of vlmops has no CUDA kernels; use backend='triton'"
-        return None
+        if name == "cpu":
+            return None
+        return _library.cuda_error or _library.cuda_refuses(torch.cuda.get_device_capability())
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed; run 'pip install triton', or ask for no backend"
     if importlib.util.find_spec(f"vlmops.ops.{op}_triton") is None:

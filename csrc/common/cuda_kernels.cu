@@ -8,6 +8,7 @@ namespace vlmops {
 namespace {
 
 #if defined(VLMOPS_EMULATOR)
+#define VLMOPS_CUDA_ARCHITECTURES ""
 using emulator::describe_status;
 constexpr auto register_buffer = &emulator::register_named_buffer;
 #else
@@ -31,4 +32,6 @@ const CudaKernels kernels = {&describe_status, register_buffer, &mrope::run_cuda
 }  // namespace
 }  // namespace vlmops
 
-extern "C" const vlmops::CudaKernels* vlmops_cuda_kernels() { return &vlmops::kernels; }
+const vlmops::CudaKernels* vlmops_cuda_kernels() { return &vlmops::kernels; }
+
+const char* vlmops_cuda_architectures() { return VLMOPS_CUDA_ARCHITECTURES; }

@@ -22,4 +22,8 @@ struct CudaKernels {
 
 }  // namespace vlmops
 
-extern "C" __attribute__((visibility("default"))) const vlmops::CudaKernels* vlmops_cuda_kernels();
+extern "C" {
+__attribute__((visibility("default"))) const vlmops::CudaKernels* vlmops_cuda_kernels();
+// What the build contains, as CMAKE_CUDA_ARCHITECTURES has it, with blanks between.
+__attribute__((visibility("default"))) const char* vlmops_cuda_architectures();
+}
