@@ -1,4 +1,4 @@
-"""Builds, checks and measures vlmops on the GPU of this machine; ``OUT_DIR/verdict.txt`` comes last.
+"""Builds, checks and measures vlmops on this machine's GPU; ``OUT_DIR/verdict.txt`` comes last.
 
 Needs no network. Steps run in the order of what their answers are worth, each with a log and a time
 budget of its own; one that fails stops none but those that need it. A second run with the same
@@ -29,7 +29,7 @@ BUDGET = 520.0
 
 BUILD = [
     *("-m", "pip", "install", "--quiet", "--no-build-isolation", "--no-deps", "-e", "."),
-    *("-C", "cmake.define.VLMOPS_CUDA=ON", "-C", "cmake.define.CMAKE_CUDA_ARCHITECTURES=native"),
+    *("-C", "cmake.define.VLMOPS_CUDA=ON", "-C", "cmake.define.VLMOPS_CUDA_ARCHITECTURES=native"),
 ]
 """The one place that knows how both libraries are built for the card that is present."""
 

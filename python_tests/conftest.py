@@ -4,20 +4,13 @@ Triton runs in its interpreter, if it is installed. VLMOPS_TEST_DEVICE=cuda runs
 GPU, where Triton compiles.
 """
 
-import importlib.util
 import os
 
-HAS_TRITON = importlib.util.find_spec("triton") is not None
-# Where the contract suite runs: the CPU, or cuda (bench/gpu_check.sh).
-TEST_DEVICE = os.environ.get("VLMOPS_TEST_DEVICE", "cpu")
-ON_GPU = TEST_DEVICE == "cuda"
-if HAS_TRITON and not ON_GPU:  # before anything imports a kernel
-    os.environ["TRITON_INTERPRET"] = "1"
+import pytest
+import torch
+from testbed import HAS_TRITON, ISA_LEVELS, NOT_ON_A_GPU, ON_GPU, TEST_DEVICE, TESTED_ISAS
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
-
-import vlmops  # noqa: E402
+import vlmops
 
 if TEST_DEVICE not in ("cpu", "cuda"):
     raise pytest.UsageError(f"VLMOPS_TEST_DEVICE: expected cpu or cuda, got {TEST_DEVICE!r}")
@@ -26,18 +19,6 @@ if HAS_TRITON and not ON_GPU:
     import triton_interpreter
 
     triton_interpreter.mend()
-
-ISA_LEVELS = ["portable", "avx2", "avx512"]
-TESTED_ISAS = ISA_LEVELS[: ISA_LEVELS.index(vlmops.cpu_isa()) + 1]
-
-DEVICE = torch.device(TEST_DEVICE)
-
-NOT_ON_A_GPU = {
-    "cpu": "the CPU's kernels and their instruction sets",
-    "emulator": "the emulated GPU: the real one is here",
-    "values": "the host reads no value back, so a call is not refused for the values of a tensor",
-}
-"""Every rule by which the contract leaves something out on a GPU, where nothing else is."""
 
 
 def pytest_report_header():

@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from conftest import TESTED_ISAS
+from testbed import TESTED_ISAS
 
 from vlmops import _library, cli
 from vlmops.bench import BenchError, compare, runner

@@ -2,7 +2,7 @@
 
 No op is named here. A test's id is op, backend, dtype, case. Interpreted backends run the few
 cases of a SPEC that stand for all; VLMOPS_ALL_CASES=1 gives them every one. VLMOPS_TEST_DEVICE=cuda
-runs the same tests on a GPU; what conftest.py's NOT_ON_A_GPU names is left out there.
+runs the same tests on a GPU; what testbed.py's NOT_ON_A_GPU names is left out there.
 """
 
 import functools
@@ -11,9 +11,9 @@ import os
 
 import pytest
 import torch
-from conftest import DEVICE, HAS_TRITON, NOT_ON_A_GPU, ON_GPU, TESTED_ISAS
 from dispatch import CountOps
 from emulator.build import emulated
+from testbed import DEVICE, HAS_TRITON, NOT_ON_A_GPU, ON_GPU, TESTED_ISAS
 from torch.autograd import forward_ad
 
 import vlmops

@@ -8,8 +8,8 @@ import threading
 
 import pytest
 import torch
-from conftest import HAS_TRITON
 from dispatch import CountOps
+from testbed import HAS_TRITON
 
 import vlmops
 from vlmops import dispatch

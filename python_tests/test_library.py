@@ -48,9 +48,10 @@ def test_no_python_and_no_openmp(undefined):
 
 
 def test_defines_nothing_for_others_to_find():
-    """Symbols of one kernel library must not meet those of another."""
+    """Symbols of one kernel library must not meet those of another; two calls are for Python."""
     defined = dynamic("nm", "--defined-only").splitlines()
-    assert not [line for line in defined if "vlmops" in line]
+    ours = {line.split()[-1] for line in defined if "vlmops" in line}
+    assert ours == {"vlmops_set_cuda", "vlmops_set_emulator"}
 
 
 def test_c_library_versions(undefined):
@@ -62,6 +63,34 @@ def test_c_library_versions(undefined):
         ]
         assert found
         assert max(found) <= newest, f"{name}: {max(found)}"
+
+
+@pytest.mark.parametrize(
+    ("built", "gpu", "runs"),
+    [
+        ("80-real 90-real 120", (8, 0), True),
+        ("80-real 90-real 120", (8, 9), True),  # machine code of sm_80 runs on every sm_8x
+        ("80-real 90-real 120", (10, 0), False),  # neither code nor older PTX
+        ("80-real 90-real 120", (12, 1), True),
+        ("80-real 90-real 120", (13, 0), True),  # by PTX
+        ("80-real 90-real 120-real", (13, 0), False),
+        ("86-real", (8, 0), False),
+        ("90-virtual", (10, 3), True),
+        ("90a-real", (9, 0), True),
+        ("90a", (10, 0), False),
+    ],
+)
+def test_which_gpus_a_build_serves(monkeypatch, built, gpu, runs):
+    monkeypatch.setattr(_library, "cuda_error", None)
+    monkeypatch.setattr(_library, "cuda_architectures", built)
+    reason = _library.cuda_refuses(gpu)
+    if runs:
+        assert reason is None
+    else:
+        number = 10 * gpu[0] + gpu[1]
+        assert f"the GPU is an sm_{number}, and this build of vlmops has kernels for " in reason
+        assert all(f"sm_{entry.partition('-')[0]}" in reason for entry in built.split())
+        assert f"VLMOPS_CUDA_ARCHITECTURES={number}" in reason
 
 
 def test_wheel_tag_binds_to_no_cpython():

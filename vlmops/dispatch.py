@@ -8,6 +8,7 @@ device. What was asked for by name and cannot run is an error, never something e
 from __future__ import annotations
 
 import contextvars
+import functools
 import importlib.util
 import os
 from types import TracebackType
@@ -119,7 +120,7 @@ def unavailable(op: str, name: str, device_type: str) -> str | None:
             return f"expected tensors on {name}, got {device_type}; move them, or ask for none"
         if name == "cpu":
             return None
-        return _library.cuda_error or _library.cuda_refuses(torch.cuda.get_device_capability())
+        return _cuda_refuses()
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed; run 'pip install triton', or ask for no backend"
     if importlib.util.find_spec(f"vlmops.ops.{op}_triton") is None:
@@ -134,6 +135,12 @@ def unavailable(op: str, name: str, device_type: str) -> str | None:
     elif device_type != "cuda":
         return f"expected tensors on cuda, got {device_type}; move them, or ask for no backend"
     return None
+
+
+@functools.cache
+def _cuda_refuses() -> str | None:
+    # Not when vlmops is imported: asking for the capability starts CUDA, and breaks later forks.
+    return _library.cuda_error or _library.cuda_refuses(torch.cuda.get_device_capability())
 
 
 def choose(op: str, name: str | None, device_type: str) -> str:

@@ -73,9 +73,7 @@ def examine(all_sites: bool = False) -> list[Finding]:
         "Triton": _triton,
         "transformers": _transformers,
         "libvlmops": _libvlmops,
-        "libvlmops_cuda": lambda: Finding(
-            "libvlmops_cuda", "ok", "not built: this version has CPU kernels only"
-        ),
+        "libvlmops_cuda": _libvlmops_cuda,
         "backends": _backends,
         "instruction set": _isa,
         "oneDNN": _onednn,
@@ -142,9 +140,7 @@ def _gpu() -> Finding:
     loaded = f"driver {driver[1]}" if driver else "no NVIDIA driver"
     if torch.cuda.is_available():
         names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-        found = f"{', '.join(names)}; {loaded}"
-        remedy = "vlmops has no kernels for GPUs yet: patch models on the CPU"
-        return Finding("GPU", "advice", found, remedy)
+        return Finding("GPU", "ok", f"{', '.join(names)}; {loaded}")
     if driver and torch.version.cuda is None:
         remedy = "models run on the GPU with a torch that is built for CUDA"
         return Finding("GPU", "advice", f"{loaded}, and this torch has no CUDA", remedy)
@@ -199,6 +195,21 @@ def _libvlmops() -> Finding:
     if _library.error is not None:
         return Finding("libvlmops", "problem", _library.error + source)
     return Finding("libvlmops", "ok", f"loaded from {_library.path}{source}")
+
+
+def _libvlmops_cuda() -> Finding:
+    topic = "libvlmops_cuda"
+    if _library.cuda_error is not None:
+        # Without a GPU nothing is missing, and Triton's kernels may do with one.
+        grade: Grade = "advice" if torch.cuda.is_available() else "ok"
+        return Finding(topic, grade, f"not loaded: {_library.cuda_error}")
+    found = f"loaded, built for {_library.cuda_architectures}"
+    if torch.cuda.is_available():
+        for i in range(torch.cuda.device_count()):
+            reason = _library.cuda_refuses(torch.cuda.get_device_capability(i))
+            if reason is not None:
+                return Finding(topic, "advice", f"{found}; GPU {i}: {reason}")
+    return Finding(topic, "ok", found)
 
 
 def _isa() -> Finding:

@@ -408,7 +408,7 @@ NVCC = shutil.which("nvcc") or shutil.which(
 def test_what_the_emulator_runs_compiles_with_nvcc(source, tmp_path):
     # What bench/gpu_static.py leaves out, which compiles the ops' kernels.
     command = [NVCC, "-std=c++17", "-Werror", "all-warnings", f"-I{SOURCES}", "-arch=sm_90"]
-    command += ["-DVLMOPS_CUDA_ARCHITECTURES=\"90\"", "-c"]
+    command += ['-DVLMOPS_CUDA_ARCHITECTURES="90"', "-c"]
     done = subprocess.run(
         [*command, SOURCES / source, "-o", tmp_path / "out.o"], capture_output=True, text=True
     )

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import HAS_TRITON
+from testbed import HAS_TRITON
 
 import vlmops
 from vlmops.ops.mrope import reference

@@ -19,13 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vlmops import dispatch
 from vlmops.hf import norms, rotary
 from vlmops.hf.aliasing import may_overwrite
 from vlmops.hf.norms import Deferred, Norms, Study
 from vlmops.hf.rotary import Apply, Layout, LayoutKey
 from vlmops.ops.mrope import Rotation, mrope, mrope_
-
-SERVED = ("cpu", "meta")
 
 Layouts = Mapping[LayoutKey, Layout]
 
@@ -37,8 +36,17 @@ class Turn:
     freq_axis: tuple[int, ...]
     rotation: Rotation
     scaling: float
-    tensor: Tensor = dataclasses.field(compare=False)
-    """freq_axis on the CPU."""
+    tensors: dict[torch.device, Tensor] = dataclasses.field(compare=False)
+    """freq_axis, on each device that has asked for it."""
+
+    def freq_axis_on(self, device: torch.device) -> Tensor:
+        """``freq_axis`` for an op; copied to each device once."""
+        if device not in self.tensors:
+            tensor = torch.tensor(self.freq_axis, dtype=torch.int32, device=device)
+            if torch.compiler.is_compiling():
+                return tensor
+            self.tensors[device] = tensor
+        return self.tensors[device]
 
 
 Turns = Mapping[tuple[int, int], Turn]
@@ -50,7 +58,8 @@ def turns_of(layouts: Iterable[Layouts]) -> dict[tuple[int, int], Turn] | None:
     turns: dict[tuple[int, int], Turn] = {}
     for layout in (layout for by_key in layouts for layout in by_key.values()):
         tensor = torch.tensor(layout.freq_axis, dtype=torch.int32)
-        turn = Turn(layout.freq_axis, layout.rotation, layout.scaling, tensor)
+        tensors = {tensor.device: tensor}
+        turn = Turn(layout.freq_axis, layout.rotation, layout.scaling, tensors)
         if turns.setdefault((layout.axes, len(layout.freq_axis)), turn) != turn:
             return None
     return turns
@@ -95,7 +104,7 @@ def rotary_forward(original: Any, layouts: Layouts) -> Callable[..., Any]:
     def forward(self: Any, x: Tensor, position_ids: Tensor, layer_type: str | None = None) -> Any:
         given = () if layer_type is None else (layer_type,)
         served = (
-            x.device.type in SERVED  # a model may move after it was patched
+            refuses(x.device) is None  # a model may move after it was patched
             and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
             and not position_ids.is_floating_point()
             and not torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
@@ -107,14 +116,27 @@ def rotary_forward(original: Any, layouts: Layouts) -> Callable[..., Any]:
     return forward
 
 
+def refuses(device: torch.device) -> str | None:
+    """Why the op does not run on a device and what to do, or None if it does."""
+    if device.type in ("cpu", "meta"):
+        return None
+    if device.type != "cuda":
+        return f"no kernel for {device.type}: move the model to the CPU or to a CUDA device"
+    try:
+        dispatch.default("mrope", device)
+    except RuntimeError as error:
+        return str(error)
+    return None
+
+
 def _table_forward(original: Any) -> Callable[..., Any]:
     """The same for a constant table of rotations (`rotary.table_of`)."""
 
     @torch.no_grad()
     def forward(self: Any, x: Tensor) -> Tensor:
         table: Tensor = original(self, x)
-        if table.device.type not in SERVED:
-            return table
+        if table.device.type not in ("cpu", "meta"):
+            return table  # its factors would be read back from a GPU at every call
         if torch.jit.is_tracing() or self._forward_hooks:  # type: ignore[attr-defined, no-untyped-call]
             return table
         ids, inv_freq = rotary.factor_table(table)
@@ -239,7 +261,7 @@ def _rotate(
     options: dict[str, Any] = {
         "position_ids": position_ids,
         "inv_freq": bits.view(torch.float32),
-        "freq_axis": turn.tensor if q.device.type == "cpu" else turn.tensor.to(q.device),
+        "freq_axis": turn.freq_axis_on(q.device),
         "rotation": turn.rotation,
         "scaling": turn.scaling,
         "head_axis": q.dim() - heads,

@@ -179,9 +179,10 @@ def _examine(rotaries: list[nn.Module], attentions: tuple[_Attention, ...]) -> _
         reason = _replaced(attention)
         if reason is not None:
             return reason
-    devices = {t.device.type for m in parts for t in (*m.parameters(), *m.buffers())}
-    for device in sorted(devices - {"cpu", "meta"}):
-        return f"no kernel for {device} in this build of vlmops: only the CPU is served yet"
+    devices = {t.device for m in parts for t in (*m.parameters(), *m.buffers())}
+    for reason in map(carry.refuses, sorted(devices, key=str)):
+        if reason is not None:
+            return reason
 
     layouts: dict[nn.Module, Layouts] = {}
     for module in rotaries:
