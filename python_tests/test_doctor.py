@@ -173,7 +173,7 @@ DRIVER = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.15  Tue Mar  5 
         (False, None, None, "ok", r"none \(no NVIDIA driver\)", ""),
         (False, DRIVER, None, "advice", r"driver 550\.54\.15, and this torch has no CUDA", "built"),
         (False, DRIVER, "13.0", "advice", "torch sees no GPU", "nvidia-smi"),
-        (True, DRIVER, "13.0", "advice", r"A GPU, A GPU; driver 550\.54\.15", "for GPUs yet"),
+        (True, DRIVER, "13.0", "ok", r"A GPU, A GPU; driver 550\.54\.15", ""),
     ],
 )  # fmt: skip
 def test_doctor_finds_gpus(monkeypatch, available, driver, cuda, grade, found, remedy):
@@ -183,6 +183,30 @@ def test_doctor_finds_gpus(monkeypatch, available, driver, cuda, grade, found, r
     monkeypatch.setattr(torch.version, "cuda", cuda)
     monkeypatch.setattr(_cpus, "read", lambda _: driver)
     _says(doctor._gpu(), grade, found, remedy)
+
+
+@pytest.mark.parametrize(
+    ("error", "gpus", "grade", "found"),
+    [
+        ("this torch is a build for CPUs", [], "ok", "not loaded: this torch is"),
+        ("vlmops was built without CUDA", [(9, 0)], "advice", "not loaded: vlmops was built"),
+        (None, [], "ok", "loaded, built for 80-real 90-real$"),
+        (None, [(9, 0)], "ok", "loaded, built for 80-real 90-real$"),
+        (
+            None,
+            [(9, 0), (12, 0)],
+            "advice",
+            "; GPU 1: the GPU is an sm_120, and this build .* sm_90",
+        ),
+    ],
+)
+def test_doctor_tells_of_cuda_kernels(monkeypatch, error, gpus, grade, found):
+    monkeypatch.setattr(_library, "cuda_error", error)
+    monkeypatch.setattr(_library, "cuda_architectures", "80-real 90-real")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(gpus))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(gpus))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: gpus[i])
+    _says(doctor._libvlmops_cuda(), grade, found, "")
 
 
 def test_doctor_advises_float32_where_bfloat16_is_slow(monkeypatch):
