@@ -7,7 +7,7 @@ BIN = .venv/bin
 SOURCES = CMakeLists.txt $(shell find csrc -type f)
 PYTHON_FILES = vlmops python_tests bench csrc
 
-.PHONY: setup demo test lint families tables check-tables bench gpu-static triton-static mutants clean FORCE
+.PHONY: setup demo test lint families tables check-tables bench gpu gpu-static triton-static mutants clean FORCE
 
 setup: .venv/built
 
@@ -82,6 +82,11 @@ bench: setup
 # csrc/gpu_budget.json, then of Triton's. No GPU needed.
 gpu-static: setup
 	$(BIN)/python bench/gpu_static.py
+
+# Everything that only a GPU can tell: OUT=folder for results, PYTHON=one with a torch for CUDA. Uses
+# no .venv and no network.
+gpu:
+	PYTHON=$(PYTHON) bench/gpu_check.sh $(or $(OUT),build/gpu)
 
 triton-static: setup
 	OMP_NUM_THREADS=1 $(BIN)/python python_tests/triton_aot.py

@@ -53,6 +53,8 @@ class Step:
     instead_of: str | None = None
     """Runs only if that step failed."""
     skip: Callable[[], str | None] = lambda: None
+    makes: Path | None = None
+    """A file that must be there afterwards."""
 
 
 @dataclasses.dataclass
@@ -102,9 +104,9 @@ def steps(out: Path, dry_run: bool) -> list[Step]:
         return Step(f"contract-{backend}", 100, suite, test_device, built, skip=skip)
 
     def bench(name: str, seconds: float, *options: str) -> Step:
-        path = str(out / f"{name}.json")
-        command = [python, "-m", "vlmops.cli", "bench", "mrope", "--device", device, *options]
-        return Step(name, seconds, [*command, "--json", path], needs=built)
+        path = out / f"{name}.json"
+        command = [python, "-m", "vlmops", "bench", "mrope", "--device", device, *options]
+        return Step(name, seconds, [*command, "--json", str(path)], needs=built, makes=path)
 
     def sanitizer(tool: str) -> Step:
         program = find_sanitizer()
@@ -126,6 +128,7 @@ def steps(out: Path, dry_run: bool) -> list[Step]:
         Step("small", 40, part("small"), needs=built),
         contract("cuda"),
         bench("bench-headline", 60, *quick, *cases),
+        Step("patched", 60, part("patched"), needs=built, skip=without("transformers")),
         contract("triton"),
         *(sanitizer(tool) for tool in SANITIZERS[:2]),
         bench("bench", 120, *([*quick, "--case", "decode_b1"] if dry_run else [])),
@@ -241,6 +244,8 @@ class Check:
     def _execute(self, step: Step, limit: float) -> Outcome:
         log_path = self.out / f"{step.name}.log"
         start = self.clock()
+        if step.makes is not None:
+            step.makes.unlink(missing_ok=True)
         with log_path.open("w") as log:
             log.write(f"$ {' '.join(step.command)}\n")
             log.flush()
@@ -267,6 +272,8 @@ class Check:
                 raise
         told = counts(log_path)
         seconds = self.clock() - start
+        if code == 0 and step.makes is not None and not step.makes.exists():
+            return Outcome("failed", seconds, f"code 0, and {step.makes.name} was not written")
         if code == 0:
             return Outcome("passed", seconds, told)
         return Outcome("failed", seconds, f"{told}code {code}: {last_line(log_path)}")
@@ -431,6 +438,37 @@ def small(out: Path, dry_run: bool) -> int:
     return int(wrong > 0 or ran == 0)
 
 
+def patched(out: Path, dry_run: bool) -> int:
+    """Tiny models of Hugging Face's, before and after `vlmops.patch`: logits and gradients."""
+    sys.path.insert(0, str(ROOT / "python_tests"))
+    import torch
+    from dispatch import CountOps  # type: ignore[import-not-found]
+    from hf import checks, tiny  # type: ignore[import-not-found]
+
+    import vlmops
+
+    device, wrong = torch.device("cpu" if dry_run else "cuda"), 0
+    torch.backends.cuda.matmul.allow_tf32 = False
+    for family in ("qwen2_vl",) if dry_run else ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v"):
+        model = tiny.build(family).to(device)
+        batch = {k: v.to(device) for k, v in checks.batch_of(family, "several_images").items()}
+        before, grads = checks.gradients(model, batch)
+        report = vlmops.patch(model)
+        with CountOps() as ran:
+            after, our_grads = checks.gradients(model, batch)
+        calls = sum(n for name, n in ran.counts.items() if name.startswith("vlmops"))
+        try:
+            checks.assert_agree(after, before, "logits")
+            checks.assert_gradients_agree(our_grads, grads)
+            assert calls > 0, f"no call of ours; {report}"
+        except AssertionError as error:
+            print(f"{family}: {error}")
+            wrong += 1
+        else:
+            print(f"{family}: logits and {len(grads)} gradients agree, {calls} calls of ours")
+    return int(wrong > 0)
+
+
 def plots(out: Path, dry_run: bool) -> int:
     """SVG of every report."""
     from vlmops.cli import main as vlmops
@@ -443,6 +481,7 @@ PARTS: dict[str, Callable[[Path, bool], int]] = {
     "environment": environment,
     "imports": imports,
     "small": small,
+    "patched": patched,
     "plots": plots,
 }
 

@@ -21,7 +21,7 @@ def gradients(model, batch, **kwargs):
     model.zero_grad()
     logits = run(model, batch, **kwargs).logits[batch["attention_mask"].bool()]
     upstream = torch.randn(logits.shape, generator=torch.Generator().manual_seed(3))
-    logits.backward(upstream.to(logits.dtype))
+    logits.backward(upstream.to(logits))
     grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     return logits.detach(), grads
 

@@ -83,7 +83,7 @@ def _gpu_line(row: dict[str, Any], width: int) -> str:
     spread = 100 * (row["p75_ms"] - row["p25_ms"]) / row["median_ms"]
     start += f"{row['median_ms'] * 1e3:9.2f}{spread:6.0f}%"
     if row["variant"] == "launch":
-        return f"{start}{'':44} {row['timing']}"
+        return f"{start}{'':37} {row['timing']}"
     eager = "" if row["times_eager"] is None else f"{row['times_eager']:.2f}"
     call = f"{row['latency_ms'] * 1e3:.1f}" if "latency_ms" in row else ""
     return (
