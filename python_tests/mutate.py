@@ -1,9 +1,9 @@
 """Breaks the kernels on purpose and shows the suites go red each time.
 
 Every mutation of csrc/ is made in a scratch copy, built there, and the contract suite is run with
-VLMOPS_LIBRARY pointing at it, up to its first failure. Triton's kernels are broken in a copy of
-their module that takes its place. Exits 1 if a mutation goes unnoticed or no longer applies. Not
-part of `make test`: run `make mutants` after changing a kernel or the suite.
+VLMOPS_LIBRARY pointing at it, up to its first failure; CUDA's kernels run on the emulator. Triton's
+are broken in a copy of their module that takes its place. Exits 1 if a mutation goes unnoticed or no
+longer applies. Not part of `make test`: run `make mutants` after changing a kernel or the suite.
 """
 
 import argparse
@@ -146,6 +146,44 @@ TRITON_MUTATIONS = {
     "let ids beyond 2^24 through": ("(ids < -MAX_ID) | (ids > MAX_ID)", "ids < -MAX_ID - 2**30"),
 }  # fmt: skip
 
+# name -> (file below csrc/, text, replacement); run on the emulator
+CUDA_MUTATIONS = {
+    "unchanged": ("ops/mrope/mrope.cuh", "#pragma once", "#pragma once"),
+    "flip a sign (half)": ("ops/mrope/mrope.cuh", "p.sine_sign * p.scaling", "p.scaling"),
+    "flip a sign (pairs)": (
+        "ops/mrope/mrope.cuh", "y * c.v[e] + x * s.v[e]", "y * c.v[e] - x * s.v[e]"),
+    "use a neighbour's position": (
+        "ops/mrope/mrope.cuh", "token % p.tokens * p.id_stride[2]",
+        "(token + 1) % p.tokens * p.id_stride[2]"),
+    "use one axis for all": ("ops/mrope/mrope.cuh", "int64_t axis = p.freq_axis[j];",
+                             "int64_t axis = p.freq_axis[0];"),
+    "use the first batch's strides": (
+        "ops/mrope/mrope.cuh", "b * stride[0] + s * stride[1]", "s * stride[1]"),
+    "do not copy the rest": (
+        "ops/mrope/mrope.cuh", "channel < d; channel += lanes * V) {\n    auto a",
+        "channel < d - V; channel += lanes * V) {\n    auto a"),
+    "skip the last head": (
+        "ops/mrope/mrope.cuh", "base < n * heads; base += groups) {  //",
+        "base < n * heads - (heads > 1); base += groups) {  //"),
+    "no barrier after the table": (
+        "ops/mrope/mrope.cuh", "fill_weights(p, shared);\n  __syncthreads();",
+        "fill_weights(p, shared);"),
+    "no order before writing in place": ("ops/mrope/mrope.cuh", "__syncwarp();", ""),
+    "norm without its offset": ("ops/mrope/mrope.cuh", "+ p.norm_offset;", ";"),
+    "norm without epsilon": ("ops/mrope/mrope.cuh", " + p.norm_eps)", ")"),
+    "gradient of the norm without its mean": (
+        "ops/mrope/mrope.cuh", "- normed * mean)", ")"),
+    "weight gradient without the last part": (
+        "ops/mrope/mrope.cuh", "part < parts; ++part) sum", "part < parts - 1; ++part) sum"),
+    "packs where memory is not aligned": (
+        "ops/mrope/mrope.cu", "% (v * sizeof(T)) == 0 && ", "% sizeof(T) == 0 && "),
+    "too few blocks": (
+        "ops/mrope/mrope.cu", "= round_up(p.batch * p.tokens, tokens)",
+        "= std::max<int64_t>(1, p.batch * p.tokens / tokens)"),
+    "one thread too few for a head's sum": (
+        "ops/mrope/mrope.cuh", "distance = lanes / 2", "distance = lanes / 4"),
+}  # fmt: skip
+
 RUN_WITH = """
 import importlib.util, os, sys
 os.environ["TRITON_INTERPRET"] = "1"
@@ -202,25 +240,48 @@ def report(name, failure, seconds):
     return expected
 
 
-def compiled():
-    """Names of the mutations of csrc/ that went unnoticed."""
-    unnoticed = []
+def broken_sources(mutations):
+    """Yields the name of each mutation, and the scratch copy that has it."""
     with tempfile.TemporaryDirectory() as scratch:
         source = Path(scratch) / "source"
-        for name, (file, old, new) in MUTATIONS.items():
+        for name, (file, old, new) in mutations.items():
             shutil.rmtree(source / "csrc", ignore_errors=True)
             # Fresh times, or the build would keep what the previous mutation left.
             shutil.copytree(ROOT / "csrc", source / "csrc", copy_function=shutil.copyfile)
             shutil.copy(ROOT / "CMakeLists.txt", source)
             path = source / "csrc" / file
             path.write_text(mutated(path, name, old, new))
-            start = time.monotonic()
-            library = build(source, Path(scratch) / "build")
-            failure = first_failure(
-                ["-m", "pytest"], TESTS, "-k", "not triton", VLMOPS_LIBRARY=str(library)
-            )
-            if not report(name, failure, time.monotonic() - start):
-                unnoticed.append(name)
+            yield name, source
+
+
+def cuda():
+    """Names of the mutations of the CUDA kernels that the emulator did not notice."""
+    unnoticed = []
+    for name, source in broken_sources(CUDA_MUTATIONS):
+        start = time.monotonic()
+        failure = first_failure(
+            ["-m", "pytest"], TESTS, "-k", "emulator", VLMOPS_TEST_SOURCES=str(source / "csrc")
+        )
+        if not report(f"cuda: {name}", failure, time.monotonic() - start):
+            unnoticed.append(name)
+    return unnoticed
+
+
+def compiled():
+    """Names of the mutations of csrc/ that went unnoticed."""
+    unnoticed = []
+    for name, source in broken_sources(MUTATIONS):
+        start = time.monotonic()
+        library = build(source, source.parent / "build")
+        failure = first_failure(
+            ["-m", "pytest"],
+            TESTS,
+            "-k",
+            "not triton and not emulator",
+            VLMOPS_LIBRARY=str(library),
+        )
+        if not report(name, failure, time.monotonic() - start):
+            unnoticed.append(name)
     return unnoticed
 
 
@@ -242,9 +303,9 @@ def triton():
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", choices=["compiled", "triton"])
+    parser.add_argument("--only", choices=["compiled", "cuda", "triton"])
     only = parser.parse_args().only
-    runs = {"compiled": compiled, "triton": triton}
+    runs = {"compiled": compiled, "cuda": cuda, "triton": triton}
     unnoticed = [name for kind, run in runs.items() if only in (None, kind) for name in run()]
     print(f"{len(unnoticed)} mutations with an unexpected result")
     return 1 if unnoticed else 0

@@ -15,8 +15,9 @@ from pathlib import Path
 from vlmops import _library
 
 ROOT = Path(__file__).resolve().parents[2]
-SOURCES = ROOT / "csrc"
-BUILD = ROOT / "build" / "emulator"
+# Other sources to test: broken on purpose (python_tests/mutate.py).
+SOURCES = Path(os.environ.get("VLMOPS_TEST_SOURCES", ROOT / "csrc"))
+BUILD = SOURCES.parent / "build" / "emulator"
 MODES = ("fast", "checked")
 
 
