@@ -2,8 +2,8 @@
 
 Every mutation of csrc/ is made in a scratch copy, built there, and the contract suite is run with
 VLMOPS_LIBRARY pointing at it, up to its first failure; CUDA's kernels run on the emulator. Triton's
-are broken in a copy of their module that takes its place. Exits 1 if a mutation goes unnoticed or no
-longer applies. Not part of `make test`: run `make mutants` after changing a kernel or the suite.
+are broken in a copy of their module that takes its place. Exits 1 if a mutation goes unnoticed or
+no longer applies. Not part of `make test`: run `make mutants` after changing a kernel or the suite.
 """
 
 import argparse
