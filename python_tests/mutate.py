@@ -163,8 +163,8 @@ CUDA_MUTATIONS = {
         "ops/mrope/mrope.cuh", "channel < d; channel += lanes * V) {\n    auto a",
         "channel < d - V; channel += lanes * V) {\n    auto a"),
     "skip the last head": (
-        "ops/mrope/mrope.cuh", "base < n * heads; base += groups) {  //",
-        "base < n * heads - (heads > 1); base += groups) {  //"),
+        "ops/mrope/mrope.cuh", "active = base + group < n * heads",
+        "active = base + group < n * heads - (heads > 1)"),
     "no barrier after the table": (
         "ops/mrope/mrope.cuh", "fill_weights(p, shared);\n  __syncthreads();",
         "fill_weights(p, shared);"),

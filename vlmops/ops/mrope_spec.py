@@ -29,6 +29,8 @@ def _empty(shape: tuple[int, ...], layout: str, dtype: torch.dtype, device: torc
         return empty(*shape[:-1], 2 * shape[-1])[..., ::2]
     if layout == "expanded":  # one head seen as many
         return empty(shape[0], 1, *shape[2:]).expand(shape)
+    if layout == "unaligned":  # an element past where a wide access may start
+        return empty(math.prod(shape) + 1)[1:].view(shape)
     return empty(shape)
 
 
@@ -147,6 +149,7 @@ CASES = [
     Case("channels_strided_pairs", _inputs(layout="channels", rotation="pairs", head_dim=40,
                                            sections=(7, 6, 6))),
     Case("expanded_heads", _inputs(layout="expanded")),
+    Case("unaligned", _inputs(layout="unaligned")),
     Case("ids_to_1e6", _inputs(max_id=10**6, tokens=41)),
     Case("ids_to_2p24", _inputs(max_id=2**24, tokens=41, layout="contiguous")),
     Case("ids_negative", _inputs(ids=_negative_ids)),
@@ -177,6 +180,7 @@ CASES = [
     Case("norm_channels_strided_pairs", _inputs(norms="qk", layout="channels", rotation="pairs",
                                                 head_dim=40, sections=(6, 6, 6))),
     Case("norm_expanded_heads", _inputs(norms="qk", layout="expanded")),
+    Case("norm_unaligned", _inputs(norms="qk", layout="unaligned")),
     Case("norm_weight_fp32", _inputs(norms="qk", norm_dtype=torch.float32)),
     Case("norm_weight_bf16", _inputs(norms="qk", norm_dtype=torch.bfloat16, norm_offset=1.0)),
     Case("norm_weight_fp16", _inputs(norms="qk", norm_dtype=torch.float16)),
@@ -202,6 +206,7 @@ FEW = [
     Case("tiny_channels_strided", _inputs(**_TINY, layout="channels")),
     Case("tiny_channels_strided_pairs", _inputs(**_TINY, layout="channels", rotation="pairs",
                                                 head_dim=40, sections=(7, 6, 6))),
+    Case("tiny_unaligned", _inputs(**_TINY, layout="unaligned")),
     Case("tiny_expanded", _inputs(**_TINY, layout="expanded", ids=_negative_ids)),
     Case("tiny_ids_to_2p24", _inputs(batch=1, tokens=4, heads=(1, 1), max_id=2**24)),
     Case("tiny_ids_uint8", _inputs(**_TINY, id_dtype=torch.uint8, max_id=255,
