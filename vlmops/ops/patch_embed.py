@@ -356,6 +356,11 @@ def reference(
         different sizes; float64.
     """
     kernel = weight.double()
+    if isinstance(pixel_values, Tensor) and pixel_values.dim() > 2 and len(pixel_values) == 0:
+        given = {name: value for name, value in locals().items() if name != "kernel"}
+        one = pixel_values.new_zeros(1, *pixel_values.shape[1:])
+        # Of one image, for the number of tokens.
+        return reference(**{**given, "pixel_values": torch.cat((pixel_values, one))})[:0]
     if isinstance(pixel_values, Tensor):
         images = [pixel_values] if pixel_values.dim() == 2 else list(pixel_values)
     else:
@@ -584,6 +589,12 @@ def _floats(tensor: Tensor | None) -> bool:
 
 def _fake(*args: Any) -> Tensor:
     a = Arguments(*args)
+    for tensor in _apart(args)[0]:  # on the meta device nothing else looks
+        if tensor is not None and tensor.device != a.weight.device:
+            raise RuntimeError(
+                f"vlmops.patch_embed: expected all tensors on {a.weight.device}, where weight is, "
+                f"got one of shape {list(tensor.shape)} on {tensor.device}"
+            )
     return a.weight.new_empty(a.shape(), dtype=a.dtype or a.weight.dtype)
 
 

@@ -186,7 +186,7 @@ def backward(grad: Tensor, needs: Sequence[bool], *args: Any) -> list[Tensor]:
     found: list[Tensor | None] = [None] * len(tensors)
     around = len(a.pixel_values) + 4  # where what is not part of the product begins
     with _plainly():
-        grad = grad if grad.dim() == 3 else grad[None]  # [S, M + N, D]
+        grad = (grad if grad.dim() == 3 else grad[None]).contiguous()  # [S, M + N, D]
         if any(needs[:around]):
             found[:around] = _of_products(a, grad, needs)
         if needs[around]:
@@ -330,26 +330,27 @@ def _of_position(
         return None, None
     if position.patches_only and a.extra:
         grad = torch.cat(_patch_rows(a, grad)).view(len(grad), -1, grad.shape[-1])
-    grad = grad.float()
-    sequences, tokens, channels = grad.shape
     table, index, weight = position.table, position.index, position.weight
+    # A plain sum over as many tokens as meet in a row needs more than float32.
+    grad = grad.double() if grad.is_cpu and index is not None else grad.float()
+    sequences, tokens, channels = grad.shape
     taps = 1 if index is None else index.shape[-1]
     table_grad = grad.new_zeros(table.shape) if needs_table else None
-    factors = None if weight is None else weight.float().expand(sequences, tokens, taps)
+    factors = None if weight is None else weight.to(grad.dtype).expand(sequences, tokens, taps)
     products_of = []
     for tap in range(taps):
         part = grad if factors is None else grad * factors[..., tap, None]
         if index is None:
             if table_grad is not None:
                 table_grad[:tokens] = part.sum(0)
-            rows = table[:tokens].float()
+            rows = table[:tokens].to(grad.dtype)
         else:
             at = index.expand(sequences, tokens, taps)[..., tap].long()
             if table_grad is not None:  # sorted on a GPU: the same in every run
                 table_grad += torch.ops.aten.embedding_dense_backward(
                     part.reshape(-1, channels), at.reshape(-1), len(table), -1, False
                 )
-            rows = table[at].float() if needs_weight else grad
+            rows = table[at].to(grad.dtype) if needs_weight else grad
         if needs_weight:
             products_of.append((grad * rows).sum(-1))
     if weight is None or not needs_weight:

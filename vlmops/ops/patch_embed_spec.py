@@ -132,7 +132,7 @@ _ROWS = {
     "pixtral_sizes": _inputs((3, 3, 32, 40), (24, 3, 8, 8), bias=False,
                              image_sizes=[(16, 40), (32, 8), (31, 25)]),
     "pixtral_list": _inputs(((3, 16, 40), (3, 33, 8)), (24, 3, 8, 8), prefix=2, rows=18),
-    "mllama_tiles": _inputs((4, 3, 16, 16), (24, 3, 4, 4), bias=False, prefix=1, rows=17,
+    "mllama_tiles": _inputs((4, 3, 16, 16), (96, 3, 4, 4), bias=False, prefix=1, rows=17,
                             weighted=(1,), tile=(4, 1, 1)),
     "llama4_last": _inputs((2, 3, 16, 16), (24, 3, 4, 4), prefix=1, prefix_last=True, rows=17),
     "idefics2_bucket": _inputs((2, 3, 8, 12), (24, 3, 4, 4), rows=16, index=(2, 6, 1)),
@@ -163,7 +163,7 @@ _ROWS = {
     "wide_p16": _inputs((1, 3, 160, 208), (136, 3, 16, 16), rows=130),
     "flat_wide": _inputs((131, 1176), (136, 3, 2, 14, 14), bias=False),
     "one": _inputs((1, 1, 3, 3), (1, 1, 3, 3)),
-    "patch_1x1": _inputs((2, 5, 3, 4), (7, 5, 1, 1), rows=12),
+    "patch_1x1": _inputs((2, 20, 3, 4), (37, 20, 1, 1), rows=12),
     "rectangle": _inputs((2, 3, 12, 20), (24, 3, 4, 5), rows=12),
     "no_images": _inputs((0, 3, 14, 14), (24, 3, 7, 7), prefix=1, rows=5),
     "no_patches": _inputs((0, 48), (24, 48), prefix=1, rows=3),
@@ -177,6 +177,10 @@ def eager_for(args: Arguments) -> Callable[..., tuple[Tensor]]:
     """Hugging Face's embeddings in their dtypes: normalise, cast, convolve, flatten, cat, add."""
 
     def eager(**args: Any) -> tuple[Tensor]:
+        values = args["pixel_values"]
+        if isinstance(values, Tensor) and values.dim() > 2 and len(values) == 0:
+            one = values.new_zeros(1, *values.shape[1:])
+            return (eager(**{**args, "pixel_values": torch.cat((values, one))})[0][:0],)
         call = _split(args)
         weight, bias, norm = call["weight"], call["bias"], call["norm"]
         values = call["pixel_values"]
@@ -205,9 +209,9 @@ def eager_for(args: Arguments) -> Callable[..., tuple[Tensor]]:
                 convolved(x[None, :, :h, :w])[0] for x, (h, w) in zip(values, sizes, strict=True)
             ]
         elif values.dim() == 2:
-            parts = [convolved(values).reshape(len(values), -1)]
+            parts = [convolved(values).reshape(len(values), weight.shape[0])]
         elif values.dim() == 3 and weight.dim() > 2:
-            parts = [convolved(x).reshape(len(x), -1) for x in values]
+            parts = [convolved(x).reshape(len(x), weight.shape[0]) for x in values]
         else:
             parts = list(convolved(values))
         if norm is not None:
@@ -223,11 +227,20 @@ def eager_for(args: Arguments) -> Callable[..., tuple[Tensor]]:
                 last = call["prefix_last"]
                 y = torch.cat([t for x, p in pairs for t in ((x, p) if last else (p, x))])
             sequences.append(_added(call, y, number, False))
-        if packed or sequences:
-            y = sequences[0] if packed else torch.stack(sequences)
-        else:
-            y = weight.new_zeros(reference_shape(args)) + 0 * weight.sum()
+        y = sequences[0] if packed else torch.stack(sequences)
         return (y.to(call["dtype"] or weight.dtype),)
+
+    return eager
+
+
+def yardstick_for(args: Arguments) -> Callable[..., tuple[Tensor]]:
+    """Flattened patches by F.linear, as transformers' fusion has them: a plain product's errors."""
+    values = args["pixel_values"]
+    if isinstance(values, tuple) or values.dim() > 3 or args["weight"].dim() == 2:
+        return eager_for(args)
+
+    def eager(**args: Any) -> tuple[Tensor]:
+        return eager_for(args)(**{**args, "weight": args["weight"].flatten(1)})
 
     return eager
 
@@ -413,6 +426,7 @@ SPEC = Spec(
     in_place=None,
     reference=_reference,
     eager_for=eager_for,
+    yardstick_for=yardstick_for,
     differentiable=("pixel_values", "weight", "bias", "norm_weight", "norm_bias", "prefix", "table",
                     "table_weight", "tile", "tile_weight"),
     written=(),

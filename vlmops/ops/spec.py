@@ -78,6 +78,8 @@ class Spec:
     peers: Callable[[Arguments], Mapping[str, Callable[..., Any]]] | None = None
     """Other libraries that are installed and can do a call, by name; see `measure.admitted`."""
 
+    yardstick_for: Callable[[Arguments], Callable[..., Any]] | None = None
+    """What errors are judged by, where what is timed adds up in an order of its own."""
     schema_arguments: Callable[[Arguments], tuple[Any, ...]] | None = None
     """Those of ``torch.ops.vlmops.<op>``, where they are not the arguments by name."""
     floors: Callable[[Arguments], Mapping[str, Callable[[], Any]]] | None = None
