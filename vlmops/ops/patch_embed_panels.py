@@ -135,7 +135,7 @@ def _plainly() -> Iterator[None]:
 def _computed_in(a: Arguments) -> torch.dtype:
     """float32 where the CPU would multiply 16 bits one by one."""
     dtype = a.weight.dtype
-    native = dtype == torch.float32 or not a.weight.is_cpu or products._has_primitive(dtype)
+    native = dtype == torch.float32 or not a.weight.is_cpu or products.multiplies(dtype)
     return dtype if native else torch.float32
 
 
@@ -160,8 +160,9 @@ def forward(*args: Any) -> Tensor:
         weight, bias = a.matrix(dtype), None if a.bias is None else a.bias.to(dtype)
         images = 1 if a.packed else out.shape[0]
         rows = images * sum(a.patches())
+        multiply = products.for_panels(dtype, *weight.shape)
         for begin, end in _parts(rows, PANEL // max(weight.shape)):
-            product = products.linear(a.pack(begin, end, dtype), weight, bias)
+            product = multiply(a.pack(begin, end, dtype), weight, bias)
             torch.ops.vlmops.patch_embed_finish(out, product, begin, *args)
         if rows == 0:
             torch.ops.vlmops.patch_embed_finish(out, weight.new_empty(0, len(weight)), 0, *args)
