@@ -8,6 +8,7 @@ between the gathering, the product and what finishes it. Functions take the argu
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -20,7 +21,7 @@ from vlmops.ops import linear as products
 INDEX, WEIGHT, PATCHES_ONLY = 1, 2, 4
 """Bits of position_kinds, as in patch_embed.cpp."""
 
-PANEL = 2**20
+PANEL = 2**19
 """Elements of a panel of patches, or of its product, on the CPU."""
 PANEL_ON_GPU = 2**26
 """The same on a GPU, in backward."""
@@ -99,7 +100,8 @@ class Arguments(NamedTuple):
         return panel
 
 
-class Addend(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Addend:
     """A position, as the op gets it; ``at`` is the place of its table among the tensors."""
 
     at: int
