@@ -74,6 +74,8 @@ class Spec:
     errors: Sequence[BadCall]
     few: Sequence[Case] = ()
     """Tiny cases that stand for all, for backends that are interpreted (0.01 s a program)."""
+    alike: Sequence[str] = ()
+    """Cases that differ from others in sizes and strides alone: opcheck, slow, leaves them out."""
     model_cases: Callable[[Model, Sequence[int], Sequence[int]], Iterable[BenchCase]] | None = None
     """What the op meets in a model, for numbers of tokens of text and of patches."""
     peers: Callable[[Arguments], Mapping[str, Callable[..., Any]]] | None = None
