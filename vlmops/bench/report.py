@@ -27,7 +27,7 @@ GB/s     what any implementation must read and write once, over the time
 x eager  time of eager in that direction over the time; backward is autograd.grad on a kept graph
 x prod.  the time over that of the fastest bare product, of an op that is mostly products
 call us  one call from Python with the device idle before and after it, L2 warm
-by       graph: replayed from a CUDA graph (the case is short); events: launched from Python
+by       graph: replayed from a CUDA graph; events: launched from Python, since not capturable
 launch   a kernel that does nothing, timed in the same way"""
 _NOTES = """\
 ms       median of one call; spread is the distance of the quartiles, in per cent of the median
