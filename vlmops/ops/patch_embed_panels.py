@@ -8,6 +8,7 @@ between the gathering, the product and what finishes it. Functions take the argu
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -20,7 +21,7 @@ from vlmops.ops import linear as products
 INDEX, WEIGHT, PATCHES_ONLY = 1, 2, 4
 """Bits of position_kinds, as in patch_embed.cpp."""
 
-PANEL = 2**20
+PANEL = 2**19
 """Elements of a panel of patches, or of its product, on the CPU."""
 PANEL_ON_GPU = 2**26
 """The same on a GPU, in backward."""
@@ -99,7 +100,8 @@ class Arguments(NamedTuple):
         return panel
 
 
-class Addend(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Addend:
     """A position, as the op gets it; ``at`` is the place of its table among the tensors."""
 
     at: int
@@ -132,10 +134,10 @@ def _plainly() -> Iterator[None]:
             yield
 
 
-def _computed_in(a: Arguments) -> torch.dtype:
-    """float32 where the CPU would multiply 16 bits one by one."""
-    dtype = a.weight.dtype
-    native = dtype == torch.float32 or not a.weight.is_cpu or products.multiplies(dtype)
+def computes_in(weight: Tensor) -> torch.dtype:
+    """Dtype of products with a weight: float32 if the CPU would multiply 16 bits one by one."""
+    dtype = weight.dtype
+    native = dtype == torch.float32 or not weight.is_cpu or products.multiplies(dtype)
     return dtype if native else torch.float32
 
 
@@ -156,7 +158,7 @@ def forward(*args: Any) -> Tensor:
         out: Tensor = torch.ops.vlmops.patch_embed_empty(*args)  # all checks
         if _is_product(a):
             return products.linear(a.pixel_values[0], a.matrix(a.weight.dtype), a.bias)
-        dtype = _computed_in(a)
+        dtype = computes_in(a.weight)
         weight, bias = a.matrix(dtype), None if a.bias is None else a.bias.to(dtype)
         images = 1 if a.packed else out.shape[0]
         rows = images * sum(a.patches())
@@ -249,7 +251,7 @@ def _of_products(
     count = len(a.pixel_values)
     needs_pixels = any(needs[:count])
     needs_weight, needs_bias = needs[count : count + 2]
-    dtype = _computed_in(a)
+    dtype = computes_in(a.weight)
     weight = a.matrix(dtype)
     channels, depth = weight.shape
     sums = grad.new_zeros(3, channels, dtype=torch.float32)  # of bias, the norm's weight and bias
