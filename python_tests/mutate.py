@@ -220,7 +220,7 @@ TRITON_MUTATIONS = {"mrope": {
     "address tables in 32 bits": (
         "p_row = p_table + b_i * D", "p_row = p_table + (b_i * D).to(tl.int32)"),
     "sum in the weight's dtype": (
-        "b_y = tl.dot(b_x, b_w, b_y, input_precision=\"ieee\")",
+        "b_y = tl.dot(b_x, b_w, b_y)",
         "b_y = (b_y + tl.dot(b_x, b_w)).to(dtype).to(tl.float32)"),
     "forget the bias": ("if p_bias is not None:", "if False:"),
     "a prefix at the front that is last": (
