@@ -119,8 +119,7 @@ MUTATIONS = {
         "ops/patch_embed/patch_embed_cpu.h",
         "g / width / p.grid[1] * p.grid_stride[0]", "0 * p.grid_stride[0]"),
     "patches: pixels lie side by side": (
-        "ops/patch_embed/patch_embed_cpu.h", "p.size_stride[3] == 1 ? p.size[3] : 0;",
-        "p.size[3];"),
+        "ops/patch_embed/patch_embed_cpu.h", "} else if (stride != 1) {", "} else if (false) {"),
     "patches: drop the tail of a run": (
         "ops/patch_embed/patch_embed_cpu.h", "for (; i < n; ++i) f(Lanes<1>(), i);",
         "for (; i < n - 1; ++i) f(Lanes<1>(), i);"),
