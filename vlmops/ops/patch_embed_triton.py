@@ -183,7 +183,7 @@ def product_kernel(
         m_w = (o_k < n_k)[:, None] & m_d[None, :]
         b_w = tl.load(p_rows[None, :] + o_k[:, None], mask=m_w, other=0.0)
         if dtype == tl.float32:
-            # A sum of sums: one chain of K additions has twice the errors of a library that splits
+            # A sum of sums: one chain of K additions is less exact than a library that splits
             # K. By fma, since a plain addition would be made part of the chain.
             b_y = tl.fma(tl.dot(b_x, b_w, input_precision="ieee"), 1.0, b_y)
         else:
