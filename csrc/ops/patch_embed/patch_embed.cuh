@@ -1,0 +1,788 @@
+// Patch embedding on NVIDIA GPUs: one product, whose left side is read out of the image.
+#pragma once
+
+#include "common/gpu.cuh"
+#include "ops/patch_embed/patch_embed.h"
+
+namespace vlmops::patch_embed {
+
+constexpr int kChannels = 8;  // that one thread finishes at a time: 16 bytes of 16-bit numbers
+constexpr int64_t kOutside = -1;
+constexpr int kRowThreads = 128;  // of the kernels without a product
+constexpr int kPackRows = 8;      // of the patch matrix, to a block
+
+// What the launcher knows of a Params beyond it.
+struct Plan {
+  int64_t tiles;     // of the product; blocks beyond them write the prefix
+  int column_tiles;  // side by side over D
+  int stages;        // tiles in shared memory at a time: 2, 3 or 4
+  int pixel_unit;    // bytes of one cp.async: 4, 8 or 16
+  int weight_unit;   // the same; 2: elements
+  // Whether rows take accesses of 16 bytes.
+  bool wide_out, wide_bias, wide_prefix, wide_norm_weight, wide_norm_bias;
+  bool wide_table[kMaxPositions];
+};
+
+// One operand's tile of the product for tensor cores: rows of 128 bytes, whose chunks of 16 are
+// exchanged so that neither the 8 rows that ldmatrix reads nor 4 neighbours that are written 32
+// bytes at a time meet in a bank.
+template <class T_, int kRows_, int kColumns_, int kWarpRows_, int kWarpColumns_, int kBlocks_>
+struct MmaTile {
+  using T = T_;
+  static constexpr int kRows = kRows_, kColumns = kColumns_;
+  static constexpr int kWarpRows = kWarpRows_, kWarpColumns = kWarpColumns_;
+  static constexpr int kRowBytes = 128, kPitch = 128, kDepth = kRowBytes / sizeof(T);
+  static constexpr int kSteps = kDepth / 16;  // of mma
+  static constexpr int kThreads = kRows / kWarpRows * (kColumns / kWarpColumns) * kWarpSize;
+  static constexpr int kBlocks = kBlocks_;             // on one multiprocessor
+  static constexpr int kSlabPitch = kWarpColumns + 8;  // floats
+  static constexpr int kSlab = 16 * kSlabPitch;        // of one warp
+  static constexpr int kSlabs = kSlab * kThreads / kWarpSize;
+  static __device__ __forceinline__ int place(int row, int byte) {
+    const int turned = (row << 1 | (row >> 2 & 1)) & 7;
+    return row * kPitch + ((byte / 16 ^ turned) * 16 + byte % 16);
+  }
+};
+
+// The same for float32: rows are padded, and a thread computes 8 x 8.
+template <int kRows_, int kColumns_, int kBlocks_>
+struct FmaTile {
+  using T = float;
+  static constexpr int kRows = kRows_, kColumns = kColumns_;
+  static constexpr int kRowBytes = 64, kPitch = 80, kDepth = 16;
+  static constexpr int kSteps = 4;  // of 4 products
+  static constexpr int kThreads = kRows * kColumns / 64;
+  static constexpr int kBlocks = kBlocks_;
+  static constexpr int kSlabPitch = kColumns + 8;
+  static constexpr int kSlab = kRows / 8 * kSlabPitch;
+  static constexpr int kSlabs = kSlab;
+  static __device__ __forceinline__ int place(int row, int byte) { return row * kPitch + byte; }
+};
+
+template <class Tile>
+constexpr int kStageBytes = (Tile::kRows + Tile::kColumns) * Tile::kPitch;
+
+// Where a patch is, and where its token.
+struct Place {
+  int64_t image, patch;
+};
+
+__device__ __forceinline__ Place place_of(const Params& p, int64_t row) {
+  const int64_t patches = p.patches();
+  return {row / patches, row % patches};
+}
+
+__device__ __forceinline__ int pixel_bytes(Pixel pixel) {
+  return pixel == Pixel::kFloat32 ? 4 : pixel == Pixel::kUInt8 ? 1 : 2;
+}
+
+__device__ __forceinline__ const char* patch_pixels(const Params& p, const Place& at) {
+  const auto n = static_cast<uint32_t>(at.patch), columns = static_cast<uint32_t>(p.grid[2]);
+  const auto lines = static_cast<uint32_t>(p.grid[1]), line = n / columns;
+  const int64_t offset = at.image * p.image_stride + line / lines * p.grid_stride[0] +
+                         line % lines * p.grid_stride[1] + n % columns * p.grid_stride[2];
+  return static_cast<const char*>(p.pixels) + offset * pixel_bytes(p.pixel);
+}
+
+// Of element k of a patch: bytes from its first pixel, and its channel.
+struct Column {
+  int64_t offset;
+  int channel;
+};
+
+__device__ __forceinline__ Column column_of(const Params& p, int64_t k) {
+  if (k >= p.depth) return {kOutside, 0};
+  const auto width = static_cast<uint32_t>(p.size[3]), height = static_cast<uint32_t>(p.size[2]);
+  const auto frames = static_cast<uint32_t>(p.size[1]);
+  const uint32_t line = static_cast<uint32_t>(k) / width, plane = line / height;
+  const uint32_t channel = plane / frames;
+  const int64_t offset = channel * p.size_stride[0] + plane % frames * p.size_stride[1] +
+                         line % height * p.size_stride[2] +
+                         static_cast<uint32_t>(k) % width * p.size_stride[3];
+  return {offset * pixel_bytes(p.pixel), static_cast<int>(channel)};
+}
+
+// ---- Pixels ----
+
+template <class Word>
+__device__ __forceinline__ uint32_t raw_pixel(const char* at) {
+  return *reinterpret_cast<const Word*>(at);
+}
+
+__device__ __forceinline__ float float_of(Pixel pixel, uint32_t raw) {
+  switch (pixel) {
+    case Pixel::kFloat32:
+      return __uint_as_float(raw);
+    case Pixel::kBFloat16:
+      return to_float(bfloat16{static_cast<uint16_t>(raw)});
+    case Pixel::kFloat16:
+      return to_float(float16{static_cast<uint16_t>(raw)});
+    case Pixel::kUInt8:
+      return static_cast<float>(raw);
+  }
+  return 0.0f;
+}
+
+__device__ __forceinline__ float mapped(const Params& p, uint32_t raw, int channel) {
+  if (p.map == nullptr) return float_of(p.pixel, raw);
+  const float* map = p.map + channel * p.map_columns;
+  return p.map_columns == 256 ? map[raw] : fmaf(map[0], float_of(p.pixel, raw), map[1]);
+}
+
+// ---- Tiles of pixels and weights ----
+
+template <int kBytes>
+__device__ __forceinline__ void copy_async(void* shared, const void* global, int bytes) {
+  if constexpr (kBytes == 16) cp_async_16_or_zero(shared, global, bytes);
+  if constexpr (kBytes == 8) cp_async_8_or_zero(shared, global, bytes);
+  if constexpr (kBytes == 4) cp_async_4_or_zero(shared, global, bytes);
+}
+
+// How threads share a tile of rows in units of kBytes: kLanes of them to a row.
+template <class Tile, int kBytes>
+struct Share {
+  static constexpr int kUnits = Tile::kRowBytes / kBytes;
+  static constexpr int kLanes = kBytes == 4 && kUnits > 8 ? 8 : kUnits;
+  static constexpr int kStep = Tile::kThreads / kLanes;
+};
+
+// row [kRows] points to patches, offset [kDepth / unit] says where columns are.
+template <class Tile, int kBytes>
+__device__ __forceinline__ void copy_pixels(char* tile, const char* const* row,
+                                            const int64_t* offset) {
+  using S = Share<Tile, kBytes>;
+  const int first = threadIdx.x / S::kLanes;
+#pragma unroll
+  for (int i = 0; i < S::kUnits / S::kLanes; ++i) {
+    const int unit = threadIdx.x % S::kLanes + i * S::kLanes;
+    const int64_t at = offset[unit];
+    const bool inside = at != kOutside;
+#pragma unroll
+    for (int r = 0; r < Tile::kRows; r += S::kStep)
+      copy_async<kBytes>(tile + Tile::place(first + r, unit * kBytes),
+                         row[first + r] + (inside ? at : 0), inside ? kBytes : 0);
+  }
+}
+
+// Rows from `row` on of the weight, which has `rows`, columns from k on.
+template <class Tile, int kBytes>
+__device__ __forceinline__ void copy_weight(char* tile, const Params& p, int64_t row, int64_t k) {
+  using S = Share<Tile, kBytes>;
+  constexpr int kElements = kBytes / sizeof(typename Tile::T);
+  const int first = threadIdx.x / S::kLanes;
+  const auto* weight = static_cast<const typename Tile::T*>(p.weight);
+#pragma unroll
+  for (int i = 0; i < S::kUnits / S::kLanes; ++i) {
+    const int unit = threadIdx.x % S::kLanes + i * S::kLanes;
+    const int64_t column = k + unit * kElements;
+    const bool inside = column < p.depth;
+#pragma unroll
+    for (int r = 0; r < Tile::kColumns; r += S::kStep) {
+      const int64_t d = row + first + r;
+      const int64_t at = (d < p.channels ? d : p.channels - 1) * p.depth;
+      copy_async<kBytes>(tile + Tile::place(first + r, unit * kBytes),
+                         weight + at + (inside ? column : 0), inside ? kBytes : 0);
+    }
+  }
+}
+
+// The same where no cp.async is narrow enough.
+template <class Tile>
+__device__ __forceinline__ void load_weight(char* tile, const Params& p, int64_t row, int64_t k) {
+  using Word = typename PackWord<sizeof(typename Tile::T)>::type;
+  for (int i = threadIdx.x; i < Tile::kColumns * Tile::kDepth; i += Tile::kThreads) {
+    const int r = i / Tile::kDepth, c = i % Tile::kDepth;
+    const int64_t d = row + r < p.channels ? row + r : p.channels - 1;
+    const Word word =
+        k + c < p.depth ? static_cast<const Word*>(p.weight)[d * p.depth + k + c] : Word{};
+    *reinterpret_cast<Word*>(tile + Tile::place(r, c * static_cast<int>(sizeof(Word)))) = word;
+  }
+}
+
+template <class Tile>
+__device__ __forceinline__ void start_weight(char* tile, const Params& p, const Plan& plan,
+                                             int64_t row, int64_t k) {
+  if (plan.weight_unit == 16)
+    copy_weight<Tile, 16>(tile, p, row, k);
+  else if (plan.weight_unit == 8)
+    copy_weight<Tile, 8>(tile, p, row, k);
+  else if (plan.weight_unit == 4)
+    copy_weight<Tile, 4>(tile, p, row, k);
+  else
+    load_weight<Tile>(tile, p, row, k);
+}
+
+template <class Tile>
+__device__ __forceinline__ void start_pixels(char* tile, const Plan& plan, const char* const* row,
+                                             const int64_t* offset) {
+  if (plan.pixel_unit == 16)
+    copy_pixels<Tile, 16>(tile, row, offset);
+  else if (plan.pixel_unit == 8)
+    copy_pixels<Tile, 8>(tile, row, offset);
+  else
+    copy_pixels<Tile, 4>(tile, row, offset);
+}
+
+// Pixels that take arithmetic: read into registers before the products of a step, written to the
+// tile after them. A thread has kSide elements next to each other, 4 bytes, of kPasses rows a step.
+template <class Tile>
+struct Converter {
+  using T = typename Tile::T;
+  static constexpr int kSide = 4 / sizeof(T);
+  static constexpr int kLanes = Tile::kRowBytes / 4;
+  static constexpr int kStep = Tile::kThreads / kLanes;
+  static constexpr int kPasses = Tile::kRows / kStep / Tile::kSteps;
+  static_assert(kPasses * kStep * Tile::kSteps == Tile::kRows, "every step reads whole rows");
+
+  int64_t offset[kSide];
+  int channel[kSide];
+  uint32_t raw[kPasses][kSide];
+
+  __device__ __forceinline__ static int row_of(int step, int pass) {
+    return (step * kPasses + pass) * kStep + static_cast<int>(threadIdx.x) / kLanes;
+  }
+
+  __device__ __forceinline__ void take_columns(const int64_t* offsets, const int* channels) {
+#pragma unroll
+    for (int e = 0; e < kSide; ++e) {
+      offset[e] = offsets[threadIdx.x % kLanes * kSide + e];
+      channel[e] = channels[threadIdx.x % kLanes * kSide + e];
+    }
+  }
+
+  template <class Word>
+  __device__ __forceinline__ void read_words(const char* const* row, int step) {
+#pragma unroll
+    for (int pass = 0; pass < kPasses; ++pass) {
+      const char* from = row[row_of(step, pass)];
+#pragma unroll
+      for (int e = 0; e < kSide; ++e)
+        raw[pass][e] = offset[e] == kOutside ? 0 : raw_pixel<Word>(from + offset[e]);
+    }
+  }
+
+  __device__ __forceinline__ void read(const Params& p, const char* const* row, int step) {
+    if (p.pixel == Pixel::kUInt8)
+      read_words<uint8_t>(row, step);
+    else if (p.pixel == Pixel::kFloat32)
+      read_words<uint32_t>(row, step);
+    else
+      read_words<uint16_t>(row, step);
+  }
+
+  __device__ __forceinline__ void write(const Params& p, char* tile, int step) const {
+#pragma unroll
+    for (int pass = 0; pass < kPasses; ++pass) {
+      Pack<T, kSide> pack;
+#pragma unroll
+      for (int e = 0; e < kSide; ++e)
+        pack[e] = from_float<T>(offset[e] == kOutside ? 0.0f : mapped(p, raw[pass][e], channel[e]));
+      const int at = Tile::place(row_of(step, pass), threadIdx.x % kLanes * 4);
+      store_pack(reinterpret_cast<T*>(tile + at), pack);
+    }
+  }
+};
+
+// ---- Tokens ----
+
+struct Channels {
+  float v[kChannels];
+};
+
+__device__ __forceinline__ float load_float(const void* data, DType dtype, int64_t at) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return static_cast<const float*>(data)[at];
+    case DType::kBFloat16:
+      return to_float(static_cast<const bfloat16*>(data)[at]);
+    case DType::kFloat16:
+      return to_float(static_cast<const float16*>(data)[at]);
+  }
+  return 0.0f;
+}
+
+template <class T>
+__device__ __forceinline__ Channels load_wide(const T* from) {
+  Channels out;
+#pragma unroll
+  for (int at = 0; at < kChannels; at += kPack<T>) {
+    const auto pack = load_pack<kPack<T>>(from + at);
+#pragma unroll
+    for (int e = 0; e < kPack<T>; ++e) out.v[at + e] = to_float(pack[e]);
+  }
+  return out;
+}
+
+// `count` elements of a row from `at` on; the rest is 0. wide: all of them, on 16 bytes.
+__device__ __forceinline__ Channels load_channels(const void* data, DType dtype, int64_t at,
+                                                  int count, bool wide) {
+  if (wide) {
+    if (dtype == DType::kFloat32) return load_wide(static_cast<const float*>(data) + at);
+    if (dtype == DType::kBFloat16) return load_wide(static_cast<const bfloat16*>(data) + at);
+    return load_wide(static_cast<const float16*>(data) + at);
+  }
+  Channels out;
+#pragma unroll
+  for (int e = 0; e < kChannels; ++e) out.v[e] = e < count ? load_float(data, dtype, at + e) : 0.0f;
+  return out;
+}
+
+template <class T>
+__device__ __forceinline__ void store_as(T* to, const Channels& y, int count, bool wide) {
+  if (wide) {
+#pragma unroll
+    for (int at = 0; at < kChannels; at += kPack<T>) {
+      Pack<T, kPack<T>> pack;
+#pragma unroll
+      for (int e = 0; e < kPack<T>; ++e) pack[e] = from_float<T>(y.v[at + e]);
+      store_pack(to + at, pack);
+    }
+    return;
+  }
+#pragma unroll
+  for (int e = 0; e < kChannels; ++e)
+    if (e < count) to[e] = from_float<T>(y.v[e]);
+}
+
+__device__ __forceinline__ void store_channels(void* data, DType dtype, int64_t at,
+                                               const Channels& y, int count, bool wide) {
+  if (dtype == DType::kFloat32)
+    store_as(static_cast<float*>(data) + at, y, count, wide);
+  else if (dtype == DType::kBFloat16)
+    store_as(static_cast<bfloat16*>(data) + at, y, count, wide);
+  else
+    store_as(static_cast<float16*>(data) + at, y, count, wide);
+}
+
+__device__ __forceinline__ void add(Channels& y, const Channels& x, float factor) {
+#pragma unroll
+  for (int e = 0; e < kChannels; ++e) y.v[e] += factor * x.v[e];
+}
+
+// The channels that one thread finishes: from `first` on, `count` of them.
+struct Span {
+  int64_t first;
+  int count;
+  __device__ __forceinline__ Span(const Params& p, int64_t channel)
+      : first(channel),
+        count(static_cast<int>(p.channels - channel < kChannels ? p.channels - channel
+                                                                : kChannels)) {}
+};
+
+__device__ __forceinline__ void add_rows(Channels& y, const Position& q, int64_t sequence,
+                                         int64_t token, const Span& span, bool wide) {
+  for (int64_t tap = 0; tap < q.taps; ++tap) {
+    int64_t row = token;
+    if (q.index != nullptr)
+      row = load_int(
+          q.index, q.index_type,
+          sequence * q.index_stride[0] + token * q.index_stride[1] + tap * q.index_stride[2]);
+    row = row < 0 ? 0 : row < q.rows ? row : q.rows - 1;  // nobody looked: that takes a sync
+    float factor = 1.0f;
+    if (q.weight != nullptr)
+      factor = load_float(
+          q.weight, q.weight_dtype,
+          sequence * q.weight_stride[0] + token * q.weight_stride[1] + tap * q.weight_stride[2]);
+    add(y, load_channels(q.table, q.dtype, row * q.row_stride + span.first, span.count, wide),
+        factor);
+  }
+}
+
+// Of a patch (its number in its image), or of a prefix token (-1); token counts both.
+__device__ __forceinline__ void add_positions(Channels& y, const Params& p, const Plan& plan,
+                                              int64_t image, int64_t token, int64_t patch,
+                                              const Span& span) {
+  for (int i = 0; i < p.position_count; ++i) {
+    const Position& q = p.positions[i];
+    if (!q.patches_only)
+      add_rows(y, q, image, p.first_token + token, span, plan.wide_table[i]);
+    else if (patch >= 0)
+      add_rows(y, q, image, p.first_patch + patch, span, plan.wide_table[i]);
+  }
+}
+
+__device__ __forceinline__ int64_t token_of(const Params& p, int64_t patch) {
+  return p.prefix_last ? patch : p.prefix_tokens + patch;
+}
+
+// A patch's product with the weight, bias included, into its token.
+__device__ __forceinline__ void finish(Channels& y, const Params& p, const Plan& plan,
+                                       const Place& at, const Span& span) {
+  const int64_t token = token_of(p, at.patch);
+  if (p.norm == Norm::kNone) add_positions(y, p, plan, at.image, token, at.patch, span);
+  store_channels(p.out, p.out_dtype, (at.image * p.tokens() + token) * p.channels + span.first, y,
+                 span.count, plan.wide_out);
+}
+
+__device__ __forceinline__ Channels load_bias(const Params& p, const Plan& plan, const Span& span) {
+  if (p.bias == nullptr) return {};
+  return load_channels(p.bias, p.dtype, span.first, span.count, plan.wide_bias);
+}
+
+// Prefix token `row` of all images', by one warp.
+__device__ __forceinline__ void write_prefix(const Params& p, const Plan& plan, int64_t row) {
+  const int64_t image = row / p.prefix_tokens, i = row % p.prefix_tokens;
+  const int64_t token = p.prefix_last ? p.patches() + i : i;
+  for (int64_t c = threadIdx.x % kWarpSize * kChannels; c < p.channels;
+       c += kWarpSize * kChannels) {
+    const Span span(p, c);
+    Channels y = load_channels(p.prefix.data, p.prefix.dtype, i * p.channels + c, span.count,
+                               plan.wide_prefix);
+    add_positions(y, p, plan, image, token, -1, span);
+    store_channels(p.out, p.out_dtype, (image * p.tokens() + token) * p.channels + c, y, span.count,
+                   plan.wide_out);
+  }
+}
+
+// ---- The product ----
+
+// What the block's threads look up of rows and columns of their tile.
+template <class Tile>
+struct Lookup {
+  const char** row;  // [kRows] the patch's first pixel
+  Place* place;      // [kRows]
+  int64_t* offset;   // [stages, kDepth]
+  int* channel;      // [stages, kDepth]
+
+  __device__ __forceinline__ void fill_rows(const Params& p, int64_t first) const {
+    const int64_t last = p.images * p.patches() - 1;
+    for (int r = threadIdx.x; r < Tile::kRows; r += Tile::kThreads) {
+      place[r] = place_of(p, first + r < last ? first + r : last);
+      row[r] = patch_pixels(p, place[r]);
+    }
+  }
+
+  // Of the tile at depth k, whose units have `elements`.
+  __device__ __forceinline__ void fill_columns(const Params& p, int slot, int64_t k,
+                                               int elements) const {
+    for (int i = threadIdx.x; i < Tile::kDepth / elements; i += Tile::kThreads) {
+      const Column column = column_of(p, k + i * elements);
+      offset[slot * Tile::kDepth + i] = column.offset;
+      channel[slot * Tile::kDepth + i] = column.channel;
+    }
+  }
+};
+
+constexpr int kMaxStages = 4;
+
+#define VLMOPS_LOOKUP(name)                                        \
+  VLMOPS_SHARED(const char*, name##_row, Tile::kRows);             \
+  VLMOPS_SHARED(Place, name##_place, Tile::kRows);                 \
+  VLMOPS_SHARED(int64_t, name##_offset, kMaxStages* Tile::kDepth); \
+  VLMOPS_SHARED(int, name##_channel, kMaxStages* Tile::kDepth);    \
+  const Lookup<Tile> name = {name##_row, name##_place, name##_offset, name##_channel}
+
+// Until tiles of all stages but the newest, kStages - 2 of them, may be in flight.
+__device__ __forceinline__ void wait_for_stage(int stages) {
+  if (stages == 2)
+    cp_async_wait<0>();
+  else if (stages == 3)
+    cp_async_wait<1>();
+  else
+    cp_async_wait<2>();
+}
+
+// Accumulates the block's tile of the product: calls multiply(pixels, weights, step) for all steps
+// of all tiles in order of k.
+template <class Tile, bool kConvert, class Multiply>
+__device__ __forceinline__ void multiply_tiles(const Params& p, const Plan& plan, char* memory,
+                                               const Lookup<Tile>& lookup, int64_t first_row,
+                                               int64_t first_channel, const Multiply& multiply) {
+  const int elements = kConvert ? 1 : plan.pixel_unit / static_cast<int>(sizeof(typename Tile::T));
+  const int tiles = static_cast<int>((p.depth + Tile::kDepth - 1) / Tile::kDepth);
+  const int stages = plan.stages;
+  const auto depth_of = [](int tile) { return static_cast<int64_t>(tile) * Tile::kDepth; };
+  const auto weights_at = [&](char* stage) { return stage + Tile::kRows * Tile::kPitch; };
+
+  lookup.fill_rows(p, first_row);
+  for (int s = 0; s < stages; ++s) lookup.fill_columns(p, s, depth_of(s), elements);
+  __syncthreads();
+  for (int s = 0; s < stages - 1; ++s) {
+    char* const stage = memory + s * kStageBytes<Tile>;
+    if (s < tiles) {
+      if constexpr (kConvert) {
+        Converter<Tile> converter;
+        converter.take_columns(lookup.offset + s * Tile::kDepth, lookup.channel + s * Tile::kDepth);
+        for (int step = 0; step < Tile::kSteps; ++step) {
+          converter.read(p, lookup.row, step);
+          converter.write(p, stage, step);
+        }
+      } else {
+        start_pixels<Tile>(stage, plan, lookup.row, lookup.offset + s * Tile::kDepth);
+      }
+      start_weight<Tile>(weights_at(stage), p, plan, first_channel, depth_of(s));
+    }
+    cp_async_commit();
+  }
+
+  int current = 0, next = stages - 1;  // stages of this tile, and of the one that is started
+  for (int tile = 0; tile < tiles; ++tile) {
+    wait_for_stage(stages);
+    __syncthreads();
+    const int starting = tile + stages - 1;
+    const bool start = starting < tiles;
+    char* const stage = memory + next * kStageBytes<Tile>;
+    const char* const pixels = memory + current * kStageBytes<Tile>;
+    Converter<Tile> converter;
+    if (start) {
+      const int slot = next * Tile::kDepth;
+      if constexpr (kConvert)
+        converter.take_columns(lookup.offset + slot, lookup.channel + slot);
+      else
+        start_pixels<Tile>(stage, plan, lookup.row, lookup.offset + slot);
+      start_weight<Tile>(weights_at(stage), p, plan, first_channel, depth_of(starting));
+    }
+    cp_async_commit();
+    lookup.fill_columns(p, current, depth_of(starting + 1), elements);
+#pragma unroll
+    for (int step = 0; step < Tile::kSteps; ++step) {
+      if (kConvert && start) converter.read(p, lookup.row, step);
+      multiply(pixels, pixels + Tile::kRows * Tile::kPitch, step);
+      if (kConvert && start) converter.write(p, stage, step);
+    }
+    current = current + 1 == stages ? 0 : current + 1;
+    next = next + 1 == stages ? 0 : next + 1;
+  }
+  cp_async_wait<0>();
+  __syncthreads();
+}
+
+// This warp's part of a step: a [kWarpRows, 16] and b [kWarpColumns, 16].
+template <class Tile>
+struct Fragments {
+  static constexpr int kA = Tile::kWarpRows / 16, kB = Tile::kWarpColumns / 8;
+  uint32_t a[kA][4], b[kB][2];
+
+  __device__ __forceinline__ void load(const char* pixels, const char* weights, int row, int column,
+                                       int step) {
+    const int lane = threadIdx.x % kWarpSize;
+#pragma unroll
+    for (int i = 0; i < kA; ++i)
+      ldmatrix_x4(a[i], pixels + Tile::place(row + i * 16 + lane % 16, step * 32 + lane / 16 * 16));
+#pragma unroll
+    for (int j = 0; j < kB; j += 2) {
+      uint32_t r[4];
+      ldmatrix_x4(r, weights + Tile::place(column + j * 8 + lane / 16 * 8 + lane % 8,
+                                           step * 32 + lane / 8 % 2 * 16));
+      b[j][0] = r[0];
+      b[j][1] = r[1];
+      b[j + 1][0] = r[2];
+      b[j + 1][1] = r[3];
+    }
+  }
+};
+
+// 8 floats of a slab in two accesses, in whose order lanes differ so that they do not meet in
+// banks.
+__device__ __forceinline__ Channels load_slab(const float* from, int lane) {
+  const int flip = lane / 4 % 2 * 4;
+  const auto one = load_pack<4>(from + flip), other = load_pack<4>(from + 4 - flip);
+  Channels y;
+#pragma unroll
+  for (int e = 0; e < 4; ++e) {
+    y.v[e] = flip ? other[e] : one[e];
+    y.v[4 + e] = flip ? one[e] : other[e];
+  }
+  return y;
+}
+
+template <class Tile, bool kConvert>
+__global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
+    patch_embed_mma_kernel(const VLMOPS_GRID_CONSTANT Params p,
+                           const VLMOPS_GRID_CONSTANT Plan plan) {
+  VLMOPS_DYNAMIC_SHARED(char, memory);
+  VLMOPS_LOOKUP(lookup);
+  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+  if (blockIdx.x >= plan.tiles) {
+    const int64_t row = (blockIdx.x - plan.tiles) * (Tile::kThreads / kWarpSize) + warp;
+    if (row < p.images * p.prefix_tokens) write_prefix(p, plan, row);
+    return;
+  }
+  constexpr int kAcross = Tile::kColumns / Tile::kWarpColumns;
+  const int row = warp / kAcross * Tile::kWarpRows, column = warp % kAcross * Tile::kWarpColumns;
+  const int64_t first_row = blockIdx.x / plan.column_tiles * static_cast<int64_t>(Tile::kRows);
+  const int64_t first_channel =
+      blockIdx.x % plan.column_tiles * static_cast<int64_t>(Tile::kColumns);
+
+  using F = Fragments<Tile>;
+  float c[F::kA][F::kB][4] = {};
+  multiply_tiles<Tile, kConvert>(p, plan, memory, lookup, first_row, first_channel,
+                                 [&](const char* pixels, const char* weights, int step) {
+                                   F f;
+                                   f.load(pixels, weights, row, column, step);
+#pragma unroll
+                                   for (int i = 0; i < F::kA; ++i) {
+#pragma unroll
+                                     for (int j = 0; j < F::kB; ++j)
+                                       mma_m16n8k16(c[i][j], f.a[i], f.b[j], typename Tile::T());
+                                   }
+                                 });
+
+  constexpr int kSpans = Tile::kWarpColumns / kChannels;
+  float* const slab = reinterpret_cast<float*>(memory) + warp * Tile::kSlab;
+  const int64_t rows = p.images * p.patches();
+  const Span span(p, first_channel + column + lane % kSpans * kChannels);
+  const Channels bias = span.count > 0 ? load_bias(p, plan, span) : Channels{};
+#pragma unroll
+  for (int i = 0; i < F::kA; ++i) {
+    __syncwarp();
+#pragma unroll
+    for (int j = 0; j < F::kB; ++j) {
+      float* const to = slab + lane / 4 * Tile::kSlabPitch + j * 8 + lane % 4 * 2;
+      store_pack(to, Pack<float, 2>{{c[i][j][0], c[i][j][1]}});
+      store_pack(to + 8 * Tile::kSlabPitch, Pack<float, 2>{{c[i][j][2], c[i][j][3]}});
+    }
+    __syncwarp();
+    if (span.count <= 0) continue;
+#pragma unroll
+    for (int r = lane / kSpans; r < 16; r += kWarpSize / kSpans) {
+      const int at = row + i * 16 + r;
+      if (first_row + at >= rows) continue;
+      Channels y = load_slab(slab + r * Tile::kSlabPitch + lane % kSpans * kChannels, lane);
+      add(y, bias, 1.0f);
+      finish(y, p, plan, lookup.place[at], span);
+    }
+  }
+}
+
+template <class Tile, bool kConvert>
+__global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
+    patch_embed_fma_kernel(const VLMOPS_GRID_CONSTANT Params p,
+                           const VLMOPS_GRID_CONSTANT Plan plan) {
+  VLMOPS_DYNAMIC_SHARED(char, memory);
+  VLMOPS_LOOKUP(lookup);
+  constexpr int kAcross = Tile::kColumns / 8, kDown = Tile::kRows / 8;
+  if (blockIdx.x >= plan.tiles) {
+    const int64_t row =
+        (blockIdx.x - plan.tiles) * (Tile::kThreads / kWarpSize) + threadIdx.x / kWarpSize;
+    if (row < p.images * p.prefix_tokens) write_prefix(p, plan, row);
+    return;
+  }
+  const int across = threadIdx.x % kAcross, down = threadIdx.x / kAcross;
+  const int64_t first_row = blockIdx.x / plan.column_tiles * static_cast<int64_t>(Tile::kRows);
+  const int64_t first_channel =
+      blockIdx.x % plan.column_tiles * static_cast<int64_t>(Tile::kColumns);
+
+  float c[8][8] = {};  // rows down + kDown * i, columns across + kAcross * j
+  multiply_tiles<Tile, kConvert>(
+      p, plan, memory, lookup, first_row, first_channel,
+      [&](const char* pixels, const char* weights, int step) {
+        const auto quad = [step](const char* tile, int row) {
+          return load_pack<4>(reinterpret_cast<const float*>(tile + Tile::place(row, step * 16)));
+        };
+        Pack<float, 4> b[8];
+#pragma unroll
+        for (int j = 0; j < 8; ++j) b[j] = quad(weights, across + kAcross * j);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+          const auto a = quad(pixels, down + kDown * i);
+#pragma unroll
+          for (int j = 0; j < 8; ++j) {
+#pragma unroll
+            for (int e = 0; e < 4; ++e) c[i][j] = fmaf(a[e], b[j][e], c[i][j]);
+          }
+        }
+      });
+
+  float* const slab = reinterpret_cast<float*>(memory);  // [kDown, kSlabPitch]
+  const int64_t rows = p.images * p.patches();
+  const Span span(p, first_channel + across * kChannels);
+  const Channels bias = span.count > 0 ? load_bias(p, plan, span) : Channels{};
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    __syncthreads();
+#pragma unroll
+    for (int j = 0; j < 8; ++j) slab[down * Tile::kSlabPitch + across + kAcross * j] = c[i][j];
+    __syncthreads();
+    const int at = kDown * i + down;
+    if (span.count <= 0 || first_row + at >= rows) continue;
+    Channels y = load_slab(slab + down * Tile::kSlabPitch + across * kChannels, across);
+    add(y, bias, 1.0f);
+    finish(y, p, plan, lookup.place[at], span);
+  }
+}
+
+// ---- The norm, and the patch matrix itself ----
+
+__device__ __forceinline__ float warp_sum(float x) {
+  for (int distance = kWarpSize / 2; distance > 0; distance /= 2)
+    x += __shfl_xor_sync(kFullWarp, x, distance);
+  return x;
+}
+
+// Tokens of patches in place: norm, then positions. A warp to a token; what it reads again comes
+// out of L1.
+__global__ void __launch_bounds__(kRowThreads)
+    patch_embed_norm_kernel(const VLMOPS_GRID_CONSTANT Params p,
+                            const VLMOPS_GRID_CONSTANT Plan plan) {
+  const int64_t row =
+      static_cast<int64_t>(blockIdx.x) * (kRowThreads / kWarpSize) + threadIdx.x / kWarpSize;
+  if (row >= p.images * p.patches()) return;
+  const Place at = place_of(p, row);
+  const int64_t token = token_of(p, at.patch), start = (at.image * p.tokens() + token) * p.channels;
+  const auto for_spans = [&](const auto& f) {
+    for (int64_t c = threadIdx.x % kWarpSize * kChannels; c < p.channels;
+         c += kWarpSize * kChannels) {
+      const Span span(p, c);
+      f(span, load_channels(p.out, p.out_dtype, start + c, span.count, plan.wide_out));
+    }
+  };
+  const float channels = static_cast<float>(p.channels);
+  float mean = 0.0f, square = 0.0f;
+  if (p.norm == Norm::kLayer) {
+    for_spans([&](const Span&, const Channels& x) {
+#pragma unroll
+      for (int e = 0; e < kChannels; ++e) mean += x.v[e];
+    });
+    mean = warp_sum(mean) / channels;
+  }
+  for_spans([&](const Span& span, const Channels& x) {
+#pragma unroll
+    for (int e = 0; e < kChannels; ++e) {
+      const float off = e < span.count ? x.v[e] - mean : 0.0f;
+      square += off * off;
+    }
+  });
+  const float scale = 1.0f / sqrtf(warp_sum(square) / channels + p.norm_eps);
+  for_spans([&](const Span& span, Channels y) {
+    Channels weight, bias = {};
+    for (float& w : weight.v) w = 1.0f;
+    if (p.norm_weight.data != nullptr)
+      weight = load_channels(p.norm_weight.data, p.norm_weight.dtype, span.first, span.count,
+                             plan.wide_norm_weight);
+    if (p.norm_bias.data != nullptr)
+      bias = load_channels(p.norm_bias.data, p.norm_bias.dtype, span.first, span.count,
+                           plan.wide_norm_bias);
+#pragma unroll
+    for (int e = 0; e < kChannels; ++e) y.v[e] = (y.v[e] - mean) * scale * weight.v[e] + bias.v[e];
+    add_positions(y, p, plan, at.image, token, at.patch, span);
+    store_channels(p.out, p.out_dtype, start + span.first, y, span.count, plan.wide_out);
+  });
+}
+
+// Rows [begin, end) of the patch matrix. A block has kPackRows of them, a thread column after
+// column. T is what pixels are rounded to, Panel what the panel holds.
+template <class T, class Panel>
+__global__ void __launch_bounds__(kRowThreads)
+    patch_embed_pack_kernel(const VLMOPS_GRID_CONSTANT Params p, int64_t begin, int64_t end,
+                            Panel* panel) {
+  VLMOPS_SHARED(const char*, row, kPackRows);
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * kPackRows, left = end - begin - first;
+  const int rows = left < kPackRows ? static_cast<int>(left) : kPackRows;
+  if (threadIdx.x < rows)
+    row[threadIdx.x] = patch_pixels(p, place_of(p, begin + first + threadIdx.x));
+  __syncthreads();
+  for (int64_t k = threadIdx.x; k < p.depth; k += kRowThreads) {
+    const Column column = column_of(p, k);
+    for (int r = 0; r < rows; ++r) {
+      const char* at = row[r] + column.offset;
+      const uint32_t raw = p.pixel == Pixel::kUInt8     ? raw_pixel<uint8_t>(at)
+                           : p.pixel == Pixel::kFloat32 ? raw_pixel<uint32_t>(at)
+                                                        : raw_pixel<uint16_t>(at);
+      const T rounded = from_float<T>(mapped(p, raw, column.channel));
+      panel[(first + r) * p.depth + k] = from_float<Panel>(to_float(rounded));
+    }
+  }
+}
+
+}  // namespace vlmops::patch_embed
