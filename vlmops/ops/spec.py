@@ -66,7 +66,8 @@ class Spec:
     differentiable: Sequence[str]
     """Arguments that get gradients; optional ones may be None."""
     written: Sequence[str]
-    """Arguments that in_place writes over, one for each output; outputs have their strides."""
+    """Arguments that in_place writes over, one for each output, whose strides outputs have; of an op
+    that has none outputs are contiguous."""
     cases: Sequence[Case]
     bench: Mapping[str, BenchCase]
     errors: Sequence[BadCall]
@@ -77,6 +78,12 @@ class Spec:
     peers: Callable[[Arguments], Mapping[str, Callable[..., Any]]] | None = None
     """Other libraries that are installed and can do a call, by name; see `measure.admitted`."""
 
+    schema_arguments: Callable[[Arguments], tuple[Any, ...]] | None = None
+    """Those of ``torch.ops.vlmops.<op>``, where they are not the arguments by name."""
+    floors: Callable[[Arguments], Mapping[str, Callable[[], Any]]] | None = None
+    """What no implementation can beat beside a copy of `BenchCase.moved`: bare products, by name."""
+
     def differentiable_in(self, args: Arguments) -> list[str]:
         """The arguments of a call that get gradients."""
-        return [name for name in self.differentiable if args[name] is not None]
+        given = ((name, args[name]) for name in self.differentiable)
+        return [n for n, t in given if isinstance(t, Tensor) and t.is_floating_point()]
