@@ -24,8 +24,7 @@ struct Plan {
 };
 
 // One operand's tile of the product for tensor cores: rows of 128 bytes, whose chunks of 16 are
-// exchanged so that neither the 8 rows that ldmatrix reads nor 4 neighbours that are written 32
-// bytes at a time meet in a bank.
+// exchanged so that chunks of 8 rows that follow each other do not meet in a bank.
 template <class T_, int kRows_, int kColumns_, int kWarpRows_, int kWarpColumns_, int kBlocks_>
 struct MmaTile {
   using T = T_;
@@ -39,8 +38,7 @@ struct MmaTile {
   static constexpr int kSlab = 16 * kSlabPitch;        // of one warp
   static constexpr int kSlabs = kSlab * kThreads / kWarpSize;
   static __device__ __forceinline__ int place(int row, int byte) {
-    const int turned = (row << 1 | (row >> 2 & 1)) & 7;
-    return row * kPitch + ((byte / 16 ^ turned) * 16 + byte % 16);
+    return row * kPitch + ((byte / 16 ^ (row & 7)) * 16 + byte % 16);
   }
 };
 
@@ -142,7 +140,7 @@ __device__ __forceinline__ void copy_async(void* shared, const void* global, int
 template <class Tile, int kBytes>
 struct Share {
   static constexpr int kUnits = Tile::kRowBytes / kBytes;
-  static constexpr int kLanes = kBytes == 4 && kUnits > 8 ? 8 : kUnits;
+  static constexpr int kLanes = kBytes == 4 ? 4 : kUnits;
   static constexpr int kStep = Tile::kThreads / kLanes;
 };
 
@@ -157,7 +155,7 @@ __device__ __forceinline__ void copy_pixels(char* tile, const char* const* row,
     const int unit = threadIdx.x % S::kLanes + i * S::kLanes;
     const int64_t at = offset[unit];
     const bool inside = at != kOutside;
-#pragma unroll
+#pragma unroll 8
     for (int r = 0; r < Tile::kRows; r += S::kStep)
       copy_async<kBytes>(tile + Tile::place(first + r, unit * kBytes),
                          row[first + r] + (inside ? at : 0), inside ? kBytes : 0);
@@ -176,7 +174,7 @@ __device__ __forceinline__ void copy_weight(char* tile, const Params& p, int64_t
     const int unit = threadIdx.x % S::kLanes + i * S::kLanes;
     const int64_t column = k + unit * kElements;
     const bool inside = column < p.depth;
-#pragma unroll
+#pragma unroll 8
     for (int r = 0; r < Tile::kColumns; r += S::kStep) {
       const int64_t d = row + first + r;
       const int64_t at = (d < p.channels ? d : p.channels - 1) * p.depth;
@@ -369,35 +367,57 @@ struct Span {
                                                                 : kChannels)) {}
 };
 
-__device__ __forceinline__ void add_rows(Channels& y, const Position& q, int64_t sequence,
-                                         int64_t token, const Span& span, bool wide) {
+// Adds a position to `kTokens` tokens of a sequence each, so that their loads are under way at
+// once.
+template <int kTokens>
+__device__ __forceinline__ void add_rows(Channels (&y)[kTokens], const Position& q,
+                                         const int64_t (&sequence)[kTokens],
+                                         const int64_t (&token)[kTokens], const Span& span,
+                                         bool wide) {
   for (int64_t tap = 0; tap < q.taps; ++tap) {
-    int64_t row = token;
-    if (q.index != nullptr)
-      row = load_int(
-          q.index, q.index_type,
-          sequence * q.index_stride[0] + token * q.index_stride[1] + tap * q.index_stride[2]);
-    row = row < 0 ? 0 : row < q.rows ? row : q.rows - 1;  // nobody looked: that takes a sync
-    float factor = 1.0f;
-    if (q.weight != nullptr)
-      factor = load_float(
-          q.weight, q.weight_dtype,
-          sequence * q.weight_stride[0] + token * q.weight_stride[1] + tap * q.weight_stride[2]);
-    add(y, load_channels(q.table, q.dtype, row * q.row_stride + span.first, span.count, wide),
-        factor);
+    int64_t row[kTokens];
+    float factor[kTokens];
+#pragma unroll
+    for (int i = 0; i < kTokens; ++i) {
+      row[i] = token[i];
+      factor[i] = 1.0f;
+      if (q.index != nullptr)
+        row[i] = load_int(q.index, q.index_type,
+                          sequence[i] * q.index_stride[0] + token[i] * q.index_stride[1] +
+                              tap * q.index_stride[2]);
+      if (q.weight != nullptr)
+        factor[i] = load_float(q.weight, q.weight_dtype,
+                               sequence[i] * q.weight_stride[0] + token[i] * q.weight_stride[1] +
+                                   tap * q.weight_stride[2]);
+    }
+    Channels x[kTokens];
+#pragma unroll
+    for (int i = 0; i < kTokens; ++i) {
+      // Nobody looked at them: that takes a sync.
+      const int64_t at = row[i] < 0 ? 0 : row[i] < q.rows ? row[i] : q.rows - 1;
+      x[i] = load_channels(q.table, q.dtype, at * q.row_stride + span.first, span.count, wide);
+    }
+#pragma unroll
+    for (int i = 0; i < kTokens; ++i) add(y[i], x[i], factor[i]);
   }
 }
 
-// Of a patch (its number in its image), or of a prefix token (-1); token counts both.
-__device__ __forceinline__ void add_positions(Channels& y, const Params& p, const Plan& plan,
-                                              int64_t image, int64_t token, int64_t patch,
+// Tokens and what is counted without the prefix: patches.
+template <int kTokens>
+__device__ __forceinline__ void add_positions(Channels (&y)[kTokens], const Params& p,
+                                              const Plan& plan, const Place (&at)[kTokens],
                                               const Span& span) {
   for (int i = 0; i < p.position_count; ++i) {
     const Position& q = p.positions[i];
-    if (!q.patches_only)
-      add_rows(y, q, image, p.first_token + token, span, plan.wide_table[i]);
-    else if (patch >= 0)
-      add_rows(y, q, image, p.first_patch + patch, span, plan.wide_table[i]);
+    const int64_t before =
+        q.patches_only ? p.first_patch : p.first_token + (p.prefix_last ? 0 : p.prefix_tokens);
+    int64_t image[kTokens], token[kTokens];
+#pragma unroll
+    for (int t = 0; t < kTokens; ++t) {
+      image[t] = at[t].image;
+      token[t] = before + at[t].patch;
+    }
+    add_rows(y, q, image, token, span, plan.wide_table[i]);
   }
 }
 
@@ -405,13 +425,19 @@ __device__ __forceinline__ int64_t token_of(const Params& p, int64_t patch) {
   return p.prefix_last ? patch : p.prefix_tokens + patch;
 }
 
-// A patch's product with the weight, bias included, into its token.
-__device__ __forceinline__ void finish(Channels& y, const Params& p, const Plan& plan,
-                                       const Place& at, const Span& span) {
-  const int64_t token = token_of(p, at.patch);
-  if (p.norm == Norm::kNone) add_positions(y, p, plan, at.image, token, at.patch, span);
-  store_channels(p.out, p.out_dtype, (at.image * p.tokens() + token) * p.channels + span.first, y,
-                 span.count, plan.wide_out);
+// Products of patches with the weight, bias included, into their tokens.
+template <int kTokens>
+__device__ __forceinline__ void finish(Channels (&y)[kTokens], const Params& p, const Plan& plan,
+                                       const Place (&at)[kTokens], const bool (&inside)[kTokens],
+                                       const Span& span) {
+  if (p.norm == Norm::kNone) add_positions(y, p, plan, at, span);
+#pragma unroll
+  for (int i = 0; i < kTokens; ++i) {
+    if (!inside[i]) continue;
+    const int64_t row = at[i].image * p.tokens() + token_of(p, at[i].patch);
+    store_channels(p.out, p.out_dtype, row * p.channels + span.first, y[i], span.count,
+                   plan.wide_out);
+  }
 }
 
 __device__ __forceinline__ Channels load_bias(const Params& p, const Plan& plan, const Span& span) {
@@ -426,11 +452,13 @@ __device__ __forceinline__ void write_prefix(const Params& p, const Plan& plan, 
   for (int64_t c = threadIdx.x % kWarpSize * kChannels; c < p.channels;
        c += kWarpSize * kChannels) {
     const Span span(p, c);
-    Channels y = load_channels(p.prefix.data, p.prefix.dtype, i * p.channels + c, span.count,
-                               plan.wide_prefix);
-    add_positions(y, p, plan, image, token, -1, span);
-    store_channels(p.out, p.out_dtype, (image * p.tokens() + token) * p.channels + c, y, span.count,
-                   plan.wide_out);
+    Channels y[1] = {load_channels(p.prefix.data, p.prefix.dtype, i * p.channels + c, span.count,
+                                   plan.wide_prefix)};
+    for (int q = 0; q < p.position_count; ++q)
+      if (!p.positions[q].patches_only)
+        add_rows(y, p.positions[q], {image}, {p.first_token + token}, span, plan.wide_table[q]);
+    store_channels(p.out, p.out_dtype, (image * p.tokens() + token) * p.channels + c, y[0],
+                   span.count, plan.wide_out);
   }
 }
 
@@ -447,8 +475,9 @@ struct Lookup {
   __device__ __forceinline__ void fill_rows(const Params& p, int64_t first) const {
     const int64_t last = p.images * p.patches() - 1;
     for (int r = threadIdx.x; r < Tile::kRows; r += Tile::kThreads) {
-      place[r] = place_of(p, first + r < last ? first + r : last);
-      row[r] = patch_pixels(p, place[r]);
+      const Place at = place_of(p, first + r < last ? first + r : last);
+      if (place != nullptr) place[r] = at;
+      row[r] = patch_pixels(p, at);
     }
   }
 
@@ -458,7 +487,7 @@ struct Lookup {
     for (int i = threadIdx.x; i < Tile::kDepth / elements; i += Tile::kThreads) {
       const Column column = column_of(p, k + i * elements);
       offset[slot * Tile::kDepth + i] = column.offset;
-      channel[slot * Tile::kDepth + i] = column.channel;
+      if (channel != nullptr) channel[slot * Tile::kDepth + i] = column.channel;
     }
   }
 };
@@ -586,6 +615,28 @@ __device__ __forceinline__ Channels load_slab(const float* from, int lane) {
   return y;
 }
 
+// A warp's 16 rows of products of 8 * kSpans channels: those of patches [0, left) into their
+// tokens.
+template <int kSpans>
+__device__ __forceinline__ void finish_slab(const float* slab, int pitch, const Params& p,
+                                            const Plan& plan, const Place* place, int64_t left,
+                                            const Span& span, const Channels& bias) {
+  constexpr int kTokens = 16 * kSpans / kWarpSize;
+  const int lane = threadIdx.x % kWarpSize;
+  Channels y[kTokens];
+  Place at[kTokens];
+  bool inside[kTokens];
+#pragma unroll
+  for (int i = 0; i < kTokens; ++i) {
+    const int r = lane / kSpans + i * (kWarpSize / kSpans);
+    y[i] = load_slab(slab + r * pitch + lane % kSpans * kChannels, lane);
+    add(y[i], bias, 1.0f);
+    at[i] = place[r];
+    inside[i] = r < left;
+  }
+  finish(y, p, plan, at, inside, span);
+}
+
 template <class Tile, bool kConvert>
 __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
     patch_embed_mma_kernel(const VLMOPS_GRID_CONSTANT Params p,
@@ -634,14 +685,8 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
     }
     __syncwarp();
     if (span.count <= 0) continue;
-#pragma unroll
-    for (int r = lane / kSpans; r < 16; r += kWarpSize / kSpans) {
-      const int at = row + i * 16 + r;
-      if (first_row + at >= rows) continue;
-      Channels y = load_slab(slab + r * Tile::kSlabPitch + lane % kSpans * kChannels, lane);
-      add(y, bias, 1.0f);
-      finish(y, p, plan, lookup.place[at], span);
-    }
+    finish_slab<kSpans>(slab, Tile::kSlabPitch, p, plan, lookup.place + row + i * 16,
+                        rows - first_row - row - i * 16, span, bias);
   }
 }
 
@@ -696,9 +741,9 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
     __syncthreads();
     const int at = kDown * i + down;
     if (span.count <= 0 || first_row + at >= rows) continue;
-    Channels y = load_slab(slab + down * Tile::kSlabPitch + across * kChannels, across);
-    add(y, bias, 1.0f);
-    finish(y, p, plan, lookup.place[at], span);
+    Channels y[1] = {load_slab(slab + down * Tile::kSlabPitch + across * kChannels, across)};
+    add(y[0], bias, 1.0f);
+    finish(y, p, plan, {lookup.place[at]}, {true}, span);
   }
 }
 
@@ -755,8 +800,9 @@ __global__ void __launch_bounds__(kRowThreads)
                            plan.wide_norm_bias);
 #pragma unroll
     for (int e = 0; e < kChannels; ++e) y.v[e] = (y.v[e] - mean) * scale * weight.v[e] + bias.v[e];
-    add_positions(y, p, plan, at.image, token, at.patch, span);
-    store_channels(p.out, p.out_dtype, start + span.first, y, span.count, plan.wide_out);
+    Channels tokens[1] = {y};
+    add_positions(tokens, p, plan, {at}, span);
+    store_channels(p.out, p.out_dtype, start + span.first, tokens[0], span.count, plan.wide_out);
   });
 }
 
