@@ -1,6 +1,7 @@
 // Launches of patch embedding on NVIDIA GPUs: Params and a stream in, an error's number out. No
 // torch.
 #include <algorithm>
+#include <limits>
 
 #include "ops/patch_embed/patch_embed.cuh"
 
@@ -12,6 +13,17 @@ int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
 size_t size_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
 
 bool aligned(const void* p, size_t bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
+
+// Whether 32 bits hold how far the pixels of 256 patches are apart, and shared memory their
+// columns.
+bool offsets_fit(const Params& p, int unit) {
+  const auto bytes = static_cast<int64_t>(size_of(p.dtype));
+  const int64_t images = std::min(p.images, 256 / std::max<int64_t>(p.patches(), 1) + 2);
+  int64_t apart = (images - 1) * p.image_stride;
+  for (int i = 0; i < 3; ++i) apart += std::max<int64_t>(p.grid[i] - 1, 0) * p.grid_stride[i];
+  for (int i = 0; i < 4; ++i) apart += std::max<int64_t>(p.size[i] - 1, 0) * p.size_stride[i];
+  return apart * bytes <= std::numeric_limits<int>::max() && p.depth * bytes / unit <= kMaxColumns;
+}
 
 // The most bytes, 16 at most, that one copy of pixels may move; 0 where they take arithmetic.
 int pixel_unit(const Params& p) {
@@ -28,7 +40,7 @@ int pixel_unit(const Params& p) {
     step(p.images, p.image_stride);
     for (int i = 0; i < 3; ++i) step(p.grid[i], p.grid_stride[i]);
     for (int i = 0; i < 3; ++i) step(p.size[i], p.size_stride[i]);
-    if (fits) return unit;
+    if (fits) return offsets_fit(p, unit) ? unit : 0;
   }
   return 0;
 }
@@ -57,6 +69,11 @@ Plan plan_of(const Params& p) {
     const Position& q = p.positions[i];
     plan.wide_table[i] = wide(p, q.table, q.dtype, q.row_stride);
   }
+  const Position& q = p.positions[0];
+  const bool dense = p.position_count == 0 || (p.position_count == 1 && q.index == nullptr &&
+                                               q.weight == nullptr && plan.wide_table[0]);
+  plan.simple =
+      plan.wide_out && (p.bias == nullptr || plan.wide_bias) && (p.norm != Norm::kNone || dense);
   return plan;
 }
 
@@ -66,6 +83,13 @@ int stages_of() {
   return arch == 80 || arch == 90 || arch == 100 || arch == 103 ? 3 : 2;
 }
 
+template <class Tile>
+size_t columns_bytes(const Params& p, const Plan& plan) {
+  if (plan.pixel_unit == 0) return 0;
+  const int64_t units = Tile::kRowBytes / plan.pixel_unit;
+  return divide_up(p.depth, Tile::kDepth) * units * sizeof(int);
+}
+
 template <class Tile, class Kernel>
 int launch_product(Kernel kernel, const Params& p, Plan plan, int stages, void* stream) {
   const int64_t row_tiles = divide_up(p.images * p.patches(), Tile::kRows);
@@ -73,8 +97,8 @@ int launch_product(Kernel kernel, const Params& p, Plan plan, int stages, void* 
   plan.tiles = row_tiles * plan.column_tiles;
   plan.stages = stages;
   const int64_t prefix = divide_up(p.images * p.prefix_tokens, Tile::kThreads / kWarpSize);
-  const size_t bytes = std::max<size_t>(static_cast<size_t>(stages) * kStageBytes<Tile>,
-                                        Tile::kSlabs * sizeof(float));
+  plan.columns = std::max<int>(stages * kStageBytes<Tile>, Tile::kSlabs * sizeof(float));
+  const size_t bytes = plan.columns + columns_bytes<Tile>(p, plan);
   const int status = allow_dynamic_shared(kernel, bytes);
   if (status != 0) return status;
   return launch(kernel, dim3(static_cast<unsigned>(plan.tiles + prefix)), dim3(Tile::kThreads),

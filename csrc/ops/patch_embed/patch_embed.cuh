@@ -7,20 +7,24 @@
 namespace vlmops::patch_embed {
 
 constexpr int kChannels = 8;  // that one thread finishes at a time: 16 bytes of 16-bit numbers
-constexpr int64_t kOutside = -1;
-constexpr int kRowThreads = 128;  // of the kernels without a product
-constexpr int kPackRows = 8;      // of the patch matrix, to a block
+constexpr int kOutside = -1;
+constexpr int64_t kMaxColumns = 4096;  // whose offsets are kept
+constexpr int kRowThreads = 128;       // of the kernels without a product
+constexpr int kPackRows = 8;           // of the patch matrix, to a block
 
 // What the launcher knows of a Params beyond it.
 struct Plan {
   int64_t tiles;     // of the product; blocks beyond them write the prefix
   int column_tiles;  // side by side over D
   int stages;        // tiles in shared memory at a time: 2, 3 or 4
+  int columns;       // bytes from there to the offsets of columns
   int pixel_unit;    // bytes of one cp.async: 4, 8 or 16
   int weight_unit;   // the same; 2: elements
   // Whether rows take accesses of 16 bytes.
   bool wide_out, wide_bias, wide_prefix, wide_norm_weight, wide_norm_bias;
   bool wide_table[kMaxPositions];
+  // Nothing but rows of at most one table to add, n to token n, and everything on 16 bytes.
+  bool simple;
 };
 
 // One operand's tile of the product for tensor cores: rows of 128 bytes, whose chunks of 16 are
@@ -33,9 +37,9 @@ struct MmaTile {
   static constexpr int kRowBytes = 128, kPitch = 128, kDepth = kRowBytes / sizeof(T);
   static constexpr int kSteps = kDepth / 16;  // of mma
   static constexpr int kThreads = kRows / kWarpRows * (kColumns / kWarpColumns) * kWarpSize;
-  static constexpr int kBlocks = kBlocks_;             // on one multiprocessor
-  static constexpr int kSlabPitch = kWarpColumns + 8;  // floats
-  static constexpr int kSlab = 16 * kSlabPitch;        // of one warp
+  static constexpr int kBlocks = kBlocks_;              // on one multiprocessor
+  static constexpr int kSlabPitch = kWarpColumns + 8;   // floats
+  static constexpr int kSlab = kWarpRows * kSlabPitch;  // of one warp
   static constexpr int kSlabs = kSlab * kThreads / kWarpSize;
   static __device__ __forceinline__ int place(int row, int byte) {
     return row * kPitch + ((byte / 16 ^ (row & 7)) * 16 + byte % 16);
@@ -52,22 +56,27 @@ struct FmaTile {
   static constexpr int kThreads = kRows * kColumns / 64;
   static constexpr int kBlocks = kBlocks_;
   static constexpr int kSlabPitch = kColumns + 8;
-  static constexpr int kSlab = kRows / 8 * kSlabPitch;
-  static constexpr int kSlabs = kSlab;
+  static constexpr int kSlabs = kRows * kSlabPitch;
   static __device__ __forceinline__ int place(int row, int byte) { return row * kPitch + byte; }
 };
 
 template <class Tile>
 constexpr int kStageBytes = (Tile::kRows + Tile::kColumns) * Tile::kPitch;
 
-// Where a patch is, and where its token.
+// A patch, and the first channel of its token in the output.
 struct Place {
-  int64_t image, patch;
+  int64_t out;
+  int image, patch;
 };
 
 __device__ __forceinline__ Place place_of(const Params& p, int64_t row) {
   const int64_t patches = p.patches();
-  return {row / patches, row % patches};
+  const bool narrow = p.images * patches <= 0xffffffff;
+  const int64_t image =
+      narrow ? static_cast<uint32_t>(row) / static_cast<uint32_t>(patches) : row / patches;
+  const int64_t patch = row - image * patches;
+  const int64_t token = image * p.tokens() + (p.prefix_last ? 0 : p.prefix_tokens) + patch;
+  return {token * p.channels, static_cast<int>(image), static_cast<int>(patch)};
 }
 
 __device__ __forceinline__ int pixel_bytes(Pixel pixel) {
@@ -144,42 +153,56 @@ struct Share {
   static constexpr int kStep = Tile::kThreads / kLanes;
 };
 
-// row [kRows] points to patches, offset [kDepth / unit] says where columns are.
+// Where copies find pixels: bytes from `base`, of rows [kRows] and of every unit of a patch.
+struct Offsets {
+  const char* base;
+  int *row, *column;
+};
+
 template <class Tile, int kBytes>
-__device__ __forceinline__ void copy_pixels(char* tile, const char* const* row,
-                                            const int64_t* offset) {
+__device__ __forceinline__ void copy_pixels(char* tile, const Offsets& from, int step) {
   using S = Share<Tile, kBytes>;
-  const int first = threadIdx.x / S::kLanes;
+  const int first = threadIdx.x / S::kLanes, lane = threadIdx.x % S::kLanes;
 #pragma unroll
   for (int i = 0; i < S::kUnits / S::kLanes; ++i) {
-    const int unit = threadIdx.x % S::kLanes + i * S::kLanes;
-    const int64_t at = offset[unit];
-    const bool inside = at != kOutside;
+    const int unit = lane + i * S::kLanes, at = from.column[step * S::kUnits + unit];
+    const int bytes = at == kOutside ? 0 : kBytes;
+    const char* const column = from.base + (at == kOutside ? 0 : at);
 #pragma unroll 8
     for (int r = 0; r < Tile::kRows; r += S::kStep)
-      copy_async<kBytes>(tile + Tile::place(first + r, unit * kBytes),
-                         row[first + r] + (inside ? at : 0), inside ? kBytes : 0);
+      copy_async<kBytes>(tile + Tile::place(first + r, unit * kBytes), column + from.row[first + r],
+                         bytes);
   }
 }
 
-// Rows from `row` on of the weight, which has `rows`, columns from k on.
+// Rows from `row` on of the weight, columns from k on. Below the last row it is read again.
 template <class Tile, int kBytes>
 __device__ __forceinline__ void copy_weight(char* tile, const Params& p, int64_t row, int64_t k) {
   using S = Share<Tile, kBytes>;
-  constexpr int kElements = kBytes / sizeof(typename Tile::T);
-  const int first = threadIdx.x / S::kLanes;
-  const auto* weight = static_cast<const typename Tile::T*>(p.weight);
+  constexpr int kElement = sizeof(typename Tile::T);
+  const int first = threadIdx.x / S::kLanes, lane = threadIdx.x % S::kLanes;
+  const int64_t pitch = p.depth * kElement;
+  const char* const weight = static_cast<const char*>(p.weight) + row * pitch + k * kElement;
+  const int last = static_cast<int>(p.channels - 1 - row < Tile::kColumns ? p.channels - 1 - row
+                                                                          : Tile::kColumns);
 #pragma unroll
   for (int i = 0; i < S::kUnits / S::kLanes; ++i) {
-    const int unit = threadIdx.x % S::kLanes + i * S::kLanes;
-    const int64_t column = k + unit * kElements;
-    const bool inside = column < p.depth;
+    const int unit = lane + i * S::kLanes;
+    const bool inside = k * kElement + unit * kBytes < pitch;
+    const char* column = weight + (inside ? unit * kBytes : -k * kElement);
+    const int bytes = inside ? kBytes : 0;
+    if (last >= Tile::kColumns - 1) {
+      column += first * pitch;
 #pragma unroll 8
-    for (int r = 0; r < Tile::kColumns; r += S::kStep) {
-      const int64_t d = row + first + r;
-      const int64_t at = (d < p.channels ? d : p.channels - 1) * p.depth;
-      copy_async<kBytes>(tile + Tile::place(first + r, unit * kBytes),
-                         weight + at + (inside ? column : 0), inside ? kBytes : 0);
+      for (int r = 0; r < Tile::kColumns; r += S::kStep) {
+        copy_async<kBytes>(tile + Tile::place(first + r, unit * kBytes), column, bytes);
+        column += S::kStep * pitch;
+      }
+    } else {
+#pragma unroll 2
+      for (int r = 0; r < Tile::kColumns; r += S::kStep)
+        copy_async<kBytes>(tile + Tile::place(first + r, unit * kBytes),
+                           column + (first + r < last ? first + r : last) * pitch, bytes);
     }
   }
 }
@@ -211,14 +234,14 @@ __device__ __forceinline__ void start_weight(char* tile, const Params& p, const 
 }
 
 template <class Tile>
-__device__ __forceinline__ void start_pixels(char* tile, const Plan& plan, const char* const* row,
-                                             const int64_t* offset) {
+__device__ __forceinline__ void start_pixels(char* tile, const Plan& plan, const Offsets& from,
+                                             int step) {
   if (plan.pixel_unit == 16)
-    copy_pixels<Tile, 16>(tile, row, offset);
+    copy_pixels<Tile, 16>(tile, from, step);
   else if (plan.pixel_unit == 8)
-    copy_pixels<Tile, 8>(tile, row, offset);
+    copy_pixels<Tile, 8>(tile, from, step);
   else
-    copy_pixels<Tile, 4>(tile, row, offset);
+    copy_pixels<Tile, 4>(tile, from, step);
 }
 
 // Pixels that take arithmetic: read into registers before the products of a step, written to the
@@ -421,10 +444,6 @@ __device__ __forceinline__ void add_positions(Channels (&y)[kTokens], const Para
   }
 }
 
-__device__ __forceinline__ int64_t token_of(const Params& p, int64_t patch) {
-  return p.prefix_last ? patch : p.prefix_tokens + patch;
-}
-
 // Products of patches with the weight, bias included, into their tokens.
 template <int kTokens>
 __device__ __forceinline__ void finish(Channels (&y)[kTokens], const Params& p, const Plan& plan,
@@ -432,12 +451,9 @@ __device__ __forceinline__ void finish(Channels (&y)[kTokens], const Params& p, 
                                        const Span& span) {
   if (p.norm == Norm::kNone) add_positions(y, p, plan, at, span);
 #pragma unroll
-  for (int i = 0; i < kTokens; ++i) {
-    if (!inside[i]) continue;
-    const int64_t row = at[i].image * p.tokens() + token_of(p, at[i].patch);
-    store_channels(p.out, p.out_dtype, row * p.channels + span.first, y[i], span.count,
-                   plan.wide_out);
-  }
+  for (int i = 0; i < kTokens; ++i)
+    if (inside[i])
+      store_channels(p.out, p.out_dtype, at[i].out + span.first, y[i], span.count, plan.wide_out);
 }
 
 __device__ __forceinline__ Channels load_bias(const Params& p, const Plan& plan, const Span& span) {
@@ -464,42 +480,52 @@ __device__ __forceinline__ void write_prefix(const Params& p, const Plan& plan, 
 
 // ---- The product ----
 
-// What the block's threads look up of rows and columns of their tile.
+// What the block's threads look up of rows and columns of their tile where pixels are converted.
 template <class Tile>
 struct Lookup {
   const char** row;  // [kRows] the patch's first pixel
-  Place* place;      // [kRows]
   int64_t* offset;   // [stages, kDepth]
   int* channel;      // [stages, kDepth]
 
-  __device__ __forceinline__ void fill_rows(const Params& p, int64_t first) const {
-    const int64_t last = p.images * p.patches() - 1;
-    for (int r = threadIdx.x; r < Tile::kRows; r += Tile::kThreads) {
-      const Place at = place_of(p, first + r < last ? first + r : last);
-      if (place != nullptr) place[r] = at;
-      row[r] = patch_pixels(p, at);
-    }
-  }
-
-  // Of the tile at depth k, whose units have `elements`.
-  __device__ __forceinline__ void fill_columns(const Params& p, int slot, int64_t k,
-                                               int elements) const {
-    for (int i = threadIdx.x; i < Tile::kDepth / elements; i += Tile::kThreads) {
-      const Column column = column_of(p, k + i * elements);
+  // Of the tile at depth k.
+  __device__ __forceinline__ void fill_columns(const Params& p, int slot, int64_t k) const {
+    for (int i = threadIdx.x; i < Tile::kDepth; i += Tile::kThreads) {
+      const Column column = column_of(p, k + i);
       offset[slot * Tile::kDepth + i] = column.offset;
-      if (channel != nullptr) channel[slot * Tile::kDepth + i] = column.channel;
+      channel[slot * Tile::kDepth + i] = column.channel;
     }
   }
 };
 
-constexpr int kMaxStages = 4;
+template <class Tile>
+__device__ __forceinline__ void fill_places(const Params& p, Place* place, int64_t first,
+                                            int thread) {
+  const int64_t left = p.images * p.patches() - 1 - first;
+  if (thread < Tile::kRows) place[thread] = place_of(p, first + (thread < left ? thread : left));
+}
 
-#define VLMOPS_LOOKUP(name)                                        \
-  VLMOPS_SHARED(const char*, name##_row, Tile::kRows);             \
-  VLMOPS_SHARED(Place, name##_place, Tile::kRows);                 \
-  VLMOPS_SHARED(int64_t, name##_offset, kMaxStages* Tile::kDepth); \
-  VLMOPS_SHARED(int, name##_channel, kMaxStages* Tile::kDepth);    \
-  const Lookup<Tile> name = {name##_row, name##_place, name##_offset, name##_channel}
+// Of rows from `first` on.
+template <class Tile>
+__device__ __forceinline__ const char* fill_row_offsets(const Params& p, int* row, int64_t first) {
+  const int64_t left = p.images * p.patches() - 1 - first;
+  const char* const base = patch_pixels(p, place_of(p, first));
+  for (int r = threadIdx.x; r < Tile::kRows; r += Tile::kThreads)
+    row[r] = static_cast<int>(patch_pixels(p, place_of(p, first + (r < left ? r : left))) - base);
+  return base;
+}
+
+// Of all units of a patch, and of those that fill the last tile.
+template <class Tile>
+__device__ __forceinline__ void fill_column_offsets(const Params& p, const Plan& plan,
+                                                    int* column) {
+  const int elements = plan.pixel_unit / static_cast<int>(sizeof(typename Tile::T));
+  const int depth = static_cast<int>(p.depth);
+  const int units = (depth + Tile::kDepth - 1) / Tile::kDepth * (Tile::kDepth / elements);
+  for (int i = threadIdx.x; i < units; i += Tile::kThreads)
+    column[i] = static_cast<int>(column_of(p, static_cast<int64_t>(i) * elements).offset);
+}
+
+constexpr int kMaxStages = 4;
 
 // Until tiles of all stages but the newest, kStages - 2 of them, may be in flight.
 __device__ __forceinline__ void wait_for_stage(int stages) {
@@ -512,62 +538,93 @@ __device__ __forceinline__ void wait_for_stage(int stages) {
 }
 
 // Accumulates the block's tile of the product: calls multiply(pixels, weights, step) for all steps
-// of all tiles in order of k.
-template <class Tile, bool kConvert, class Multiply>
-__device__ __forceinline__ void multiply_tiles(const Params& p, const Plan& plan, char* memory,
-                                               const Lookup<Tile>& lookup, int64_t first_row,
-                                               int64_t first_channel, const Multiply& multiply) {
-  const int elements = kConvert ? 1 : plan.pixel_unit / static_cast<int>(sizeof(typename Tile::T));
+// of all tiles in order of k. Pixels are copied, from offsets in `columns`.
+template <class Tile, class Multiply>
+__device__ __forceinline__ void multiply_copied(const Params& p, const Plan& plan, char* memory,
+                                                int* columns, int64_t first_row,
+                                                int64_t first_channel, const Multiply& multiply) {
+  VLMOPS_SHARED(int, row, Tile::kRows);
+  const int tiles = static_cast<int>((p.depth + Tile::kDepth - 1) / Tile::kDepth);
+  const int stages = plan.stages;
+  fill_column_offsets<Tile>(p, plan, columns);
+  const Offsets from = {fill_row_offsets<Tile>(p, row, first_row), row, columns};
+  __syncthreads();
+  const auto start = [&](int tile, int stage) {
+    char* const to = memory + stage * kStageBytes<Tile>;
+    if (tile < tiles) {
+      start_pixels<Tile>(to, plan, from, tile);
+      start_weight<Tile>(to + Tile::kRows * Tile::kPitch, p, plan, first_channel,
+                         static_cast<int64_t>(tile) * Tile::kDepth);
+    }
+    cp_async_commit();
+  };
+  for (int s = 0; s < stages - 1; ++s) start(s, s);
+  int current = 0, next = stages - 1;  // stages of this tile, and of the one that is started
+#pragma unroll 1
+  for (int tile = 0; tile < tiles; ++tile) {
+    wait_for_stage(stages);
+    __syncthreads();
+    start(tile + stages - 1, next);
+    const char* const pixels = memory + current * kStageBytes<Tile>;
+#pragma unroll
+    for (int step = 0; step < Tile::kSteps; ++step)
+      multiply(pixels, pixels + Tile::kRows * Tile::kPitch, step);
+    current = current + 1 == stages ? 0 : current + 1;
+    next = next + 1 == stages ? 0 : next + 1;
+  }
+  cp_async_wait<0>();
+  __syncthreads();
+}
+
+// The same where pixels take arithmetic.
+template <class Tile, class Multiply>
+__device__ __forceinline__ void multiply_converted(const Params& p, const Plan& plan, char* memory,
+                                                   int64_t first_row, int64_t first_channel,
+                                                   const Multiply& multiply) {
+  VLMOPS_SHARED(const char*, row, Tile::kRows);
+  VLMOPS_SHARED(int64_t, offset, kMaxStages* Tile::kDepth);
+  VLMOPS_SHARED(int, channel, kMaxStages* Tile::kDepth);
+  const Lookup<Tile> lookup = {row, offset, channel};
   const int tiles = static_cast<int>((p.depth + Tile::kDepth - 1) / Tile::kDepth);
   const int stages = plan.stages;
   const auto depth_of = [](int tile) { return static_cast<int64_t>(tile) * Tile::kDepth; };
-  const auto weights_at = [&](char* stage) { return stage + Tile::kRows * Tile::kPitch; };
-
-  lookup.fill_rows(p, first_row);
-  for (int s = 0; s < stages; ++s) lookup.fill_columns(p, s, depth_of(s), elements);
+  const int64_t left = p.images * p.patches() - 1 - first_row;
+  for (int r = threadIdx.x; r < Tile::kRows; r += Tile::kThreads)
+    row[r] = patch_pixels(p, place_of(p, first_row + (r < left ? r : left)));
+  for (int s = 0; s < stages; ++s) lookup.fill_columns(p, s, depth_of(s));
   __syncthreads();
-  for (int s = 0; s < stages - 1; ++s) {
-    char* const stage = memory + s * kStageBytes<Tile>;
-    if (s < tiles) {
-      if constexpr (kConvert) {
-        Converter<Tile> converter;
-        converter.take_columns(lookup.offset + s * Tile::kDepth, lookup.channel + s * Tile::kDepth);
-        for (int step = 0; step < Tile::kSteps; ++step) {
-          converter.read(p, lookup.row, step);
-          converter.write(p, stage, step);
-        }
-      } else {
-        start_pixels<Tile>(stage, plan, lookup.row, lookup.offset + s * Tile::kDepth);
-      }
-      start_weight<Tile>(weights_at(stage), p, plan, first_channel, depth_of(s));
+  Converter<Tile> converter;
+  const auto start = [&](int tile, int stage) {
+    if (tile < tiles) {
+      converter.take_columns(offset + stage * Tile::kDepth, channel + stage * Tile::kDepth);
+      start_weight<Tile>(memory + stage * kStageBytes<Tile> + Tile::kRows * Tile::kPitch, p, plan,
+                         first_channel, depth_of(tile));
     }
     cp_async_commit();
+  };
+  for (int s = 0; s < stages - 1; ++s) {
+    start(s, s);
+    if (s >= tiles) continue;
+#pragma unroll 1
+    for (int step = 0; step < Tile::kSteps; ++step) {
+      converter.read(p, row, step);
+      converter.write(p, memory + s * kStageBytes<Tile>, step);
+    }
   }
-
-  int current = 0, next = stages - 1;  // stages of this tile, and of the one that is started
+  int current = 0, next = stages - 1;
+#pragma unroll 1
   for (int tile = 0; tile < tiles; ++tile) {
     wait_for_stage(stages);
     __syncthreads();
     const int starting = tile + stages - 1;
-    const bool start = starting < tiles;
-    char* const stage = memory + next * kStageBytes<Tile>;
+    start(starting, next);
+    lookup.fill_columns(p, current, depth_of(starting + 1));
     const char* const pixels = memory + current * kStageBytes<Tile>;
-    Converter<Tile> converter;
-    if (start) {
-      const int slot = next * Tile::kDepth;
-      if constexpr (kConvert)
-        converter.take_columns(lookup.offset + slot, lookup.channel + slot);
-      else
-        start_pixels<Tile>(stage, plan, lookup.row, lookup.offset + slot);
-      start_weight<Tile>(weights_at(stage), p, plan, first_channel, depth_of(starting));
-    }
-    cp_async_commit();
-    lookup.fill_columns(p, current, depth_of(starting + 1), elements);
 #pragma unroll
     for (int step = 0; step < Tile::kSteps; ++step) {
-      if (kConvert && start) converter.read(p, lookup.row, step);
+      if (starting < tiles) converter.read(p, row, step);
       multiply(pixels, pixels + Tile::kRows * Tile::kPitch, step);
-      if (kConvert && start) converter.write(p, stage, step);
+      if (starting < tiles) converter.write(p, memory + next * kStageBytes<Tile>, step);
     }
     current = current + 1 == stages ? 0 : current + 1;
     next = next + 1 == stages ? 0 : next + 1;
@@ -603,8 +660,8 @@ struct Fragments {
 
 // 8 floats of a slab in two accesses, in whose order lanes differ so that they do not meet in
 // banks.
-__device__ __forceinline__ Channels load_slab(const float* from, int lane) {
-  const int flip = lane / 4 % 2 * 4;
+__device__ __forceinline__ Channels load_slab(const float* from, int column) {
+  const int flip = column / 4 % 2 * 4;
   const auto one = load_pack<4>(from + flip), other = load_pack<4>(from + 4 - flip);
   Channels y;
 #pragma unroll
@@ -615,26 +672,80 @@ __device__ __forceinline__ Channels load_slab(const float* from, int lane) {
   return y;
 }
 
-// A warp's 16 rows of products of 8 * kSpans channels: those of patches [0, left) into their
-// tokens.
-template <int kSpans>
-__device__ __forceinline__ void finish_slab(const float* slab, int pitch, const Params& p,
-                                            const Plan& plan, const Place* place, int64_t left,
-                                            const Span& span, const Channels& bias) {
-  constexpr int kTokens = 16 * kSpans / kWarpSize;
-  const int lane = threadIdx.x % kWarpSize;
+// 16 bytes of a table's row or of the output, or 32 of float32.
+template <class T>
+__device__ __forceinline__ Channels simple_row(const Params& p, int patch, int64_t channel) {
+  const Position& q = p.positions[0];
+  int64_t row = patch + (q.patches_only ? p.first_patch
+                                        : p.first_token + (p.prefix_last ? 0 : p.prefix_tokens));
+  row = row < q.rows ? row : q.rows - 1;
+  return load_wide(static_cast<const T*>(q.table) + row * q.row_stride + channel);
+}
+
+// kTokens rows of a slab of products, every kStride-th from `slab` and `place` on, where the plan
+// is simple: those of patches before `left`.
+template <int kTokens, int kStride>
+__device__ __forceinline__ void finish_simple(const float* slab, int pitch, const Params& p,
+                                              const Place* place, int left, int64_t channel,
+                                              const Channels& bias, int column) {
+  Channels x[kTokens];
+#pragma unroll
+  for (int i = 0; i < kTokens; ++i) x[i] = bias;
+  if (p.norm == Norm::kNone && p.position_count != 0) {
+#pragma unroll
+    for (int i = 0; i < kTokens; ++i) {
+      const int patch = place[i * kStride].patch;
+      add(x[i],
+          p.positions[0].dtype == DType::kFloat32    ? simple_row<float>(p, patch, channel)
+          : p.positions[0].dtype == DType::kBFloat16 ? simple_row<bfloat16>(p, patch, channel)
+                                                     : simple_row<float16>(p, patch, channel),
+          1.0f);
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < kTokens; ++i) {
+    add(x[i], load_slab(slab + i * kStride * pitch, column), 1.0f);
+    if (i * kStride < left)
+      store_channels(p.out, p.out_dtype, place[i * kStride].out + channel, x[i], kChannels, true);
+  }
+}
+
+// The same for every plan.
+template <int kTokens, int kStride>
+__device__ __forceinline__ void finish_any(const float* slab, int pitch, const Params& p,
+                                           const Plan& plan, const Place* place, int left,
+                                           const Span& span, const Channels& bias, int column) {
   Channels y[kTokens];
   Place at[kTokens];
   bool inside[kTokens];
 #pragma unroll
   for (int i = 0; i < kTokens; ++i) {
-    const int r = lane / kSpans + i * (kWarpSize / kSpans);
-    y[i] = load_slab(slab + r * pitch + lane % kSpans * kChannels, lane);
+    y[i] = load_slab(slab + i * kStride * pitch, column);
     add(y[i], bias, 1.0f);
-    at[i] = place[r];
-    inside[i] = r < left;
+    at[i] = place[i * kStride];
+    inside[i] = i * kStride < left;
   }
   finish(y, p, plan, at, inside, span);
+}
+
+// Rows `thread`, thread + kStride, .. of the kRows of a slab, whose first is row `first_row` of
+// all: this thread has 8 columns of them, the span's, which is the slab's number `column`.
+template <int kTokens, int kRows, int kStride>
+__device__ __forceinline__ void finish_rows(const float* slab, int pitch, const Params& p,
+                                            const Plan& plan, const Place* place, int64_t first_row,
+                                            int thread, const Span& span, int column) {
+  if (span.count <= 0) return;
+  const int64_t left = p.images * p.patches() - first_row;
+  const Channels bias = load_bias(p, plan, span);
+#pragma unroll 1
+  for (int r = thread; r < kRows; r += kTokens * kStride) {
+    const float* const from = slab + r * pitch + column * kChannels;
+    const int inside = static_cast<int>(left - r < kRows ? left - r : kRows);
+    if (plan.simple)
+      finish_simple<kTokens, kStride>(from, pitch, p, place + r, inside, span.first, bias, column);
+    else
+      finish_any<kTokens, kStride>(from, pitch, p, plan, place + r, inside, span, bias, column);
+  }
 }
 
 template <class Tile, bool kConvert>
@@ -642,7 +753,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
     patch_embed_mma_kernel(const VLMOPS_GRID_CONSTANT Params p,
                            const VLMOPS_GRID_CONSTANT Plan plan) {
   VLMOPS_DYNAMIC_SHARED(char, memory);
-  VLMOPS_LOOKUP(lookup);
+  VLMOPS_SHARED(Place, place, Tile::kRows);
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
   if (blockIdx.x >= plan.tiles) {
     const int64_t row = (blockIdx.x - plan.tiles) * (Tile::kThreads / kWarpSize) + warp;
@@ -657,37 +768,37 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
 
   using F = Fragments<Tile>;
   float c[F::kA][F::kB][4] = {};
-  multiply_tiles<Tile, kConvert>(p, plan, memory, lookup, first_row, first_channel,
-                                 [&](const char* pixels, const char* weights, int step) {
-                                   F f;
-                                   f.load(pixels, weights, row, column, step);
+  const auto multiply = [&](const char* pixels, const char* weights, int step) {
+    F f;
+    f.load(pixels, weights, row, column, step);
 #pragma unroll
-                                   for (int i = 0; i < F::kA; ++i) {
+    for (int i = 0; i < F::kA; ++i) {
 #pragma unroll
-                                     for (int j = 0; j < F::kB; ++j)
-                                       mma_m16n8k16(c[i][j], f.a[i], f.b[j], typename Tile::T());
-                                   }
-                                 });
+      for (int j = 0; j < F::kB; ++j) mma_m16n8k16(c[i][j], f.a[i], f.b[j], typename Tile::T());
+    }
+  };
+  if constexpr (kConvert)
+    multiply_converted<Tile>(p, plan, memory, first_row, first_channel, multiply);
+  else
+    multiply_copied<Tile>(p, plan, memory, reinterpret_cast<int*>(memory + plan.columns), first_row,
+                          first_channel, multiply);
 
-  constexpr int kSpans = Tile::kWarpColumns / kChannels;
   float* const slab = reinterpret_cast<float*>(memory) + warp * Tile::kSlab;
-  const int64_t rows = p.images * p.patches();
-  const Span span(p, first_channel + column + lane % kSpans * kChannels);
-  const Channels bias = span.count > 0 ? load_bias(p, plan, span) : Channels{};
 #pragma unroll
   for (int i = 0; i < F::kA; ++i) {
-    __syncwarp();
 #pragma unroll
     for (int j = 0; j < F::kB; ++j) {
-      float* const to = slab + lane / 4 * Tile::kSlabPitch + j * 8 + lane % 4 * 2;
+      float* const to = slab + (i * 16 + lane / 4) * Tile::kSlabPitch + j * 8 + lane % 4 * 2;
       store_pack(to, Pack<float, 2>{{c[i][j][0], c[i][j][1]}});
       store_pack(to + 8 * Tile::kSlabPitch, Pack<float, 2>{{c[i][j][2], c[i][j][3]}});
     }
-    __syncwarp();
-    if (span.count <= 0) continue;
-    finish_slab<kSpans>(slab, Tile::kSlabPitch, p, plan, lookup.place + row + i * 16,
-                        rows - first_row - row - i * 16, span, bias);
   }
+  fill_places<Tile>(p, place, first_row, threadIdx.x);
+  __syncthreads();
+  constexpr int kSpans = Tile::kWarpColumns / kChannels;
+  finish_rows<4, Tile::kWarpRows, kWarpSize / kSpans>(
+      slab, Tile::kSlabPitch, p, plan, place + row, first_row + row, lane / kSpans,
+      Span(p, first_channel + column + lane % kSpans * kChannels), lane % kSpans);
 }
 
 template <class Tile, bool kConvert>
@@ -695,7 +806,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
     patch_embed_fma_kernel(const VLMOPS_GRID_CONSTANT Params p,
                            const VLMOPS_GRID_CONSTANT Plan plan) {
   VLMOPS_DYNAMIC_SHARED(char, memory);
-  VLMOPS_LOOKUP(lookup);
+  VLMOPS_SHARED(Place, place, Tile::kRows);
   constexpr int kAcross = Tile::kColumns / 8, kDown = Tile::kRows / 8;
   if (blockIdx.x >= plan.tiles) {
     const int64_t row =
@@ -709,42 +820,40 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
       blockIdx.x % plan.column_tiles * static_cast<int64_t>(Tile::kColumns);
 
   float c[8][8] = {};  // rows down + kDown * i, columns across + kAcross * j
-  multiply_tiles<Tile, kConvert>(
-      p, plan, memory, lookup, first_row, first_channel,
-      [&](const char* pixels, const char* weights, int step) {
-        const auto quad = [step](const char* tile, int row) {
-          return load_pack<4>(reinterpret_cast<const float*>(tile + Tile::place(row, step * 16)));
-        };
-        Pack<float, 4> b[8];
+  const auto multiply = [&](const char* pixels, const char* weights, int step) {
+    const auto quad = [step](const char* tile, int row) {
+      return load_pack<4>(reinterpret_cast<const float*>(tile + Tile::place(row, step * 16)));
+    };
+    Pack<float, 4> b[8];
 #pragma unroll
-        for (int j = 0; j < 8; ++j) b[j] = quad(weights, across + kAcross * j);
+    for (int j = 0; j < 8; ++j) b[j] = quad(weights, across + kAcross * j);
 #pragma unroll
-        for (int i = 0; i < 8; ++i) {
-          const auto a = quad(pixels, down + kDown * i);
+    for (int i = 0; i < 8; ++i) {
+      const auto a = quad(pixels, down + kDown * i);
 #pragma unroll
-          for (int j = 0; j < 8; ++j) {
+      for (int j = 0; j < 8; ++j) {
 #pragma unroll
-            for (int e = 0; e < 4; ++e) c[i][j] = fmaf(a[e], b[j][e], c[i][j]);
-          }
-        }
-      });
+        for (int e = 0; e < 4; ++e) c[i][j] = fmaf(a[e], b[j][e], c[i][j]);
+      }
+    }
+  };
+  if constexpr (kConvert)
+    multiply_converted<Tile>(p, plan, memory, first_row, first_channel, multiply);
+  else
+    multiply_copied<Tile>(p, plan, memory, reinterpret_cast<int*>(memory + plan.columns), first_row,
+                          first_channel, multiply);
 
-  float* const slab = reinterpret_cast<float*>(memory);  // [kDown, kSlabPitch]
-  const int64_t rows = p.images * p.patches();
-  const Span span(p, first_channel + across * kChannels);
-  const Channels bias = span.count > 0 ? load_bias(p, plan, span) : Channels{};
+  float* const slab = reinterpret_cast<float*>(memory);
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
-    __syncthreads();
 #pragma unroll
-    for (int j = 0; j < 8; ++j) slab[down * Tile::kSlabPitch + across + kAcross * j] = c[i][j];
-    __syncthreads();
-    const int at = kDown * i + down;
-    if (span.count <= 0 || first_row + at >= rows) continue;
-    Channels y[1] = {load_slab(slab + down * Tile::kSlabPitch + across * kChannels, across)};
-    add(y[0], bias, 1.0f);
-    finish(y, p, plan, {lookup.place[at]}, {true}, span);
+    for (int j = 0; j < 8; ++j)
+      slab[(down + kDown * i) * Tile::kSlabPitch + across + kAcross * j] = c[i][j];
   }
+  fill_places<Tile>(p, place, first_row, threadIdx.x);
+  __syncthreads();
+  finish_rows<4, Tile::kRows, kDown>(slab, Tile::kSlabPitch, p, plan, place, first_row, down,
+                                     Span(p, first_channel + across * kChannels), across);
 }
 
 // ---- The norm, and the patch matrix itself ----
@@ -764,7 +873,7 @@ __global__ void __launch_bounds__(kRowThreads)
       static_cast<int64_t>(blockIdx.x) * (kRowThreads / kWarpSize) + threadIdx.x / kWarpSize;
   if (row >= p.images * p.patches()) return;
   const Place at = place_of(p, row);
-  const int64_t token = token_of(p, at.patch), start = (at.image * p.tokens() + token) * p.channels;
+  const int64_t start = at.out;
   const auto for_spans = [&](const auto& f) {
     for (int64_t c = threadIdx.x % kWarpSize * kChannels; c < p.channels;
          c += kWarpSize * kChannels) {
