@@ -8,6 +8,7 @@ between the gathering, the product and what finishes it. Functions take the argu
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -20,7 +21,7 @@ from vlmops.ops import linear as products
 INDEX, WEIGHT, PATCHES_ONLY = 1, 2, 4
 """Bits of position_kinds, as in patch_embed.cpp."""
 
-PANEL = 2**20
+PANEL = 2**19
 """Elements of a panel of patches, or of its product, on the CPU."""
 PANEL_ON_GPU = 2**26
 """The same on a GPU, in backward."""
@@ -99,7 +100,8 @@ class Arguments(NamedTuple):
         return panel
 
 
-class Addend(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Addend:
     """A position, as the op gets it; ``at`` is the place of its table among the tensors."""
 
     at: int
@@ -132,10 +134,10 @@ def _plainly() -> Iterator[None]:
             yield
 
 
-def _computed_in(a: Arguments) -> torch.dtype:
-    """float32 where the CPU would multiply 16 bits one by one."""
-    dtype = a.weight.dtype
-    native = dtype == torch.float32 or not a.weight.is_cpu or products._has_primitive(dtype)
+def computes_in(weight: Tensor) -> torch.dtype:
+    """Dtype of products with a weight: float32 if the CPU would multiply 16 bits one by one."""
+    dtype = weight.dtype
+    native = dtype == torch.float32 or not weight.is_cpu or products.multiplies(dtype)
     return dtype if native else torch.float32
 
 
@@ -156,12 +158,13 @@ def forward(*args: Any) -> Tensor:
         out: Tensor = torch.ops.vlmops.patch_embed_empty(*args)  # all checks
         if _is_product(a):
             return products.linear(a.pixel_values[0], a.matrix(a.weight.dtype), a.bias)
-        dtype = _computed_in(a)
+        dtype = computes_in(a.weight)
         weight, bias = a.matrix(dtype), None if a.bias is None else a.bias.to(dtype)
         images = 1 if a.packed else out.shape[0]
         rows = images * sum(a.patches())
+        multiply = products.for_panels(dtype, *weight.shape)
         for begin, end in _parts(rows, PANEL // max(weight.shape)):
-            product = products.linear(a.pack(begin, end, dtype), weight, bias)
+            product = multiply(a.pack(begin, end, dtype), weight, bias)
             torch.ops.vlmops.patch_embed_finish(out, product, begin, *args)
         if rows == 0:
             torch.ops.vlmops.patch_embed_finish(out, weight.new_empty(0, len(weight)), 0, *args)
@@ -186,7 +189,7 @@ def backward(grad: Tensor, needs: Sequence[bool], *args: Any) -> list[Tensor]:
     found: list[Tensor | None] = [None] * len(tensors)
     around = len(a.pixel_values) + 4  # where what is not part of the product begins
     with _plainly():
-        grad = grad if grad.dim() == 3 else grad[None]  # [S, M + N, D]
+        grad = (grad if grad.dim() == 3 else grad[None]).contiguous()  # [S, M + N, D]
         if any(needs[:around]):
             found[:around] = _of_products(a, grad, needs)
         if needs[around]:
@@ -241,7 +244,7 @@ def _of_products(a: Arguments, grad: Tensor, needs: Sequence[bool]) -> list[Tens
     count = len(a.pixel_values)
     needs_pixels = any(needs[:count])
     needs_weight, needs_bias = needs[count : count + 2]
-    dtype = _computed_in(a)
+    dtype = computes_in(a.weight)
     weight = a.matrix(dtype)
     channels, depth = weight.shape
     sums = grad.new_zeros(3, channels, dtype=torch.float32)  # of bias, the norm's weight and bias
@@ -330,26 +333,27 @@ def _of_position(
         return None, None
     if position.patches_only and a.extra:
         grad = torch.cat(_patch_rows(a, grad)).view(len(grad), -1, grad.shape[-1])
-    grad = grad.float()
-    sequences, tokens, channels = grad.shape
     table, index, weight = position.table, position.index, position.weight
+    # A plain sum over as many tokens as meet in a row needs more than float32.
+    grad = grad.double() if grad.is_cpu and index is not None else grad.float()
+    sequences, tokens, channels = grad.shape
     taps = 1 if index is None else index.shape[-1]
     table_grad = grad.new_zeros(table.shape) if needs_table else None
-    factors = None if weight is None else weight.float().expand(sequences, tokens, taps)
+    factors = None if weight is None else weight.to(grad.dtype).expand(sequences, tokens, taps)
     products_of = []
     for tap in range(taps):
         part = grad if factors is None else grad * factors[..., tap, None]
         if index is None:
             if table_grad is not None:
                 table_grad[:tokens] = part.sum(0)
-            rows = table[:tokens].float()
+            rows = table[:tokens].to(grad.dtype)
         else:
             at = index.expand(sequences, tokens, taps)[..., tap].long()
             if table_grad is not None:  # sorted on a GPU: the same in every run
                 table_grad += torch.ops.aten.embedding_dense_backward(
                     part.reshape(-1, channels), at.reshape(-1), len(table), -1, False
                 )
-            rows = table[at].float() if needs_weight else grad
+            rows = table[at].to(grad.dtype) if needs_weight else grad
         if needs_weight:
             products_of.append((grad * rows).sum(-1))
     if weight is None or not needs_weight:
