@@ -493,7 +493,7 @@ def _mapped(x: Tensor, pixel_map: Tensor, channel: int) -> Tensor:
     return x.movedim(0, channel)
 
 
-# Registration. The schemas are the library's, with the kernels for CUDA; on the CPU the op is
+# Registration. The schemas and the kernels between products are the library's, the op itself is
 # `panels.forward`. Triton's op has the same schema.
 
 
@@ -662,8 +662,8 @@ if _library.error is None:
     for _op in _COMPILED:
         _lib.define(str(_op._schema).replace("vlmops::patch_embed", "patch_embed_triton", 1))
     _TRITON = _ops_of("patch_embed_triton")
-    _lib.impl("patch_embed", panels.forward, "CPU")
     for _key in ("CPU", "CUDA"):
+        _lib.impl("patch_embed", panels.forward, _key)
         _lib.impl("patch_embed_triton", _on_triton, _key)
         for _name in ("patch_embed_backward", "patch_embed_triton_backward"):
             _lib.impl(_name, panels.backward, _key)

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from vlmops.ops import linear as products
 
@@ -24,7 +25,11 @@ INDEX, WEIGHT, PATCHES_ONLY = 1, 2, 4
 PANEL = 2**19
 """Elements of a panel of patches, or of its product, on the CPU."""
 PANEL_ON_GPU = 2**26
-"""The same on a GPU, in backward."""
+"""The same on a GPU."""
+LARGE_ON_GPU = 2**20
+"""Elements of a result from which on a GPU works in panels."""
+_PITCH = 8
+"""Elements of 16 bits that rows of a panel are a multiple of: cuBLAS wants 16 bytes."""
 
 
 class Arguments(NamedTuple):
@@ -91,11 +96,11 @@ class Arguments(NamedTuple):
         """The weight ``[D, K]``."""
         return self.weight.reshape(self.weight.shape[0], -1).to(dtype)
 
-    def pack(self, begin: int, end: int, dtype: torch.dtype) -> Tensor:
-        """Patches ``[begin, end)`` of all, ``[end - begin, K]``."""
+    def pack(self, begin: int, end: int, dtype: torch.dtype, pitch: int = 0) -> Tensor:
+        """Patches ``[begin, end)`` of all, ``[end - begin, K]``; on a GPU zeros follow, to pitch."""
         panel: Tensor = torch.ops.vlmops.patch_embed_pack(
             self.pixel_values, self.weight, self.pixel_map, self.listed, self.channels_last,
-            self.image_sizes, begin, end, dtype,
+            self.image_sizes, begin, end, dtype, pitch,
         )  # fmt: skip
         return panel
 
@@ -149,33 +154,58 @@ def _parts(rows: int, most: int) -> Iterator[tuple[int, int]]:
 
 
 def forward(*args: Any) -> Tensor:
-    """The op on the CPU; on the emulated GPU where a test has put one."""
+    """The op on the CPU and on a GPU; on the emulated one where a test has put it."""
     a = Arguments(*args)
-    if torch.ops.vlmops.patch_embed_emulated(a.weight):
+    on_gpu = a.weight.is_cuda or torch.ops.vlmops.patch_embed_emulated(a.weight)
+    if on_gpu and not goes_in_panels(a):
         result: Tensor = torch.ops.vlmops.patch_embed_launch(*args)
         return result
     with _plainly():
         out: Tensor = torch.ops.vlmops.patch_embed_empty(*args)  # all checks
-        if _is_product(a):
-            return products.linear(a.pixel_values[0], a.matrix(a.weight.dtype), a.bias)
         dtype = computes_in(a.weight)
+        alone = _is_alone(a)
+        if alone and _is_matrix(a):
+            return _product_of(a, on_gpu).view(out.shape)
         weight, bias = a.matrix(dtype), None if a.bias is None else a.bias.to(dtype)
-        images = 1 if a.packed else out.shape[0]
-        rows = images * sum(a.patches())
-        multiply = products.for_panels(dtype, *weight.shape)
-        for begin, end in _parts(rows, PANEL // max(weight.shape)):
-            product = multiply(a.pack(begin, end, dtype), weight, bias)
+        multiply = functional.linear if on_gpu else products.for_panels(dtype, *weight.shape)
+        channels, depth = weight.shape
+        pitch = -(-depth // _PITCH) * _PITCH if on_gpu and dtype != torch.float32 else depth
+        weight = functional.pad(weight, (0, pitch - depth)) if pitch > depth else weight
+        rows = (1 if a.packed else out.shape[0]) * sum(a.patches())
+        most = (PANEL_ON_GPU if on_gpu else PANEL) // max(channels, depth, 1)
+        for begin, end in _parts(rows, most):
+            product = multiply(a.pack(begin, end, dtype, pitch), weight, bias)
+            if on_gpu and alone and end - begin == rows:
+                return product.view(out.shape)
             torch.ops.vlmops.patch_embed_finish(out, product, begin, *args)
         if rows == 0:
-            torch.ops.vlmops.patch_embed_finish(out, weight.new_empty(0, len(weight)), 0, *args)
+            torch.ops.vlmops.patch_embed_finish(out, weight.new_empty(0, channels), 0, *args)
         return out
 
 
-def _is_product(a: Arguments) -> bool:
-    """Whether patches come as they are multiplied, and nothing is done to what comes out."""
-    alike = a.pixel_values[0].dtype == a.weight.dtype == (a.dtype or a.weight.dtype)
-    alone = a.norm == "none" and a.prefix is None and not a.positions and a.pixel_map is None
-    return a.flat and alike and alone and a.pixel_values[0].numel() > 0
+def goes_in_panels(a: Arguments) -> bool:
+    """Whether a GPU takes the platform's product, between a kernel that packs and one that finishes.
+
+    Else one kernel does everything: what is small waits for launches.
+    """
+    return math.prod(a.shape()) >= LARGE_ON_GPU
+
+
+def _is_alone(a: Arguments) -> bool:
+    """Whether nothing is done to what a product yields."""
+    alike = (a.dtype or a.weight.dtype) == a.weight.dtype
+    return alike and a.norm == "none" and a.prefix is None and not a.positions
+
+
+def _is_matrix(a: Arguments) -> bool:
+    """Whether patches come as they are multiplied."""
+    x = a.pixel_values[0] if a.flat else a.weight
+    return a.flat and x.dtype == a.weight.dtype and a.pixel_map is None and x.numel() > 0
+
+
+def _product_of(a: Arguments, on_gpu: bool) -> Tensor:
+    multiply = functional.linear if on_gpu else products.linear
+    return multiply(a.pixel_values[0], a.matrix(a.weight.dtype), a.bias)
 
 
 def backward(grad: Tensor, needs: Sequence[bool], *args: Any) -> list[Tensor]:
