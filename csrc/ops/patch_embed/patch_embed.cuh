@@ -908,17 +908,15 @@ __device__ __forceinline__ void normalise(Channels& y, const Params& p, const Pl
 
 // Patches [begin, end) from rows of a product [end - begin, D], or, where it is null, from their
 // own tokens: norm, positions, rounding. A warp to a token; what a norm reads again comes out of
-// L1. Warps beyond them write the prefix.
+// L1. Warps beyond them write as many prefix tokens.
 __global__ void __launch_bounds__(kRowThreads)
     patch_embed_finish_kernel(const VLMOPS_GRID_CONSTANT Params p,
                               const VLMOPS_GRID_CONSTANT Plan plan, int64_t begin, int64_t end,
-                              const VLMOPS_GRID_CONSTANT Rows product) {
+                              const VLMOPS_GRID_CONSTANT Rows product, int64_t prefixes) {
   const int64_t row = begin + static_cast<int64_t>(blockIdx.x) * (kRowThreads / kWarpSize) +
                       threadIdx.x / kWarpSize;
   if (row >= end) {
-    const int64_t prefix = row - end;
-    if (begin == 0 && product.data != nullptr && prefix < p.images * p.prefix_tokens)
-      write_prefix(p, plan, prefix);
+    if (row - end < prefixes) write_prefix(p, plan, row - end);
     return;
   }
   const Place at = place_of(p, row);
