@@ -6,12 +6,14 @@ from vlmops.dispatch import backend
 from vlmops.hf.patch import patch, patched, unpatch
 from vlmops.hf.report import PatchReport
 from vlmops.ops.mrope import mrope, mrope_, mrope_freq_axis
+from vlmops.ops.patch_embed import Position, patch_embed
 from vlmops.warmup import Warmup, warmup
 
 __version__ = "0.1.0"
 
 __all__ = [
     "PatchReport",
+    "Position",
     "Warmup",
     "backend",
     "cpu_isa",
@@ -19,6 +21,7 @@ __all__ = [
     "mrope_",
     "mrope_freq_axis",
     "patch",
+    "patch_embed",
     "patched",
     "unpatch",
     "warmup",

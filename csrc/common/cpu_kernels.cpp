@@ -2,6 +2,7 @@
 #include "common/cpu_kernels.h"
 
 #include "ops/mrope/mrope_cpu.h"
+#include "ops/patch_embed/patch_embed_cpu.h"
 
 #define VLMOPS_CONCAT_(a, b) a##b
 #define VLMOPS_CONCAT(a, b) VLMOPS_CONCAT_(a, b)
@@ -11,7 +12,8 @@
 namespace vlmops {
 
 extern const CpuKernels VLMOPS_CONCAT(kernels_, VLMOPS_ISA);
-const CpuKernels VLMOPS_CONCAT(kernels_, VLMOPS_ISA) = {VLMOPS_STRING(VLMOPS_ISA), &mrope::run,
-                                                        &mrope::run_backward};
+const CpuKernels VLMOPS_CONCAT(kernels_, VLMOPS_ISA) = {
+    VLMOPS_STRING(VLMOPS_ISA), &mrope::run,          &mrope::run_backward,
+    &patch_embed::pack,        &patch_embed::finish, &patch_embed::write_prefix};
 
 }  // namespace vlmops

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "ops/mrope/mrope.h"
+#include "ops/patch_embed/patch_embed.h"
 
 namespace vlmops {
 
@@ -9,6 +10,9 @@ struct CpuKernels {
   const char* isa;
   mrope::CpuKernel mrope;
   mrope::CpuNormBackward mrope_norm_backward;
+  patch_embed::CpuPack patch_embed_pack;
+  patch_embed::CpuFinish patch_embed_finish;
+  patch_embed::CpuPrefix patch_embed_prefix;
 };
 
 // The table in force: the best that this machine runs, capped by VLMOPS_CPU_ISA. Throws

@@ -6,6 +6,7 @@
 #include <cstddef>
 
 #include "ops/mrope/mrope.h"
+#include "ops/patch_embed/patch_embed.h"
 
 namespace vlmops {
 
@@ -18,6 +19,8 @@ struct CudaKernels {
   mrope::CudaKernel mrope;
   mrope::CudaNormBackwardParts mrope_norm_backward_parts;
   mrope::CudaNormBackward mrope_norm_backward;
+  patch_embed::CudaRun patch_embed;
+  patch_embed::CudaPack patch_embed_pack;
 };
 
 }  // namespace vlmops

@@ -19,6 +19,7 @@ from vlmops.bench.measure import (
     Request,
     Row,
     admitted,
+    chosen,
     known_cases,
     progress,
     rows_of,
@@ -106,17 +107,27 @@ def measure_case(
     dtype_name = str(dtype).removeprefix("torch.")
     name = f"{case.name} {dtype_name}"
     args = case.make(dtype, device.torch)
-    progress(f"{name}: checking" + (" and compiling" if request.compile else ""))
+    progress(f"{name}: checking" + (" and compiling" if request.compiles else ""))
     ours = {f"vlmops {b}": functools.partial(spec.function, backend=b) for b in others}
     peers = {} if spec.peers is None else spec.peers(args)
-    variants = admitted(spec, name, args, request.compile, ours, peers)
+    variants = admitted(spec, name, args, request.compiles, ours, peers)
     builds: dict[Key, Callable[[Arguments], Call]] = {
         ("floor", "copy"): functools.partial(_copy, case),
+        **{
+            key: functools.partial(_chosen, request, spec, key)
+            for key in chosen(request, spec, args)
+        },
         **variants.builds,
     }
 
     progress(f"{name}: timing")
-    calls = {("floor", "copy"): _copy(case, args), **variants.calls}
+    calls = {
+        ("floor", "copy"): _copy(case, args),
+        **chosen(request, spec, args),
+        **variants.calls,
+    }
+    if "eager" not in request.against:
+        calls = {key: call for key, call in calls.items() if key[1] != "eager"}
     moved = sum(t.numel() * t.element_size() for t in case.moved(args))
     latencies = {key: gpu.latency(device, call) for key, call in calls.items()}
     shortest = min(gpu.estimate(device, call, latencies[key]) for key, call in calls.items())
@@ -127,6 +138,8 @@ def measure_case(
     sets = [args, *(case.make(dtype, device.torch) for _ in range(count - 1))]
     works[LAUNCH] = (device.capture([device.launch] * count), count)
     for key, build in builds.items():
+        if key not in calls:
+            continue
         try:
             works[key] = (device.capture([build(one) for one in sets]), count)
         except RuntimeError as error:
@@ -162,6 +175,10 @@ def judged(row: Row, ceilings: gpu.Ceilings) -> Row:
         return {**{k: row[k] for k in kept}, "unavailable": reason, "impossible": True,
                 "would_be_ms": row["median_ms"]}  # fmt: skip
     return {**row, "percent_of_ceiling": 100 * row["bytes"] / seconds / ceilings.copy_bytes_per_s}
+
+
+def _chosen(request: Request, spec: Spec, key: Key, args: Arguments) -> Call:
+    return chosen(request, spec, args)[key]
 
 
 def _copy(case: BenchCase, args: Arguments) -> Call:
