@@ -98,7 +98,7 @@ def steps(out: Path, dry_run: bool) -> list[Step]:
         selected = {"cuda": "cpu_portable and qwen2vl_s17", "triton": "triton and tiny_s1"}
         # Warnings differ from one torch to the next: they are read in the log here.
         suite = [python, "-m", "pytest", "-v", "-rf", "-W", "default", "-p", "no:cacheprovider"]
-        suite += ["--maxfail=30", "python_tests/test_contract.py"]
+        suite += ["--tb=short", "--maxfail=30", *workers(), "python_tests/test_contract.py"]
         suite += ["-k", selected[backend] if dry_run else backend]
         skip = without("triton") if backend == "triton" else lambda: None
         return Step(f"contract-{backend}", 100, suite, test_device, built, skip=skip)
@@ -113,9 +113,11 @@ def steps(out: Path, dry_run: bool) -> list[Step]:
         # torch's caching allocator would hide accesses beyond a tensor's end.
         env = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
         command = [program or "compute-sanitizer", "--tool", tool, "--error-exitcode", "9"]
+        # Races are looked for in every access to shared memory: reference and Triton take minutes.
+        watched = "calls" if tool == "racecheck" else "small"
         missing = "compute-sanitizer is not installed; it comes with the CUDA toolkit"
         skip = lambda: None if program else missing  # noqa: E731
-        return Step(f"sanitizer-{tool}", 40, [*command, *part("small")], env, built, skip=skip)
+        return Step(f"sanitizer-{tool}", 40, [*command, *part(watched)], env, built, skip=skip)
 
     quick = ["--quick", "--no-compile", "--dtype", "bfloat16"]
     shapes = ["decode_b1", "s1024"] if dry_run else ["decode_b1", "s4096", "s16384", "norm_s4096"]
@@ -143,6 +145,15 @@ def without(module: str) -> Callable[[], str | None]:
 
     missing = f"{module} is not installed; run 'pip install {module}'"
     return lambda: None if importlib.util.find_spec(module) else missing
+
+
+def workers() -> list[str]:
+    """Pytest's options for several processes; one that dies takes only the test it was at."""
+    import importlib.util
+
+    if not importlib.util.find_spec("xdist"):
+        return []
+    return ["-n", str(max(1, min(8, (os.cpu_count() or 1) // 2))), "--dist", "worksteal"]
 
 
 def find_sanitizer() -> str | None:
@@ -287,7 +298,10 @@ class Check:
 
 def counts(log: Path) -> str:
     """How many tests passed, failed and were skipped, also if pytest was stopped."""
-    words = re.findall(r"^\S+::.* (PASSED|FAILED|SKIPPED|ERROR)\b", log.read_text(), re.MULTILINE)
+    # With workers "[gw0] [ 1%] PASSED file::test", without "file::test PASSED [ 1%]".
+    words = re.findall(
+        r"^(?=\S+::|\[gw\d+\]).* (PASSED|FAILED|SKIPPED|ERROR)\b", log.read_text(), re.MULTILINE
+    )
     kinds = [f"{words.count(k)} {k.lower()}" for k in dict.fromkeys(words)]
     return f"{', '.join(kinds)}; " if kinds else ""
 
@@ -438,6 +452,31 @@ def small(out: Path, dry_run: bool) -> int:
     return int(wrong > 0 or ran == 0)
 
 
+def calls(out: Path, dry_run: bool) -> int:
+    """The same cases on the compiled backend alone, with nothing else on the device."""
+    import torch
+
+    import vlmops
+
+    device, ran = torch.device("cpu" if dry_run else "cuda"), 0
+    for op in vlmops.ops.__all__:
+        spec = vlmops.ops.spec(op)
+        for case in spec.few:
+            torch.manual_seed(0)
+            made = case.make(torch.bfloat16, torch.device("cpu"))
+            args = {n: t.to(device) if isinstance(t, torch.Tensor) else t for n, t in made.items()}
+            names = spec.differentiable_in(args)
+            leaves = {n: args[n].detach().requires_grad_() for n in names}
+            outputs = spec.function(**{**args, **leaves}, backend=device.type)
+            upstream = [torch.ones(o.shape, dtype=o.dtype).to(device) for o in outputs]
+            torch.autograd.grad(outputs, list(leaves.values()), upstream)
+            ran += 1
+    if not dry_run:
+        torch.cuda.synchronize()
+    print(f"{ran} calls forward and backward")
+    return int(ran == 0)
+
+
 def patched(out: Path, dry_run: bool) -> int:
     """Tiny models of Hugging Face's, before and after `vlmops.patch`: logits and gradients."""
     sys.path.insert(0, str(ROOT / "python_tests"))
@@ -449,6 +488,7 @@ def patched(out: Path, dry_run: bool) -> int:
 
     device, wrong = torch.device("cpu" if dry_run else "cuda"), 0
     torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False  # on by default; 6e-5 of a convolution's gradient
     for family in ("qwen2_vl",) if dry_run else ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v"):
         model = tiny.build(family).to(device)
         batch = {k: v.to(device) for k, v in checks.batch_of(family, "several_images").items()}
@@ -481,6 +521,7 @@ PARTS: dict[str, Callable[[Path, bool], int]] = {
     "environment": environment,
     "imports": imports,
     "small": small,
+    "calls": calls,
     "patched": patched,
     "plots": plots,
 }

@@ -264,33 +264,41 @@ CUDA_MUTATIONS = {
     "flip a sign (pairs)": (
         "ops/mrope/mrope.cuh", "y * c.v[e] + x * s.v[e]", "y * c.v[e] - x * s.v[e]"),
     "use a neighbour's position": (
-        "ops/mrope/mrope.cuh", "token % p.tokens * p.id_stride[2]",
-        "(token + 1) % p.tokens * p.id_stride[2]"),
-    "use one axis for all": ("ops/mrope/mrope.cuh", "int64_t axis = p.freq_axis[j];",
-                             "int64_t axis = p.freq_axis[0];"),
+        "ops/mrope/mrope.cuh", "token.s * p.id_stride[2]",
+        "(token.s + 1) % p.tokens * p.id_stride[2]"),
+    "use one axis for all": ("ops/mrope/mrope.cuh", "axis = max(0, min(*axis_of, last));",
+                             "axis = 0;"),
     "use the first batch's strides": (
         "ops/mrope/mrope.cuh", "b * stride[0] + s * stride[1]", "s * stride[1]"),
     "do not copy the rest": (
-        "ops/mrope/mrope.cuh", "channel < d; channel += lanes * V) {\n    auto a",
-        "channel < d - V; channel += lanes * V) {\n    auto a"),
+        "ops/mrope/mrope.cuh", "else if (active && rows.src != rows.dst) {", "else if (false) {"),
+    "copy half of the rest's last item": (
+        "ops/mrope/mrope.cuh", "both = second < static_cast<int>(p.head_dim);", "both = turns;"),
     "skip the last head": (
-        "ops/mrope/mrope.cuh", "active = base + group < n * heads",
-        "active = base + group < n * heads - (heads > 1)"),
+        "ops/mrope/mrope.cuh", "active = place.mine && head + place.group < rows.heads",
+        "active = place.mine && head + place.group < rows.heads - (rows.heads > 1)"),
     "no barrier after the table": (
-        "ops/mrope/mrope.cuh", "fill_weights(p, shared);\n  __syncthreads();",
-        "fill_weights(p, shared);"),
-    "no order before writing in place": ("ops/mrope/mrope.cuh", "__syncwarp();", ""),
-    "norm without its offset": ("ops/mrope/mrope.cuh", "+ p.norm_offset;", ";"),
+        "ops/mrope/mrope.cuh", "  __syncthreads();\n\n  const float channel_part",
+        "\n  const float channel_part"),
+    "no barrier between tokens in backward": (
+        "ops/mrope/mrope.cuh",
+        "shared.table + current * table_size(p));\n    __syncthreads();",
+        "shared.table + current * table_size(p));"),
+    "one table for two tokens in backward": ("ops/mrope/mrope.cuh", "current ^= 1;", ""),
+    "norm without its offset": ("ops/mrope/mrope.cuh", "+ p.norm_offset :", ":"),
     "norm without epsilon": ("ops/mrope/mrope.cuh", " + p.norm_eps)", ")"),
     "gradient of the norm without its mean": (
-        "ops/mrope/mrope.cuh", "- normed * mean)", ")"),
+        "ops/mrope/mrope.cuh", "w.v[e] * scaled - x.v[e] * k", "w.v[e] * scaled"),
     "weight gradient without the last part": (
-        "ops/mrope/mrope.cuh", "part < parts; ++part) sum", "part < parts - 1; ++part) sum"),
+        "ops/mrope/mrope.cuh", "part < parts; part +=", "part < parts - 1; part +="),
+    "weight gradient of the last unit": (
+        "ops/mrope/mrope.cuh", "sums[e] += scaled * x.v[e];", "sums[e] = scaled * x.v[e];"),
+    "packs whose width depends on strides": (
+        "ops/mrope/mrope.cu", "divides(p, 4) && !(fits && has_norm(p))", "divides(p, 4)"),
     "packs where memory is not aligned": (
         "ops/mrope/mrope.cu", "% (v * sizeof(T)) == 0 && ", "% sizeof(T) == 0 && "),
-    "too few blocks": (
-        "ops/mrope/mrope.cu", "= round_up(p.batch * p.tokens, tokens)",
-        "= std::max<int64_t>(1, p.batch * p.tokens / tokens)"),
+    "units that no warp takes": (
+        "ops/mrope/mrope.cuh", "unit += kAhead * stride", "unit += 2 * kAhead * stride"),
     "one thread too few for a head's sum": (
         "ops/mrope/mrope.cuh", "distance = lanes / 2", "distance = lanes / 4"),
 }  # fmt: skip
