@@ -514,3 +514,53 @@ def test_models_write_positions_with_their_patches(family, fused):
         run(model, batch)
     assert len(fused) == ran.counts[OP] == 1
     assert [type(p) for p in fused[0]["positions"]] == [Position]
+
+
+class Made(nn.Module):
+    """Embeddings as no tower of today has them."""
+
+    def __init__(self, last, norm, width=24):
+        super().__init__()
+        self.image_size = 12
+        self.projection = nn.Conv2d(3, width, 4, 4)
+        self.token = nn.Parameter(torch.randn(1, width))
+        self.unused = nn.Parameter(torch.randn(width))
+        self.rows = nn.Parameter(torch.randn(10, width))
+        self.norm = norm
+        self.last = last
+
+    def forward(self, pixel_values):
+        x = self.norm(self.projection(pixel_values).flatten(2).transpose(1, 2))
+        token = self.token.expand(len(x), 1, -1)
+        return torch.cat((x, token) if self.last else (token, x), dim=1) + self.rows
+
+
+NORMS = {
+    "none": nn.Identity,
+    "layer": lambda: nn.LayerNorm(24, eps=1e-3),
+    "layer_without_bias": lambda: nn.LayerNorm(24, bias=False),
+    "rms": lambda: nn.RMSNorm(24, eps=1e-3),
+}
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("norm", NORMS)
+def test_modules_that_nobody_has_written_yet(last, norm, fused):
+    torch.manual_seed(0)
+    module = Made(last, NORMS[norm]())
+    with torch.no_grad():
+        for parameter in module.norm.parameters():
+            parameter.normal_()
+    theirs, model = copy.deepcopy(module), nn.Sequential(module)
+    (row,) = vlmops.patch(model).rows
+    assert row.path == "0"
+    assert row.reason.startswith("with token, ")
+    fused.clear()
+    x, found = torch.randn(2, 3, 12, 12), []
+    for made in (module, theirs):
+        out = made(x)
+        out.backward(torch.randn(out.shape, generator=torch.Generator().manual_seed(3)))
+        found.append([out, *(p.grad for p in made.parameters() if p.grad is not None)])
+    assert len(fused) == 1
+    for ours, other in zip(*found, strict=True):
+        assert_same(ours, other, exact=False)
