@@ -374,6 +374,21 @@ def test_ids_that_are_computed_compile_to_one_graph():
         assert_same(got, theirs(*args), exact=False)
 
 
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("name", ["clip", "idefics3"])
+def test_exports_the_op(name, strict):
+    ours, theirs = patched(name)
+    args = tuple(given(name))
+    batch = torch.export.Dim("batch", min=2, max=64)
+    sizes = tuple({0: batch} for _ in args)
+    with torch.no_grad():
+        program = torch.export.export(ours, args, dynamic_shapes=sizes, strict=strict)
+        more = [torch.cat((x, x)) for x in args]
+        assert_same(program.module()(*more), theirs(*more), exact=False)
+    targets = [node.target for node in program.graph.nodes]
+    assert torch.ops.vlmops.patch_embed.default in targets
+
+
 # What looks like embeddings and does something else: the convolution alone is served.
 
 

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
 
 from vlmops import dispatch
@@ -14,6 +16,8 @@ from vlmops.hf.rebind import original_class
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """What kernels compute in."""
+_TENSORS = (Tensor, nn.Parameter, FakeTensor, FunctionalTensor)
+"""Whose values are all there is to them; the last two while a model is exported."""
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
@@ -62,7 +66,7 @@ def bypassable(module: Any, *kinds: type[nn.Module]) -> bool:
         (type(module) in kinds or original_class(module) in kinds)
         and not watched(module)
         and "forward" not in module.__dict__
-        and all(type(tensor) in (nn.Parameter, Tensor) for tensor in tensors(module))
+        and all(type(tensor) in _TENSORS for tensor in tensors(module))
     )
 
 
@@ -76,7 +80,7 @@ def runs(op: str, tensors: Sequence[Tensor]) -> bool:
     if device.type not in ("cpu", "cuda") or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
         return False
     for tensor in tensors:
-        if type(tensor) not in (Tensor, nn.Parameter) or tensor.device != device:
+        if type(tensor) not in _TENSORS or tensor.device != device:
             return False
         if tensor.dtype not in DTYPES or tensor.layout is not torch.strided:
             return False
