@@ -109,6 +109,65 @@ MUTATIONS = {
         "tokens / torch::stable::get_num_threads() + 1"),
     "let ids beyond 2^24 through": (
         "ops/mrope/mrope.cpp", "if (id >= -kMaxId && id <= kMaxId) continue;", "continue;"),
+    "patches: the columns of the row above": (
+        "ops/patch_embed/patch_embed_cpu.h", "y = g / width % p.grid[1];",
+        "y = (g / width + p.grid[1] - 1) % p.grid[1];"),
+    "patches: one channel for all": (
+        "ops/patch_embed/patch_embed_cpu.h", "from + c * p.size_stride[0]", "from"),
+    "patches: the first frame for all": (
+        "ops/patch_embed/patch_embed_cpu.h", " + t * p.size_stride[1]", ""),
+    "patches: frames of the grid alike": (
+        "ops/patch_embed/patch_embed_cpu.h",
+        "g / width / p.grid[1] * p.grid_stride[0]", "0 * p.grid_stride[0]"),
+    "patches: pixels lie side by side": (
+        "ops/patch_embed/patch_embed_cpu.h", "} else if (stride != 1) {", "} else if (false) {"),
+    "patches: drop the tail of a run": (
+        "ops/patch_embed/patch_embed_cpu.h", "for (; i < n; ++i) f(Lanes<1>(), i);",
+        "for (; i < n - 1; ++i) f(Lanes<1>(), i);"),
+    "patches: the first channel's map for all": (
+        "ops/patch_embed/patch_embed_cpu.h", "p.map + c * p.map_columns", "p.map"),
+    "patches: without the intercept": (
+        "ops/patch_embed/patch_embed_cpu.h", " * map[0] + map[1]", " * map[0]"),
+    "patches: the image before": (
+        "ops/patch_embed/patch_embed_cpu.h", "n / patches * p.image_stride",
+        "(n / patches + p.images - 1) % p.images * p.image_stride"),
+    "tokens: the prefix is overwritten": (
+        "ops/patch_embed/patch_embed_cpu.h", "before = p.prefix_last ? 0 : p.prefix_tokens;\n",
+        "before = 0;\n"),
+    "tokens: prefix without positions": (
+        "ops/patch_embed/patch_embed_cpu.h",
+        "      add_positions(p, sum, image, token, -1, first, count);\n", ""),
+    "tokens: positions of patches reach the prefix": (
+        "ops/patch_embed/patch_embed_cpu.h", "if (q.patches_only && patch < 0) continue;", ""),
+    "tokens: patches counted with the prefix": (
+        "ops/patch_embed/patch_embed_cpu.h",
+        "q.patches_only ? p.first_patch + patch : p.first_token + token",
+        "p.first_token + token"),
+    "tokens: every image counts from 0": (
+        "ops/patch_embed/patch_embed_cpu.h", "p.first_token + token;", "token;"),
+    "tokens: one tap": (
+        "ops/patch_embed/patch_embed_cpu.h", "tap < q.taps", "tap < 1"),
+    "tokens: the first tap's weight for all": (
+        "ops/patch_embed/patch_embed_cpu.h", " + tap * q.weight_stride[2]", ""),
+    "tokens: the first sequence's rows for all": (
+        "ops/patch_embed/patch_embed_cpu.h", "image * q.index_stride[0] + ", ""),
+    "tokens: norm without epsilon": (
+        "ops/patch_embed/patch_embed_cpu.h", "square + p.norm_eps", "square"),
+    "tokens: LayerNorm without its mean": (
+        "ops/patch_embed/patch_embed_cpu.h", "p.norm == Norm::kLayer ? moment",
+        "false ? moment"),
+    "tokens: norm without its bias": (
+        "ops/patch_embed/patch_embed_cpu.h", "if (p.norm_bias.data != nullptr)", "if (false)"),
+    "patches: a remainder of rows is read": (
+        "ops/patch_embed/patch_embed.cpp", "p.grid[i] = shown[i] / p.size[i + 1];",
+        "p.grid[i] = (shown[i] + p.size[i + 1] - 1) / p.size[i + 1];"),
+    "tokens: let rows beyond a table through": (
+        "ops/patch_embed/patch_embed.cpp", "if (row < 0 || row >= q.rows)", "if (row < 0)"),
+    "tokens: a short table": (
+        "ops/patch_embed/patch_embed.cpp", "} else if (q.rows < tokens) {",
+        "} else if (q.rows < tokens - 1) {"),
+    "tokens: packed images begin at 0": (
+        "ops/patch_embed/patch_embed.cpp", "token += g.images * whole.tokens();", ""),
 }  # fmt: skip
 
 # name -> (text in vlmops/ops/mrope_triton.py, replacement)
@@ -314,21 +373,25 @@ def broken_sources(mutations):
             yield name, source
 
 
-def cuda():
+def cuda(op=None):
     """Names of the mutations of the CUDA kernels that the emulator did not notice."""
     unnoticed = []
     for name, source in broken_sources(CUDA_MUTATIONS):
         start = time.monotonic()
         failure = first_failure(
-            ["-m", "pytest"], TESTS, "-k", "emulator", VLMOPS_TEST_SOURCES=str(source / "csrc")
+            ["-m", "pytest"],
+            TESTS,
+            "-k",
+            "emulator" + ("" if op is None else f" and {op}"),
+            VLMOPS_TEST_SOURCES=str(source / "csrc"),
         )
         if not report(f"cuda: {name}", failure, time.monotonic() - start):
             unnoticed.append(name)
     return unnoticed
 
 
-def compiled():
-    """Names of the mutations of csrc/ that went unnoticed."""
+def compiled(op=None):
+    """Names of the mutations of csrc/ that went unnoticed, by the tests of an op or by all."""
     unnoticed = []
     for name, source in broken_sources(MUTATIONS):
         start = time.monotonic()
@@ -337,7 +400,7 @@ def compiled():
             ["-m", "pytest"],
             TESTS,
             "-k",
-            "not triton and not emulator",
+            "not triton and not emulator" + ("" if op is None else f" and {op}"),
             VLMOPS_LIBRARY=str(library),
         )
         if not report(name, failure, time.monotonic() - start):
@@ -345,7 +408,7 @@ def compiled():
     return unnoticed
 
 
-def triton():
+def triton(op=None):
     """Names of the mutations of the Triton kernels that went unnoticed."""
     unnoticed = []
     with tempfile.TemporaryDirectory() as scratch:
@@ -353,6 +416,8 @@ def triton():
         for name, (old, new) in TRITON_MUTATIONS.items():
             copy.write_text(mutated(ROOT / "vlmops/ops/mrope_triton.py", name, old, new))
             start = time.monotonic()
+            if op not in (None, "mrope"):
+                continue
             failure = first_failure(
                 ["-c", RUN_WITH, "vlmops.ops.mrope_triton", str(copy)],
                 TESTS[::-1],
@@ -365,9 +430,11 @@ def triton():
     return unnoticed
 
 
-def sites():
-    """Names of the mutations of what patches models that went unnoticed."""
+def sites(op=None):
+    """Names of the mutations of what patches models that went unnoticed; all are patch_embed's."""
     unnoticed = []
+    if op not in (None, "patch_embed"):
+        return unnoticed
     with tempfile.TemporaryDirectory() as scratch:
         copy = Path(scratch) / "mutated.py"
         for name, (module, old, new) in SITE_MUTATIONS.items():
@@ -382,9 +449,16 @@ def sites():
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", choices=["compiled", "cuda", "triton", "sites"])
-    only = parser.parse_args().only
+    parser.add_argument("--op", help="mutations of this op's files alone")
+    args = parser.parse_args()
+    if args.op is not None:
+        for table in (MUTATIONS, CUDA_MUTATIONS):
+            for name in [n for n, (file, *_) in table.items() if f"ops/{args.op}/" not in file]:
+                del table[name]
     runs = {"compiled": compiled, "cuda": cuda, "triton": triton, "sites": sites}
-    unnoticed = [name for kind, run in runs.items() if only in (None, kind) for name in run()]
+    unnoticed = [
+        name for kind, run in runs.items() if args.only in (None, kind) for name in run(args.op)
+    ]
     print(f"{len(unnoticed)} mutations with an unexpected result")
     return 1 if unnoticed else 0
 

@@ -236,8 +236,11 @@ def hook(path, register="register_forward_hook"):
     return change
 
 
-def wide_table(module):
-    module.position_embedding.weight.data = module.position_embedding.weight.data.double()
+def table_of(dtype):
+    def change(module):
+        module.position_embedding.weight.data = module.position_embedding.weight.data.to(dtype)
+
+    return change
 
 
 def replaced_forward(module):
@@ -259,7 +262,8 @@ OTHERS = {
     "hook_between": ("internvl", hook("patch_embeddings"), {}),
     "hook_on_norm": ("ovis2", hook("rms_norm"), {}),
     "hook_with_mask": ("idefics3", hook("position_embedding"), {}),
-    "other_dtype": ("siglip", wide_table, {}),
+    "wide_table": ("siglip", table_of(torch.float64), {}),
+    "narrow_table": ("siglip", table_of(torch.bfloat16), {}),
     "short_table": ("siglip", short_table, {}),
     "forward": ("clip", replaced_forward, {}),
     "interpolated": ("clip", None, {"interpolate_pos_encoding": True}),

@@ -422,7 +422,7 @@ def test_products_are_measured_where_there_are_numbers(monkeypatch):
     monkeypatch.setattr(site, "tune", lambda weights, seconds: seen.extend(weights))
     with torch.device("meta"):
         meta = nn.Conv2d(3, 8, 4, 4)
-    monkeypatch.setattr(ways, "_has_primitive", lambda dtype: False)
+    monkeypatch.setattr(ways, "multiplies", lambda dtype: False)
     model = nn.Sequential(nn.Conv2d(3, 8, 4, 4), Scaled(3, 8, 4, 4), meta)
     model.append(nn.Conv2d(3, 8, 4, 4).bfloat16())
     assert vlmops.patch(model).counts["patch_embed"] == 3

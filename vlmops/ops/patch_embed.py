@@ -35,9 +35,10 @@ Ovis2                  images                     dense                         
 A table interpolated to another size is taps with weights too: 4 where bilinear, 16 where bicubic,
 more where antialiased. Perceiver is not served: it concatenates positions instead of adding them.
 
-The matrix of patches is never stored. On the CPU some hundred patches at a time are gathered into a
-panel that fits the cache, multiplied by `vlmops.ops.linear`, and finished into their tokens; on a GPU
-the product's tiles are gathered from the image. Backward gathers the patches again.
+The matrix of patches is never stored. On the CPU some hundred patches at a time are gathered into
+a panel that fits the cache, multiplied there, and finished into their tokens
+(`vlmops.ops.patch_embed_panels`); on a GPU a product's tiles are gathered from the image. Backward
+gathers the patches again.
 
 Source: Dosovitskiy et al., An Image is Worth 16x16 Words (arXiv 2010.11929).
 """
@@ -67,8 +68,8 @@ class Position:
 
     Attributes:
         table: ``[R, D]``.
-        index: Rows to add ``[t]``, ``[N, t]`` or ``[B, N, t]``, integer, of N tokens; what is packed
-            is one sequence, B = 1. None: row n to token n.
+        index: Rows to add ``[t]``, ``[N, t]`` or ``[B, N, t]``, integer, for N tokens; what is
+            packed is one sequence, B = 1. None: row n to token n.
         weight: Of each row, broadcast against ``index`` (``[N, 1]`` or a scalar without one);
             differentiable, as gates are. None: 1.
         patches_only: Counts patches alone; else all tokens, prefix included.
@@ -107,15 +108,16 @@ def patch_embed(
 
     Args:
         pixel_values: Images ``[B, C, H, W]`` or videos ``[B, C, T, H, W]`` (``[B, H, W, C]`` and
-            ``[B, T, H, W, C]`` with ``channels_last``), flattened patches ``[N, K]`` or ``[B, N, K]``
-            in the weight's order, or a list of images ``[C, H, W]`` of any sizes; float32, bfloat16,
-            float16 or uint8; any strides. What is left beyond whole patches is dropped.
-        weight: ``[D, C, P, P]``, ``[D, C, T, P, P]`` or, for flattened patches, ``[D, K]``; float32,
-            bfloat16 or float16. Patches are rounded to its dtype, as towers do.
+            ``[B, T, H, W, C]`` with ``channels_last``), flattened patches ``[N, K]`` or
+            ``[B, N, K]`` in the weight's order, or a list of images ``[C, H, W]`` of any sizes;
+            float32, bfloat16, float16 or uint8; any strides. What is left beyond whole patches is
+            dropped.
+        weight: ``[D, C, P, P]``, ``[D, C, T, P, P]`` or, for flattened patches, ``[D, K]``;
+            float32, bfloat16 or float16. Patches are rounded to its dtype, as towers do.
         bias: ``[D]``, dtype of weight.
         image_mean: Of each channel, subtracted from rescaled pixels. With it, ``image_std`` or
-            ``rescale_factor`` pixels are raw; those that are uint8 become, to the bit, what the image
-            processors of transformers make of them.
+            ``rescale_factor`` pixels are raw; those that are uint8 become, to the bit, what the
+            image processors of transformers (their torchvision backend) make of them.
         image_std: Of each channel, divides what is left; not 0.
         rescale_factor: Multiplies pixels first; 1/255 makes a uint8 one of [0, 1].
         channels_last: The channels of images are their last dimension.
@@ -200,17 +202,18 @@ def arguments(
     Raises: as `patch_embed`.
     """
     listed = not isinstance(pixel_values, Tensor)
-    values = list(pixel_values) if listed else [pixel_values]
+    values: list[Tensor] = list(pixel_values) if listed else [pixel_values]  # type: ignore[list-item]
     named = {"weight": weight, "bias": bias, "norm_weight": norm_weight, "norm_bias": norm_bias,
              "prefix": prefix}  # fmt: skip
-    for i, value in enumerate(values):
-        _tensor(f"pixel_values[{i}]" if listed else "pixel_values", value)
+    for i, values_of_one in enumerate(values):
+        _tensor(f"pixel_values[{i}]" if listed else "pixel_values", values_of_one)
     for name, value in named.items():
         if value is not None or name == "weight":
             _tensor(name, value)
     if prefix is not None and (prefix.dim() == 1 or (prefix.dim() == 3 and prefix.shape[0] == 1)):
         prefix = prefix.reshape(-1, prefix.shape[-1])
-    tensors, kinds = [], []
+    tensors: list[Tensor] = []
+    kinds = []
     for position in positions:
         if not isinstance(position, Position):
             raise TypeError(
@@ -220,9 +223,10 @@ def arguments(
         kinds.append(INDEX * (position.index is not None)
                      + WEIGHT * (position.weight is not None)
                      + PATCHES_ONLY * position.patches_only)  # fmt: skip
+        _tensor("positions.table", position.table)
         given = {"table": position.table, "index": position.index, "weight": position.weight}
         for name, value in given.items():
-            if value is not None or name == "table":
+            if value is not None:
                 _tensor(f"positions.{name}", value)
                 tensors.append(value)
     pixel_map = None
@@ -455,7 +459,7 @@ def _rows(position: Position, image: int, tokens: int) -> Tensor:
 
 
 def _plain(*args: Any) -> Tensor:
-    """`reference` on the op's arguments, rounded: a backend, and derivatives that have no kernel."""
+    """`reference` on the op's arguments, rounded: a backend, and derivatives without a kernel."""
     a = Arguments(*args)
     values = list(a.pixel_values)
     if a.pixel_map is not None:
@@ -474,7 +478,7 @@ def _plain(*args: Any) -> Tensor:
         norm_eps=a.norm_eps,
         prefix=a.prefix,
         prefix_last=a.prefix_last,
-        positions=[Position(*addend[1:]) for addend in panels.addends(a)],
+        positions=[Position(p.table, p.index, p.weight, p.patches_only) for p in panels.addends(a)],
     )
     return result.to(a.dtype or a.weight.dtype)
 
@@ -517,8 +521,8 @@ class _PatchEmbed(torch.autograd.Function):
         count = len(args[0])
         wanted = [*needs[: count + 2], *needs[count + 3 :]]
         grads = _backward(ctx.ops, grad, wanted, *args)
-        grads = [g if needed else None for g, needed in zip(grads, wanted, strict=True)]
-        return None, None, *grads[: count + 2], None, *grads[count + 2 :]
+        used = [g if needed else None for g, needed in zip(grads, wanted, strict=True)]
+        return None, None, *used[: count + 2], None, *used[count + 2 :]
 
 
 def _apart(args: tuple[Any, ...]) -> tuple[list[Any], Callable[..., tuple[Any, ...]]]:
@@ -527,10 +531,11 @@ def _apart(args: tuple[Any, ...]) -> tuple[list[Any], Callable[..., tuple[Any, .
     count = len(a.pixel_values)
     tensors = [*a.pixel_values, a.weight, a.bias, a.pixel_map, a.norm_weight, a.norm_bias,
                a.prefix, *a.positions]  # fmt: skip
+    nothing: Any = None
     options = a._replace(
-        pixel_values=(), weight=None, bias=None, pixel_map=None, norm_weight=None, norm_bias=None,
-        prefix=None, positions=(),
-    )  # type: ignore[arg-type] # fmt: skip
+        pixel_values=(), weight=nothing, positions=(), bias=None, pixel_map=None, norm_weight=None,
+        norm_bias=None, prefix=None,
+    )  # fmt: skip
 
     def together(*given: Any) -> tuple[Any, ...]:
         weight, bias, pixel_map, norm_weight, norm_bias, prefix, *positions = given[count:]
@@ -600,8 +605,8 @@ def _fake(*args: Any) -> Tensor:
 
 def _fake_backward(grad: Tensor, needs: Sequence[bool], *args: Any) -> list[Tensor]:
     a = Arguments(*args)
-    tensors = [*a.pixel_values, a.weight, a.bias, a.norm_weight, a.norm_bias, a.prefix,
-               *a.positions]  # fmt: skip
+    tensors: list[Tensor | None] = [*a.pixel_values, a.weight, a.bias, a.norm_weight, a.norm_bias,
+                                    a.prefix, *a.positions]  # fmt: skip
     return [
         t.new_empty(t.shape) if t is not None and needed and t.is_floating_point()
         else grad.new_empty(0)

@@ -8,6 +8,7 @@ between the gathering, the product and what finishes it. Functions take the argu
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -20,7 +21,7 @@ from vlmops.ops import linear as products
 INDEX, WEIGHT, PATCHES_ONLY = 1, 2, 4
 """Bits of position_kinds, as in patch_embed.cpp."""
 
-PANEL = 2**20
+PANEL = 2**19
 """Elements of a panel of patches, or of its product, on the CPU."""
 PANEL_ON_GPU = 2**26
 """The same on a GPU, in backward."""
@@ -99,7 +100,8 @@ class Arguments(NamedTuple):
         return panel
 
 
-class Addend(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Addend:
     """A position, as the op gets it; ``at`` is the place of its table among the tensors."""
 
     at: int
@@ -135,7 +137,7 @@ def _plainly() -> Iterator[None]:
 def computes_in(weight: Tensor) -> torch.dtype:
     """Dtype of products with a weight: float32 if the CPU would multiply 16 bits one by one."""
     dtype = weight.dtype
-    native = dtype == torch.float32 or not weight.is_cpu or products._has_primitive(dtype)
+    native = dtype == torch.float32 or not weight.is_cpu or products.multiplies(dtype)
     return dtype if native else torch.float32
 
 
@@ -160,8 +162,9 @@ def forward(*args: Any) -> Tensor:
         weight, bias = a.matrix(dtype), None if a.bias is None else a.bias.to(dtype)
         images = 1 if a.packed else out.shape[0]
         rows = images * sum(a.patches())
+        multiply = products.for_panels(dtype, *weight.shape)
         for begin, end in _parts(rows, PANEL // max(weight.shape)):
-            product = products.linear(a.pack(begin, end, dtype), weight, bias)
+            product = multiply(a.pack(begin, end, dtype), weight, bias)
             torch.ops.vlmops.patch_embed_finish(out, product, begin, *args)
         if rows == 0:
             torch.ops.vlmops.patch_embed_finish(out, weight.new_empty(0, len(weight)), 0, *args)

@@ -18,7 +18,10 @@ from vlmops.ops.linear import alternative, has_alternative
 from vlmops.ops.patch_embed import Position, arguments, patch_embed, reference
 from vlmops.ops.spec import Arguments, BadCall, BenchCase, Case, Spec
 
-_POSITIONS = (("table", "index", "table_weight", False), ("tile", "tile_index", "tile_weight", True))
+_POSITIONS = (
+    ("table", "index", "table_weight", False),
+    ("tile", "tile_index", "tile_weight", True),
+)
 
 
 def _split(args: Arguments) -> Arguments:
@@ -119,7 +122,7 @@ def _inputs(
     return make
 
 
-_RAW = {
+_RAW: dict[str, Any] = {
     "image_mean": [0.48, 0.46, 0.41], "image_std": [0.27, 0.26, 0.28], "rescale_factor": 1 / 255,
 }  # fmt: skip
 
@@ -340,7 +343,8 @@ ERRORS = [
     BadCall("index_rank", _gathered(torch.zeros(1, 2, 17, 1, dtype=torch.int64)),
             r"positions.index: expected shape \[t\], \[N, t\] or \[B, N, t\]"),
     BadCall("index_beyond", _gathered(torch.full((17, 2), 17)),
-            r"positions.index: expected rows of the table in \[0, 17\), got 17 at", reads_values=True),
+            r"positions.index: expected rows of the table in \[0, 17\), got 17 at",
+            reads_values=True),
     BadCall("index_negative", _gathered(torch.full((17, 2), -1)),
             r"positions.index: .*got -1 at", reads_values=True),
     BadCall("weight_of_rows", _gathered(torch.zeros(17, 2, dtype=torch.int64), torch.zeros(17, 3)),
@@ -370,9 +374,12 @@ ERRORS = [
 
 
 def _moved(args: Arguments) -> list[Tensor]:
-    """Pixels and tokens: what even a product that costs nothing reads and writes."""
-    tokens = args["weight"].new_empty(reference_shape(args))
-    return [args["pixel_values"], tokens]
+    """As many bytes as pixels, weight and tokens have: a copy reads half of them, writes half."""
+    tokens = math.prod(reference_shape(args)) * args["weight"].element_size()
+    values = args["pixel_values"]
+    read = [args["weight"], *(values if isinstance(values, tuple) else (values,))]
+    moved = tokens + sum(t.numel() * t.element_size() for t in read)
+    return [torch.zeros(moved // 2, dtype=torch.uint8, device=args["weight"].device)]
 
 
 def reference_shape(args: Arguments) -> tuple[int, ...]:
@@ -384,22 +391,30 @@ def reference_shape(args: Arguments) -> tuple[int, ...]:
 
 def _flops(args: Arguments) -> float:
     tokens = math.prod(reference_shape(args)[:-1])
-    return 2.0 * tokens * args["weight"].numel()
+    return float(2 * tokens * args["weight"].numel())
 
 
-def _floors(args: Arguments) -> Mapping[str, Callable[[], Any]]:
-    """The product alone, on patches that lie ready, by whoever is the fastest."""
+def _products(args: Arguments) -> Mapping[tuple[str, str], Callable[[], Any]]:
+    """Forward, and the gradients of weight and, unless they are raw, of pixels."""
     weight = args["weight"].flatten(1)
     tokens = math.prod(reference_shape(args)[:-1])
     patches = torch.randn(tokens, weight.shape[1]).to(weight)
-    out = weight.new_empty(tokens, len(weight))
-    floors: dict[str, Callable[[], Any]] = {
-        "torch.mm": lambda: torch.mm(patches, weight.t(), out=out),
-        "F.linear": lambda: functional.linear(patches, weight),
+    grad, out = torch.randn(tokens, len(weight)).to(weight), weight.new_empty(tokens, len(weight))
+    values = args["pixel_values"]
+
+    def backward() -> None:
+        torch.mm(grad.t(), patches)
+        if isinstance(values, Tensor) and values.is_floating_point():
+            torch.mm(grad, weight)
+
+    found: dict[tuple[str, str], Callable[[], Any]] = {
+        ("forward", "torch.mm"): lambda: torch.mm(patches, weight.t(), out=out),
+        ("forward", "F.linear"): lambda: functional.linear(patches, weight),
+        ("backward", "torch.mm"): backward,
     }
     if weight.is_cpu and has_alternative(weight.dtype):
-        floors["oneDNN"] = lambda: alternative(patches, weight)
-    return floors
+        found["forward", "oneDNN"] = lambda: alternative(patches, weight)
+    return found
 
 
 def _bench(name: str, **inputs: Any) -> BenchCase:
@@ -427,6 +442,9 @@ SPEC = Spec(
     reference=_reference,
     eager_for=eager_for,
     yardstick_for=yardstick_for,
+    alike=("siglip", "norm_plain", "sliced", "transposed", "unaligned", "wide_p14", "wide_p16",
+           "flat_wide", "one", "patch_1x1", "rectangle", "pixels_fp32", "uint8_rescaled",
+           "uint8_channels_last", "raw_floats"),
     differentiable=("pixel_values", "weight", "bias", "norm_weight", "norm_bias", "prefix", "table",
                     "table_weight", "tile", "tile_weight"),
     written=(),
@@ -435,5 +453,5 @@ SPEC = Spec(
     bench={case.name: case for case in _BENCH},
     errors=ERRORS,
     schema_arguments=_schema_arguments,
-    floors=_floors,
+    products=_products,
 )  # fmt: skip

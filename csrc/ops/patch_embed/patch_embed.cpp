@@ -481,20 +481,20 @@ Tensor empty(const Pixels& x, const Surroundings& o) {
 
 template <Tensor (*run)(const Pixels&, const Surroundings&)>
 Tensor unpacked(const std::vector<Tensor>& pixel_values, const Tensor& weight,
-                std::vector<Tensor> positions, Sizes position_kinds, OptionalTensor bias,
-                OptionalTensor pixel_map, bool listed, bool channels_last, Sizes image_sizes,
-                std::string norm, OptionalTensor norm_weight, OptionalTensor norm_bias,
-                double norm_eps, OptionalTensor prefix, bool prefix_last,
-                std::optional<ScalarType> dtype) {
+                const std::vector<Tensor>& positions, const Sizes& position_kinds,
+                const OptionalTensor& bias, const OptionalTensor& pixel_map, bool listed,
+                bool channels_last, const Sizes& image_sizes, const std::string& norm,
+                const OptionalTensor& norm_weight, const OptionalTensor& norm_bias, double norm_eps,
+                const OptionalTensor& prefix, bool prefix_last, std::optional<ScalarType> dtype) {
   return run({pixel_values, weight, pixel_map, listed, channels_last, image_sizes},
              {weight, bias, norm, norm_weight, norm_bias, norm_eps, prefix, prefix_last, positions,
               position_kinds, dtype});
 }
 
 // Patches [begin, end) of all, [end - begin, K].
-Tensor pack(const std::vector<Tensor>& pixel_values, const Tensor& weight, OptionalTensor pixel_map,
-            bool listed, bool channels_last, Sizes image_sizes, int64_t begin, int64_t end,
-            ScalarType dtype) {
+Tensor pack(const std::vector<Tensor>& pixel_values, const Tensor& weight,
+            const OptionalTensor& pixel_map, bool listed, bool channels_last,
+            const Sizes& image_sizes, int64_t begin, int64_t end, ScalarType dtype) {
   const Pixels x{pixel_values, weight, pixel_map, listed, channels_last, image_sizes};
   const Groups groups = groups_of(x);
   if (begin < 0 || end < begin || end > groups.rows)
@@ -534,10 +534,11 @@ Tensor pack(const std::vector<Tensor>& pixel_values, const Tensor& weight, Optio
 // product [rows, D], bias included.
 void finish(Tensor out, const Tensor& product, int64_t begin,
             const std::vector<Tensor>& pixel_values, const Tensor& weight,
-            std::vector<Tensor> positions, Sizes position_kinds, OptionalTensor bias,
-            OptionalTensor pixel_map, bool listed, bool channels_last, Sizes image_sizes,
-            std::string norm, OptionalTensor norm_weight, OptionalTensor norm_bias, double norm_eps,
-            OptionalTensor prefix, bool prefix_last, std::optional<ScalarType> dtype) {
+            const std::vector<Tensor>& positions, const Sizes& position_kinds,
+            const OptionalTensor& bias, const OptionalTensor& pixel_map, bool listed,
+            bool channels_last, const Sizes& image_sizes, const std::string& norm,
+            const OptionalTensor& norm_weight, const OptionalTensor& norm_bias, double norm_eps,
+            const OptionalTensor& prefix, bool prefix_last, std::optional<ScalarType> dtype) {
   Groups groups = groups_of({pixel_values, weight, pixel_map, listed, channels_last, image_sizes});
   Kept kept;
   surround({weight, bias, norm, norm_weight, norm_bias, norm_eps, prefix, prefix_last, positions,
