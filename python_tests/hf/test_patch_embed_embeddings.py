@@ -13,6 +13,7 @@ from torch import nn
 
 import vlmops
 from vlmops.hf import embeddings, plain
+from vlmops.hf.sites import patch_embed as site
 from vlmops.ops.patch_embed import Position
 
 pytestmark = pytest.mark.usefixtures("only_patch_embed")
@@ -508,6 +509,17 @@ def test_a_module_is_studied_once(monkeypatch):
     (row,) = vlmops.patch(model).rows
     assert len(seen) == 2
     assert "patches alone" in row.reason
+
+
+@pytest.mark.parametrize("name", ["clip", "llama4"])
+def test_patching_draws_no_random_numbers(name, monkeypatch):
+    """Dropout after it drops what it dropped before."""
+    monkeypatch.setattr(embeddings, "_studied", {})
+    monkeypatch.setattr(site, "_checked", {})
+    model = build(name) if name == "llama4" else tower(name)
+    before = torch.get_rng_state()
+    assert vlmops.patch(model).counts["patch_embed"] == 1
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_unpatch_restores_both_and_patching_again_changes_nothing():

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import skip_init  # draws no random numbers
 
 from vlmops import dispatch
 from vlmops.hf import embeddings, plain
@@ -269,10 +270,10 @@ def _difference(details: Any, patched: Any) -> str | None:
     channels = depth // math.prod(patch)
     if isinstance(details, _Unfolding):
         twin: Any = copy.copy(details.module)
-        linear = nn.Linear(depth, _CHANNELS, bias)
+        linear = skip_init(nn.Linear, depth, _CHANNELS, bias)
         twin.__dict__["_modules"] = {**details.module._modules, details.linear: linear}
     else:
-        twin = type(details)(channels, _CHANNELS, patch, patch, bias=bias)
+        twin = skip_init(type(details), channels, _CHANNELS, patch, patch, bias=bias)
     draw = torch.Generator().manual_seed(0)
     for parameter in twin.parameters():
         parameter.copy_(torch.randn(parameter.shape, generator=draw).to(dtype))
