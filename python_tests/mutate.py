@@ -170,8 +170,8 @@ MUTATIONS = {
         "ops/patch_embed/patch_embed.cpp", "token += g.images * whole.tokens();", ""),
 }  # fmt: skip
 
-# name -> (text in vlmops/ops/mrope_triton.py, replacement)
-TRITON_MUTATIONS = {
+# op -> name -> (text in vlmops/ops/<op>_triton.py, replacement)
+TRITON_MUTATIONS = {"mrope": {
     "unchanged": ("import ctypes", "import ctypes"),
     "flip a sign": ("b_y = b_a * b_cos[None, :] - b_b", "b_y = b_a * b_cos[None, :] + b_b"),
     "backward rotates forward": (
@@ -204,7 +204,59 @@ TRITON_MUTATIONS = {
     "strides of 16 bytes where there are none": (
         "_VECTOR if all(x % _VECTOR == 0 for s in used for x in s[:3]) else 1", "_VECTOR"),
     "let ids beyond 2^24 through": ("(ids < -MAX_ID) | (ids > MAX_ID)", "ids < -MAX_ID - 2**30"),
-}  # fmt: skip
+}, "patch_embed": {
+    "unchanged": ("import math", "import math"),
+    "rows of a patch for columns": ("o_k // SW % SH)", "o_k % SH)"),
+    "the frame for the row": ("o_k // (SW * SH) % ST)", "o_k // SW % ST)"),
+    "channels of one frame": ("o_c = o_k // (SW * SH * ST)", "o_c = o_k // (SW * SH) % SC"),
+    "skip the last step of K": ("range(0, n_k, BK)", "range(0, n_k - BK + 1, BK)"),
+    "skip the tail of K": ("m_w = (o_k < n_k)[:, None]", "m_w = (o_k < n_k // 8 * 8)[:, None]"),
+    "a grid of other rows": ("o_h = (o_row % n_grid_h)", "o_h = o_row"),
+    "a neighbour's column": ("o_w = (o_patch % n_grid_w)", "o_w = ((o_patch + 1) % n_grid_w)"),
+    "pixels of the first image": ("    b_place += o_image * s_b * VEC\n", ""),
+    "address pixels in 32 bits": (
+        "b_o += o_c.to(tl.int64) * s_c * VEC",
+        "b_o += (o_c * (s_c.to(tl.int32) * VEC)).to(tl.int64)"),
+    "address tables in 32 bits": (
+        "p_row = p_table + b_i * D", "p_row = p_table + (b_i * D).to(tl.int32)"),
+    "sum in the weight's dtype": (
+        "b_y = tl.dot(b_x, b_w, b_y)",
+        "b_y = (b_y + tl.dot(b_x, b_w)).to(dtype).to(tl.float32)"),
+    "forget the bias": ("if p_bias is not None:", "if False:"),
+    "a prefix at the front that is last": (
+        "m_patch = (o_patch >= 0) & (o_patch < n_patches)", "m_patch = (o_patch >= 0)"),
+    "the prefix of the first token": ("o_extra = o_token\n", "o_extra = o_token * 0\n"),
+    "positions of the first image": ("p_index + o_image * s_index_b", "p_index"),
+    "weights of the first token": ("+ o_token * s_factor_n", ""),
+    "the first tap alone": ("p_i + i_tap * s_index_t", "p_i"),
+    "weights of the first tap": ("p_f + i_tap * s_factor_t", "p_f"),
+    "positions of patches for all tokens": ("        if PATCHES_ONLY:", "        if False:"),
+    "positions from the start for each image": ("o_token + n_first, m_row", "o_token, m_row"),
+    "dense positions without their weight": (
+        "            b_row *= tl.load(p_f, mask=m_row, other=0.0).to(tl.float32)[:, None]\n",
+        "            b_row *= 1.0\n"),
+    "norm: squares of what is not there": (
+        "b_n = tl.where(m, b_y - b_mean[:, None], 0.0)", "b_n = b_y - b_mean[:, None]"),
+    "norm: eps outside the root": ("axis=1) / D + eps))", "axis=1) / D) + eps))"),
+    "norm: prefixes too": ("b_y = tl.where(m_patch[:, None], b_n, b_y)", "b_y = b_n"),
+    "norm: forget its weight": (
+        "b_n *= tl.load(p_norm + o_d, mask=m_d, other=0.0)",
+        "b_n *= 1.0 + 0.0 * tl.load(p_norm + o_d, mask=m_d, other=0.0)"),
+    "norm: in every pass": (
+        "passes = [(\"none\", position) for", "passes = [(a.norm, position) for"),
+    "a second table rounds in between": (
+        "out.new_empty(out.shape, dtype=torch.float32) if passes else out", "out"),
+    "values of the first channel": ("(o_c * 256)[None, :]", "(o_c * 0)[None, :]"),
+    "slopes without intercepts": (
+        "* b_slope[None, :] + b_intercept", "* b_slope[None, :] + 0 * b_intercept"),
+    "strides of 16 bytes where there are none": (
+        "vector = math.gcd(_VECTOR, sizes[3], *strides)", "vector = _VECTOR"),
+    "images packed without their prefixes": ("token += math.prod(grid) + a.extra",
+                                             "token += math.prod(grid)"),
+    "pack: the first image's patches": ("panel[low - begin : high - begin]", "panel[: high - low]"),
+    "pack: from the start of an image": ("*strides, low - start, high", "*strides, 0, high"),
+    "no limit of the norm": ("channels > MAX_NORM_CHANNELS", "False"),
+}}  # fmt: skip
 
 # name -> (file below csrc/, text, replacement); run on the emulator
 CUDA_MUTATIONS = {
@@ -412,21 +464,20 @@ def triton(op=None):
     """Names of the mutations of the Triton kernels that went unnoticed."""
     unnoticed = []
     with tempfile.TemporaryDirectory() as scratch:
-        copy = Path(scratch) / "mrope_triton.py"
-        for name, (old, new) in TRITON_MUTATIONS.items():
-            copy.write_text(mutated(ROOT / "vlmops/ops/mrope_triton.py", name, old, new))
-            start = time.monotonic()
-            if op not in (None, "mrope"):
-                continue
-            failure = first_failure(
-                ["-c", RUN_WITH, "vlmops.ops.mrope_triton", str(copy)],
-                TESTS[::-1],
-                "-k",
-                "triton and not opcheck",
-                TRITON_INTERPRET="1",
-            )
-            if not report(f"triton: {name}", failure, time.monotonic() - start):
-                unnoticed.append(name)
+        for of_op in [known for known in TRITON_MUTATIONS if op in (None, known)]:
+            copy = Path(scratch) / f"{of_op}_triton.py"
+            for name, (old, new) in TRITON_MUTATIONS[of_op].items():
+                copy.write_text(mutated(ROOT / f"vlmops/ops/{of_op}_triton.py", name, old, new))
+                start = time.monotonic()
+                failure = first_failure(
+                    ["-c", RUN_WITH, f"vlmops.ops.{of_op}_triton", str(copy)],
+                    TESTS[::-1],
+                    "-k",
+                    f"{of_op} and triton and not opcheck",
+                    TRITON_INTERPRET="1",
+                )
+                if not report(f"triton: {of_op}: {name}", failure, time.monotonic() - start):
+                    unnoticed.append(name)
     return unnoticed
 
 

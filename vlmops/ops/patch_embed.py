@@ -636,10 +636,11 @@ def _vmapped(op: Any) -> Callable[..., tuple[Any, Any]]:
     return run
 
 
-def _on_triton(*args: Any) -> Tensor:
-    module = importlib.import_module("vlmops.ops.patch_embed_triton")
-    result: Tensor = module.forward(*args)
-    return result
+def _on_triton(name: str) -> Callable[..., Any]:
+    def run(*args: Any) -> Any:
+        return getattr(importlib.import_module("vlmops.ops.patch_embed_triton"), name)(*args)
+
+    return run
 
 
 def _ops_of(name: str) -> _Ops:
@@ -664,8 +665,8 @@ if _library.error is None:
     _TRITON = _ops_of("patch_embed_triton")
     _lib.impl("patch_embed", panels.forward, "CPU")
     for _key in ("CPU", "CUDA"):
-        _lib.impl("patch_embed_triton", _on_triton, _key)
-        for _name in ("patch_embed_backward", "patch_embed_triton_backward"):
-            _lib.impl(_name, panels.backward, _key)
+        _lib.impl("patch_embed_backward", panels.backward, _key)
+        _lib.impl("patch_embed_triton", _on_triton("forward"), _key)
+        _lib.impl("patch_embed_triton_backward", _on_triton("backward"), _key)
     for _ops in (_COMPILED, _TRITON):
         _register(_ops)

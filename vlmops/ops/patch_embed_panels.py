@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -178,10 +178,15 @@ def _is_product(a: Arguments) -> bool:
     return a.flat and alike and alone and a.pixel_values[0].numel() > 0
 
 
-def backward(grad: Tensor, needs: Sequence[bool], *args: Any) -> list[Tensor]:
+Pack = Callable[[Arguments, int, int, torch.dtype], Tensor]
+
+
+def backward(
+    grad: Tensor, needs: Sequence[bool], *args: Any, pack: Pack = Arguments.pack
+) -> list[Tensor]:
     """The gradients of pixels, weight, bias, the norm's weight and bias, prefix, positions.
 
-    Empty tensors where ``needs`` says no, and for indices.
+    Empty tensors where ``needs`` says no, and for indices. ``pack`` gathers patches.
     """
     a = Arguments(*args)
     tensors = [*a.pixel_values, a.weight, a.bias, a.norm_weight, a.norm_bias, a.prefix,
@@ -191,7 +196,7 @@ def backward(grad: Tensor, needs: Sequence[bool], *args: Any) -> list[Tensor]:
     with _plainly():
         grad = (grad if grad.dim() == 3 else grad[None]).contiguous()  # [S, M + N, D]
         if any(needs[:around]):
-            found[:around] = _of_products(a, grad, needs)
+            found[:around] = _of_products(a, grad, needs, pack)
         if needs[around]:
             found[around] = _prefixes(a, grad).float().sum(0)
         for position in addends(a):
@@ -239,7 +244,9 @@ def _prefixes(a: Arguments, grad: Tensor) -> Tensor:
     return torch.stack(rows) if rows else grad.new_empty(0, a.extra, grad.shape[-1])
 
 
-def _of_products(a: Arguments, grad: Tensor, needs: Sequence[bool]) -> list[Tensor | None]:
+def _of_products(
+    a: Arguments, grad: Tensor, needs: Sequence[bool], pack: Pack
+) -> list[Tensor | None]:
     """Of pixels, weight, bias and the norm's weight and bias."""
     count = len(a.pixel_values)
     needs_pixels = any(needs[:count])
@@ -258,7 +265,7 @@ def _of_products(a: Arguments, grad: Tensor, needs: Sequence[bool]) -> list[Tens
             g = rows[begin:end]
             panel = None
             if needs_weight or normed:
-                panel = a.pack(row + begin, row + end, dtype)
+                panel = pack(a, row + begin, row + end, dtype)
             if normed and panel is not None:
                 bias = None if a.bias is None else a.bias.to(dtype)
                 g = _through_norm(a, g.float(), products.linear(panel, weight, bias).float(), sums)

@@ -578,7 +578,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(vlmops, m) {
   // and weight of `positions`, in this order; empty where `needs` says so.
   m.def("patch_embed_backward(Tensor grad, bool[] needs, " VLMOPS_PATCH_EMBED_ARGUMENTS
         ") -> Tensor[]");
-  // The parts of the op on the CPU.
+  // The parts of the op on the CPU; `empty` and `pack` on a GPU too.
   m.def("patch_embed_launch(" VLMOPS_PATCH_EMBED_ARGUMENTS ") -> Tensor");
   m.def("patch_embed_empty(" VLMOPS_PATCH_EMBED_ARGUMENTS ") -> Tensor");
   m.def(
@@ -602,5 +602,7 @@ STABLE_TORCH_LIBRARY_IMPL(vlmops, CPU, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(vlmops, CUDA, m) {
   m.impl("patch_embed", TORCH_BOX(&vlmops::patch_embed::unpacked<vlmops::patch_embed::launch>));
+  m.impl("patch_embed_empty",  // the checks of Triton's op
+         TORCH_BOX(&vlmops::patch_embed::unpacked<vlmops::patch_embed::empty>));
   m.impl("patch_embed_pack", TORCH_BOX(&vlmops::patch_embed::pack));
 }
