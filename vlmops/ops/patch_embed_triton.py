@@ -33,6 +33,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn import functional
 
 from vlmops.ops import patch_embed_panels as panels
 from vlmops.ops.patch_embed_panels import Addend, Arguments
@@ -529,8 +530,8 @@ def backward(grad: Tensor, needs: Sequence[bool], *args: Any) -> list[Tensor]:
     return panels.backward(grad, needs, *args, pack=pack)
 
 
-def pack(a: Arguments, begin: int, end: int, dtype: torch.dtype) -> Tensor:
-    """Patches ``[begin, end)`` of all, ``[end - begin, K]``."""
+def pack(a: Arguments, begin: int, end: int, dtype: torch.dtype, pitch: int = 0) -> Tensor:
+    """Patches ``[begin, end)`` of all, ``[end - begin, K]``; zeros follow, to pitch."""
     sizes = _sizes(a)
     depth = math.prod(sizes)
     panel = a.weight.new_empty(end - begin, depth, dtype=dtype)
@@ -549,4 +550,4 @@ def pack(a: Arguments, begin: int, end: int, dtype: torch.dtype) -> Tensor:
                 **constants, BM=64, BK=64, num_warps=4, num_stages=1,
             )  # fmt: skip
         start += rows
-    return panel
+    return functional.pad(panel, (0, pitch - depth)) if pitch > depth else panel
