@@ -15,6 +15,9 @@ import vlmops
 if TEST_DEVICE not in ("cpu", "cuda"):
     raise pytest.UsageError(f"VLMOPS_TEST_DEVICE: expected cpu or cuda, got {TEST_DEVICE!r}")
 
+if ON_GPU:  # errors are judged by what torch computes in float32
+    torch.backends.cudnn.allow_tf32 = False
+
 if HAS_TRITON and not ON_GPU:
     import triton_interpreter
 

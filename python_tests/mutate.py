@@ -108,10 +108,69 @@ MUTATIONS = {
         "tokens / torch::stable::get_num_threads() + 1"),
     "let ids beyond 2^24 through": (
         "ops/mrope/mrope.cpp", "if (id >= -kMaxId && id <= kMaxId) continue;", "continue;"),
+    "patches: the columns of the row above": (
+        "ops/patch_embed/patch_embed_cpu.h", "y = g / width % p.grid[1];",
+        "y = (g / width + p.grid[1] - 1) % p.grid[1];"),
+    "patches: one channel for all": (
+        "ops/patch_embed/patch_embed_cpu.h", "from + c * p.size_stride[0]", "from"),
+    "patches: the first frame for all": (
+        "ops/patch_embed/patch_embed_cpu.h", " + t * p.size_stride[1]", ""),
+    "patches: frames of the grid alike": (
+        "ops/patch_embed/patch_embed_cpu.h",
+        "g / width / p.grid[1] * p.grid_stride[0]", "0 * p.grid_stride[0]"),
+    "patches: pixels lie side by side": (
+        "ops/patch_embed/patch_embed_cpu.h", "} else if (stride != 1) {", "} else if (false) {"),
+    "patches: drop the tail of a run": (
+        "ops/patch_embed/patch_embed_cpu.h", "for (; i < n; ++i) f(Lanes<1>(), i);",
+        "for (; i < n - 1; ++i) f(Lanes<1>(), i);"),
+    "patches: the first channel's map for all": (
+        "ops/patch_embed/patch_embed_cpu.h", "p.map + c * p.map_columns", "p.map"),
+    "patches: without the intercept": (
+        "ops/patch_embed/patch_embed_cpu.h", " * map[0] + map[1]", " * map[0]"),
+    "patches: the image before": (
+        "ops/patch_embed/patch_embed_cpu.h", "n / patches * p.image_stride",
+        "(n / patches + p.images - 1) % p.images * p.image_stride"),
+    "tokens: the prefix is overwritten": (
+        "ops/patch_embed/patch_embed_cpu.h", "before = p.prefix_last ? 0 : p.prefix_tokens;\n",
+        "before = 0;\n"),
+    "tokens: prefix without positions": (
+        "ops/patch_embed/patch_embed_cpu.h",
+        "      add_positions(p, sum, image, token, -1, first, count);\n", ""),
+    "tokens: positions of patches reach the prefix": (
+        "ops/patch_embed/patch_embed_cpu.h", "if (q.patches_only && patch < 0) continue;", ""),
+    "tokens: patches counted with the prefix": (
+        "ops/patch_embed/patch_embed_cpu.h",
+        "q.patches_only ? p.first_patch + patch : p.first_token + token",
+        "p.first_token + token"),
+    "tokens: every image counts from 0": (
+        "ops/patch_embed/patch_embed_cpu.h", "p.first_token + token;", "token;"),
+    "tokens: one tap": (
+        "ops/patch_embed/patch_embed_cpu.h", "tap < q.taps", "tap < 1"),
+    "tokens: the first tap's weight for all": (
+        "ops/patch_embed/patch_embed_cpu.h", " + tap * q.weight_stride[2]", ""),
+    "tokens: the first sequence's rows for all": (
+        "ops/patch_embed/patch_embed_cpu.h", "image * q.index_stride[0] + ", ""),
+    "tokens: norm without epsilon": (
+        "ops/patch_embed/patch_embed_cpu.h", "square + p.norm_eps", "square"),
+    "tokens: LayerNorm without its mean": (
+        "ops/patch_embed/patch_embed_cpu.h", "p.norm == Norm::kLayer ? moment",
+        "false ? moment"),
+    "tokens: norm without its bias": (
+        "ops/patch_embed/patch_embed_cpu.h", "if (p.norm_bias.data != nullptr)", "if (false)"),
+    "patches: a remainder of rows is read": (
+        "ops/patch_embed/patch_embed.cpp", "p.grid[i] = shown[i] / p.size[i + 1];",
+        "p.grid[i] = (shown[i] + p.size[i + 1] - 1) / p.size[i + 1];"),
+    "tokens: let rows beyond a table through": (
+        "ops/patch_embed/patch_embed.cpp", "if (row < 0 || row >= q.rows)", "if (row < 0)"),
+    "tokens: a short table": (
+        "ops/patch_embed/patch_embed.cpp", "} else if (q.rows < tokens) {",
+        "} else if (q.rows < tokens - 1) {"),
+    "tokens: packed images begin at 0": (
+        "ops/patch_embed/patch_embed.cpp", "token += g.images * whole.tokens();", ""),
 }  # fmt: skip
 
-# name -> (text in vlmops/ops/mrope_triton.py, replacement)
-TRITON_MUTATIONS = {
+# op -> name -> (text in vlmops/ops/<op>_triton.py, replacement)
+TRITON_MUTATIONS = {"mrope": {
     "unchanged": ("import ctypes", "import ctypes"),
     "flip a sign": ("b_y = b_a * b_cos[None, :] - b_b", "b_y = b_a * b_cos[None, :] + b_b"),
     "backward rotates forward": (
@@ -144,7 +203,59 @@ TRITON_MUTATIONS = {
     "strides of 16 bytes where there are none": (
         "_VECTOR if all(x % _VECTOR == 0 for s in used for x in s[:3]) else 1", "_VECTOR"),
     "let ids beyond 2^24 through": ("(ids < -MAX_ID) | (ids > MAX_ID)", "ids < -MAX_ID - 2**30"),
-}  # fmt: skip
+}, "patch_embed": {
+    "unchanged": ("import math", "import math"),
+    "rows of a patch for columns": ("o_k // SW % SH)", "o_k % SH)"),
+    "the frame for the row": ("o_k // (SW * SH) % ST)", "o_k // SW % ST)"),
+    "channels of one frame": ("o_c = o_k // (SW * SH * ST)", "o_c = o_k // (SW * SH) % SC"),
+    "skip the last step of K": ("range(0, n_k, BK)", "range(0, n_k - BK + 1, BK)"),
+    "skip the tail of K": ("m_w = (o_k < n_k)[:, None]", "m_w = (o_k < n_k // 8 * 8)[:, None]"),
+    "a grid of other rows": ("o_h = (o_row % n_grid_h)", "o_h = o_row"),
+    "a neighbour's column": ("o_w = (o_patch % n_grid_w)", "o_w = ((o_patch + 1) % n_grid_w)"),
+    "pixels of the first image": ("    b_place += o_image * s_b * VEC\n", ""),
+    "address pixels in 32 bits": (
+        "b_o += o_c.to(tl.int64) * s_c * VEC",
+        "b_o += (o_c * (s_c.to(tl.int32) * VEC)).to(tl.int64)"),
+    "address tables in 32 bits": (
+        "p_row = p_table + b_i * D", "p_row = p_table + (b_i * D).to(tl.int32)"),
+    "sum in the weight's dtype": (
+        "b_y = tl.dot(b_x, b_w, b_y)",
+        "b_y = (b_y + tl.dot(b_x, b_w)).to(dtype).to(tl.float32)"),
+    "forget the bias": ("if p_bias is not None:", "if False:"),
+    "a prefix at the front that is last": (
+        "m_patch = (o_patch >= 0) & (o_patch < n_patches)", "m_patch = (o_patch >= 0)"),
+    "the prefix of the first token": ("o_extra = o_token\n", "o_extra = o_token * 0\n"),
+    "positions of the first image": ("p_index + o_image * s_index_b", "p_index"),
+    "weights of the first token": ("+ o_token * s_factor_n", ""),
+    "the first tap alone": ("p_i + i_tap * s_index_t", "p_i"),
+    "weights of the first tap": ("p_f + i_tap * s_factor_t", "p_f"),
+    "positions of patches for all tokens": ("        if PATCHES_ONLY:", "        if False:"),
+    "positions from the start for each image": ("o_token + n_first, m_row", "o_token, m_row"),
+    "dense positions without their weight": (
+        "            b_row *= tl.load(p_f, mask=m_row, other=0.0).to(tl.float32)[:, None]\n",
+        "            b_row *= 1.0\n"),
+    "norm: squares of what is not there": (
+        "b_n = tl.where(m, b_y - b_mean[:, None], 0.0)", "b_n = b_y - b_mean[:, None]"),
+    "norm: eps outside the root": ("axis=1) / D + eps))", "axis=1) / D) + eps))"),
+    "norm: prefixes too": ("b_y = tl.where(m_patch[:, None], b_n, b_y)", "b_y = b_n"),
+    "norm: forget its weight": (
+        "b_n *= tl.load(p_norm + o_d, mask=m_d, other=0.0)",
+        "b_n *= 1.0 + 0.0 * tl.load(p_norm + o_d, mask=m_d, other=0.0)"),
+    "norm: in every pass": (
+        "passes = [(\"none\", position) for", "passes = [(a.norm, position) for"),
+    "a second table rounds in between": (
+        "out.new_empty(out.shape, dtype=torch.float32) if passes else out", "out"),
+    "values of the first channel": ("(o_c * 256)[None, :]", "(o_c * 0)[None, :]"),
+    "slopes without intercepts": (
+        "* b_slope[None, :] + b_intercept", "* b_slope[None, :] + 0 * b_intercept"),
+    "strides of 16 bytes where there are none": (
+        "vector = math.gcd(_VECTOR, sizes[3], *strides)", "vector = _VECTOR"),
+    "images packed without their prefixes": ("token += math.prod(grid) + a.extra",
+                                             "token += math.prod(grid)"),
+    "pack: the first image's patches": ("panel[low - begin : high - begin]", "panel[: high - low]"),
+    "pack: from the start of an image": ("*strides, low - start, high", "*strides, 0, high"),
+    "no limit of the norm": ("channels > MAX_NORM_CHANNELS", "False"),
+}}  # fmt: skip
 
 # name -> (file below csrc/, text, replacement); run on the emulator
 CUDA_MUTATIONS = {
@@ -187,14 +298,15 @@ CUDA_MUTATIONS = {
 RUN_WITH = """
 import importlib.util, os, sys
 os.environ["TRITON_INTERPRET"] = "1"
-name = "vlmops.ops.mrope_triton"
-spec = importlib.util.spec_from_file_location(name, sys.argv[1])
+path, op, *arguments = sys.argv[1:]
+name = f"vlmops.ops.{op}_triton"
+spec = importlib.util.spec_from_file_location(name, path)
 sys.modules[name] = module = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
 import vlmops.ops
-vlmops.ops.mrope_triton = module
+setattr(vlmops.ops, f"{op}_triton", module)
 import pytest
-sys.exit(pytest.main(sys.argv[2:]))
+sys.exit(pytest.main(arguments))
 """
 
 
@@ -254,21 +366,25 @@ def broken_sources(mutations):
             yield name, source
 
 
-def cuda():
+def cuda(op=None):
     """Names of the mutations of the CUDA kernels that the emulator did not notice."""
     unnoticed = []
     for name, source in broken_sources(CUDA_MUTATIONS):
         start = time.monotonic()
         failure = first_failure(
-            ["-m", "pytest"], TESTS, "-k", "emulator", VLMOPS_TEST_SOURCES=str(source / "csrc")
+            ["-m", "pytest"],
+            TESTS,
+            "-k",
+            "emulator" + ("" if op is None else f" and {op}"),
+            VLMOPS_TEST_SOURCES=str(source / "csrc"),
         )
         if not report(f"cuda: {name}", failure, time.monotonic() - start):
             unnoticed.append(name)
     return unnoticed
 
 
-def compiled():
-    """Names of the mutations of csrc/ that went unnoticed."""
+def compiled(op=None):
+    """Names of the mutations of csrc/ that went unnoticed, by the tests of an op or by all."""
     unnoticed = []
     for name, source in broken_sources(MUTATIONS):
         start = time.monotonic()
@@ -277,7 +393,7 @@ def compiled():
             ["-m", "pytest"],
             TESTS,
             "-k",
-            "not triton and not emulator",
+            "not triton and not emulator" + ("" if op is None else f" and {op}"),
             VLMOPS_LIBRARY=str(library),
         )
         if not report(name, failure, time.monotonic() - start):
@@ -285,28 +401,39 @@ def compiled():
     return unnoticed
 
 
-def triton():
+def triton(op=None):
     """Names of the mutations of the Triton kernels that went unnoticed."""
     unnoticed = []
     with tempfile.TemporaryDirectory() as scratch:
-        copy = Path(scratch) / "mrope_triton.py"
-        for name, (old, new) in TRITON_MUTATIONS.items():
-            copy.write_text(mutated(ROOT / "vlmops/ops/mrope_triton.py", name, old, new))
-            start = time.monotonic()
-            failure = first_failure(
-                ["-c", RUN_WITH, str(copy)], TESTS[::-1], "-k", "triton and not opcheck"
-            )
-            if not report(f"triton: {name}", failure, time.monotonic() - start):
-                unnoticed.append(name)
+        for of_op in [known for known in TRITON_MUTATIONS if op in (None, known)]:
+            copy = Path(scratch) / f"{of_op}_triton.py"
+            for name, (old, new) in TRITON_MUTATIONS[of_op].items():
+                copy.write_text(mutated(ROOT / f"vlmops/ops/{of_op}_triton.py", name, old, new))
+                start = time.monotonic()
+                failure = first_failure(
+                    ["-c", RUN_WITH, str(copy), of_op],
+                    TESTS[::-1],
+                    "-k",
+                    f"{of_op} and triton and not opcheck",
+                )
+                if not report(f"triton: {of_op}: {name}", failure, time.monotonic() - start):
+                    unnoticed.append(name)
     return unnoticed
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", choices=["compiled", "cuda", "triton"])
-    only = parser.parse_args().only
+    parser.add_argument("--op", help="mutations of this op's files alone")
+    args = parser.parse_args()
+    if args.op is not None:
+        for table in (MUTATIONS, CUDA_MUTATIONS):
+            for name in [n for n, (file, *_) in table.items() if f"ops/{args.op}/" not in file]:
+                del table[name]
     runs = {"compiled": compiled, "cuda": cuda, "triton": triton}
-    unnoticed = [name for kind, run in runs.items() if only in (None, kind) for name in run()]
+    unnoticed = [
+        name for kind, run in runs.items() if args.only in (None, kind) for name in run(args.op)
+    ]
     print(f"{len(unnoticed)} mutations with an unexpected result")
     return 1 if unnoticed else 0
 

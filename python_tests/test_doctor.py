@@ -46,7 +46,7 @@ def test_doctor_finds_that_this_machine_works(capsys, tmp_path):
     }.items():
         assert says in found[topic]["found"]
     for family in targets.families():
-        assert f"{next(iter(family))}: mrope: " in found["sites"]["found"]
+        assert f"{next(iter(family))}: " in found["sites"]["found"]
     counts = [sum(f["grade"] == grade for f in found.values()) for grade in ("ok", "advice")]
     assert out.splitlines()[-1] == f"{counts[0]} ok, {counts[1]} advice, 0 problem"
     assert max(map(len, out.splitlines())) <= max(100, len(str(_library.path)) + 30)

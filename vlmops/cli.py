@@ -115,6 +115,12 @@ def _parser() -> Parser:
         help="cpu (default), cuda, or rehearsal: what cuda would do, on the CPU with a made-up "
         "clock",
     )
+    bench.add_argument(
+        "--against",
+        type=lambda text: text.split(","),
+        help="what else is timed, of eager,compile,linear (default: all; linear: the bare products "
+        "of an op that is mostly products)",
+    )
     bench.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     bench.add_argument("--quick", action="store_true", help="few rounds: a look, not a claim")
     add_json(bench)
@@ -228,6 +234,7 @@ def _bench(args: argparse.Namespace) -> int:
         args.model,
         args.sizes,
         args.device,
+        args.against,
     )
     measured = runner.run(request, args.threads)
     _answer(args, report.table(measured), measured)

@@ -109,6 +109,22 @@ def default(op: str, device: str | torch.device) -> Default:
     )
 
 
+def refuses(op: str, device: torch.device) -> str | None:
+    """Why ``op`` runs on no backend there and what to do, or None if it does: in models, that is.
+
+    Models on meta have no numbers yet, and may go anywhere.
+    """
+    if device.type in ("cpu", "meta"):
+        return None
+    if device.type != "cuda":
+        return f"no kernel for {device.type}: move the model to the CPU or to a CUDA device"
+    try:
+        default(op, device)
+    except RuntimeError as error:
+        return str(error)
+    return None
+
+
 # Of strings, and the same for the life of the process.
 @torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
 def unavailable(op: str, name: str, device_type: str) -> str | None:

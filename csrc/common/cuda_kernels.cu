@@ -32,7 +32,8 @@ const CudaKernels kernels = {&describe_status,
                              &mrope::norm_backward_parts_cuda,
                              &mrope::run_norm_backward_cuda,
                              &patch_embed::run_cuda,
-                             &patch_embed::pack_cuda};
+                             &patch_embed::pack_cuda,
+                             &patch_embed::finish_cuda};
 
 }  // namespace
 }  // namespace vlmops

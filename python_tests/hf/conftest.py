@@ -5,8 +5,17 @@ import pytest
 from vlmops.hf import patch as patching
 
 
+def _only(op, monkeypatch):
+    """`vlmops.patch` knows no other op: reports and counts are about this one."""
+    site = patching.all_sites()[op]
+    monkeypatch.setattr(patching, "all_sites", lambda: {op: site})
+
+
 @pytest.fixture
 def only_mrope(monkeypatch):
-    """`vlmops.patch` knows no other op: reports and counts are about M-RoPE."""
-    site = patching.all_sites()["mrope"]
-    monkeypatch.setattr(patching, "all_sites", lambda: {"mrope": site})
+    _only("mrope", monkeypatch)
+
+
+@pytest.fixture
+def only_patch_embed(monkeypatch):
+    _only("patch_embed", monkeypatch)

@@ -118,10 +118,13 @@ def test_with_mrope_logits_and_gradients_agree(family):
     model, batch = build(family), checks.batch_of(family, "several_images")
     expected, grads = checks.gradients(model, batch)
     report = vlmops.patch(model)
-    assert report.counts == {"mrope": sum(row_of(family).places.values()), "linear": ANY}
+    patches = sum(r.sites for r in report.rows if r.op == "patch_embed" and r.status == "patched")
+    rotations = sum(row_of(family).places.values())
+    assert report.counts == {"mrope": rotations, "patch_embed": patches, "linear": ANY}
     with CountOps() as ran:
         got, our_grads = checks.gradients(model, batch)
     assert ran.counts[ONEDNN] > 0
+    assert ran.counts["vlmops::patch_embed"] == patches
     checks.assert_agree(got, expected, family)
     checks.assert_gradients_agree(our_grads, grads)
 

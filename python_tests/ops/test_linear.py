@@ -334,7 +334,7 @@ def test_unknown_activation():
 )
 def test_defaults(vendor, isa, primitive, expected, monkeypatch):
     monkeypatch.setattr(ways, "_vendor", lambda: vendor)
-    monkeypatch.setattr(ways, "_has_primitive", lambda _: primitive)
+    monkeypatch.setattr(ways, "multiplies", lambda _: primitive)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: isa)
     ways._default.cache_clear()
     try:

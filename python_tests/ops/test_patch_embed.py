@@ -1,9 +1,12 @@
-"""`vlmops.ops.patch_embed.reference` is what transformers computes, class by class."""
+"""Patch embedding: what is special to it beside the contract.
+
+First, `reference` is what transformers computes, class by class."""
 
 import pytest
 import torch
 import transformers as tr
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 from transformers.models.blip import modeling_blip
 from transformers.models.blip_2 import modeling_blip_2
 from transformers.models.clip import modeling_clip
@@ -20,6 +23,8 @@ from transformers.models.siglip import modeling_siglip
 from transformers.models.siglip2 import modeling_siglip2
 from transformers.models.vit import modeling_vit
 
+import vlmops
+from vlmops.ops import patch_embed_panels as panels
 from vlmops.ops.patch_embed import Position, reference
 
 D, P = 24, 4
@@ -233,3 +238,198 @@ def test_raw_pixels_are_normalised_as_the_processor_does():
     found = reference(image, conv.weight, conv.bias, image_mean=mean, image_std=std,
                       rescale_factor=1 / 255, channels_last=True)  # fmt: skip
     torch.testing.assert_close(found, conv(x).flatten(2).transpose(1, 2))
+
+
+def drawn(*shape, **options):
+    return torch.randn(*shape, **options)
+
+
+def close(got, expected, tolerance=1e-5):
+    torch.testing.assert_close(got.double(), expected.double(), rtol=tolerance, atol=tolerance)
+
+
+def test_an_image_is_embedded_alike_in_every_form():
+    """Batch, list, padded batch, flattened, channels last: the same tokens to the bit."""
+    image, conv = drawn(3, 12, 20), nn.Conv2d(3, D, P, P)
+    w, b = conv.weight.detach(), conv.bias.detach()
+    expected = vlmops.patch_embed(image[None], w, b)[0]
+    flat = image.unfold(1, P, P).unfold(2, P, P).permute(1, 2, 0, 3, 4).reshape(-1, 3 * P * P)
+    padded = torch.full((1, 3, 17, 23), float("nan"))
+    padded[0, :, :12, :20] = image
+    forms = {
+        "list": vlmops.patch_embed([image], w, b),
+        "padded": vlmops.patch_embed(padded, w, b, image_sizes=[(12, 20)]),
+        "flattened": vlmops.patch_embed(flat, w, b),
+        "flattened, linear": vlmops.patch_embed(flat, w.flatten(1), b),
+        "batch of flattened": vlmops.patch_embed(flat[None], w, b)[0],
+        "channels last": vlmops.patch_embed(
+            image.movedim(0, -1)[None].contiguous(), w, b, channels_last=True
+        )[0],
+        "video": vlmops.patch_embed(image[None, :, None], w[:, :, None], b)[0],
+    }
+    for name, found in forms.items():
+        assert torch.equal(found, expected), name
+
+
+def test_a_packed_sequence_counts_its_tokens_through():
+    images, w = [drawn(3, 8, 8), drawn(3, 4, 12), drawn(3, 5, 4)], drawn(D, 3, P, P)
+    cls, table = drawn(2, D), drawn(14, D)
+    found = vlmops.patch_embed(images, w, prefix=cls, positions=[Position(table)])
+    alone = [vlmops.patch_embed(x[None], w, prefix=cls)[0] for x in images]
+    assert [len(x) for x in alone] == [6, 5, 3]
+    close(found, torch.cat(alone) + table)
+    index = torch.randint(14, (8, 2))
+    found = vlmops.patch_embed(
+        images, w, prefix=cls, positions=[Position(table, index, None, True)]
+    )
+    rows = table[index].sum(1).split([4, 3, 1])
+    expected = [x + torch.cat((torch.zeros(2, D), r)) for x, r in zip(alone, rows, strict=True)]
+    close(found, torch.cat(expected))
+
+
+def test_gradients_of_a_list_of_images():
+    images = [drawn(3, 9, 8, requires_grad=True), drawn(3, 4, 12, requires_grad=True)]
+    w, cls = drawn(D, 3, P, P, requires_grad=True), drawn(1, D, requires_grad=True)
+    table = drawn(9, D, requires_grad=True)
+    leaves = [*images, w, cls, table]
+    options = {"prefix": cls, "positions": [Position(table)]}
+    grad = drawn(9, D)
+    found = torch.autograd.grad(vlmops.patch_embed(images, w, **options), leaves, grad)
+    exact = torch.autograd.grad(reference(images, w, **options), leaves, grad.double())
+    for f, e in zip(found, exact, strict=True):
+        close(f, e)
+    assert found[0][:, 8:].eq(0).all()  # the row that no patch reads
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_raw_pixels_are_what_the_processor_makes_of_them_to_the_bit(dtype):
+    """transformers' torchvision backend: float32, mean and std divided by rescale_factor."""
+    mean, std, rescale = (
+        [0.48145466, 0.4578275, 0.40821073],
+        [0.26862954, 0.26130258, 0.2757],
+        1 / 255,
+    )
+    image = torch.arange(256, dtype=torch.uint8).repeat(3, 1, 1)[None]  # [1, 3, 1, 256]
+    m, s = (torch.tensor(v) * (1.0 / rescale) for v in (mean, std))
+    processed = (image.float() - m.view(3, 1, 1)) / s.view(3, 1, 1)
+    each = torch.eye(3, dtype=dtype)[:, :, None, None]  # a 1 x 1 patch of each channel
+    raw = {"image_mean": mean, "image_std": std, "rescale_factor": rescale}
+    found = vlmops.patch_embed(image, each, **raw)
+    assert torch.equal(found, vlmops.patch_embed(processed, each))
+    assert torch.equal(found[0].T, processed[0].flatten(1).to(dtype))
+
+
+def test_no_matrix_of_patches_is_stored():
+    """A panel at most, whatever the number of images."""
+    w = drawn(64, 3, 14, 14)
+    sizes = {}
+    for images in (4, 40):
+        x = drawn(images, 3, 112, 112)
+        with torch.profiler.profile(profile_memory=True) as profile:
+            tokens = vlmops.patch_embed(x, w)
+        held = [event.cpu_memory_usage for event in profile.events()]
+        sizes[images] = max(held), tokens.numel() * 4
+    for largest, result in sizes.values():
+        assert largest <= max(result, 4 * 2**19) + 4096
+    assert sizes[40][0] < 40 * 64 * 588 * 4
+
+
+def test_pixels_beyond_2_to_the_31():
+    """Addresses are 64 bits wide: the second image lies 2^31 bytes after the first."""
+    far = torch.zeros(2**31 + 3 * 64, dtype=torch.uint8)
+    images = far.as_strided((2, 3, 8, 8), (2**31, 64, 8, 1))
+    images.random_(256)
+    w = drawn(8, 3, P, P)
+    assert torch.equal(vlmops.patch_embed(images, w), vlmops.patch_embed(images.clone(), w))
+
+
+def test_nan_pixels_stay_in_their_patch():
+    x, w = drawn(1, 3, 8, 8), drawn(D, 3, P, P)
+    x[0, 1, 5, 2] = float("nan")
+    found = vlmops.patch_embed(x, w)
+    assert found[0].isnan().all(1).tolist() == [False, False, True, False]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rounding_is_to_nearest_even(dtype):
+    """Half an ulp above 1: down to even; above the next: up."""
+    ulp = torch.finfo(dtype).eps
+    w = torch.ones(1, 1, 1, 1, dtype=dtype)
+    table = torch.tensor([[ulp / 2], [ulp / 2], [-ulp / 4]], dtype=dtype)
+    x = torch.tensor([1.0, 1.0 + ulp, 1.0], dtype=dtype).view(1, 1, 1, 3)
+    found = vlmops.patch_embed(x, w, positions=[Position(table)])
+    assert found.flatten().tolist() == [1.0, 1.0 + 2 * ulp, 1.0]
+
+
+def test_a_product_alone_is_a_product(monkeypatch):
+    """Flattened patches with nothing around them are multiplied where they lie."""
+    calls = []
+    pack = panels.Arguments.pack
+    monkeypatch.setattr(panels.Arguments, "pack", lambda *a: calls.append(a) or pack(*a))
+    x, w = drawn(10, 48), drawn(D, 3, P, P)
+    close(vlmops.patch_embed(x, w), x @ w.flatten(1).T)
+    assert not calls
+    vlmops.patch_embed(x, w, prefix=drawn(D))
+    assert len(calls) == 1
+
+
+def test_panels_of_any_size_give_the_same(monkeypatch):
+    x, w = drawn(3, 3, 16, 12), drawn(D, 3, P, P, requires_grad=True)
+    cls, table = drawn(D), drawn(13, D)
+
+    def both():
+        tokens = vlmops.patch_embed(x, w, prefix=cls, positions=[Position(table)])
+        return tokens.detach(), torch.autograd.grad(tokens, w, torch.ones_like(tokens))[0]
+
+    whole = both()
+    monkeypatch.setattr(panels, "PANEL", 5 * 48)
+    for got, expected in zip(both(), whole, strict=True):
+        close(got, expected)
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_16_bits_are_multiplied_in_float32_where_the_cpu_has_no_other(monkeypatch, native):
+    dtypes = []
+    ways = panels.products.for_panels
+    monkeypatch.setattr(panels.products, "multiplies", lambda dtype: native)
+    monkeypatch.setattr(
+        panels.products, "for_panels", lambda dtype, n, k: dtypes.append(dtype) or ways(dtype, n, k)
+    )
+    x, w = drawn(1, 3, 8, 8).bfloat16(), drawn(D, 3, P, P).bfloat16()
+    found = vlmops.patch_embed(x, w)
+    assert dtypes == [torch.bfloat16 if native else torch.float32]
+    close(found, reference(x, w).bfloat16(), 0.02)
+
+
+def test_autocast_of_others_does_not_reach_the_products():
+    x, w = drawn(1, 3, 8, 8), drawn(D, 3, P, P, requires_grad=True)
+    expected = vlmops.patch_embed(x, w)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = vlmops.patch_embed(x, w)
+    assert torch.equal(found, expected)
+
+
+def test_dynamic_shapes_compile_once():
+    torch._dynamo.reset()
+    w, table = drawn(D, 3, P, P), drawn(64, D)
+    counter = CompileCounter()
+
+    @torch.compile(fullgraph=True, dynamic=True, backend=counter)
+    def embed(x):
+        return vlmops.patch_embed(x, w, positions=[Position(table)])
+
+    for side in (8, 12, 20):
+        x = drawn(2, 3, side, side)
+        close(embed(x), vlmops.patch_embed(x, w, positions=[Position(table)]))
+    assert counter.frame_count == 1
+
+
+def test_the_other_backends_and_what_is_no_position():
+    x, w = drawn(1, 3, 8, 8), drawn(D, 3, P, P)
+    close(vlmops.patch_embed(x, w, backend="reference"), vlmops.patch_embed(x, w))
+    with pytest.raises(TypeError, match=r"positions: expected vlmops.Position, got Tensor"):
+        vlmops.patch_embed(x, w, positions=[drawn(4, D)])
+    with pytest.raises(RuntimeError, match=r"positions: expected at most 4, got 5"):
+        vlmops.patch_embed(x, w, positions=[Position(drawn(4, D))] * 5)
+    with pytest.raises(RuntimeError, match=r"image_sizes: expected a height and a width for each"):
+        vlmops.patch_embed(x, w, image_sizes=[])

@@ -7,8 +7,9 @@ A GPU lies to a stopwatch in four ways, and each has its answer here:
 * Its L2 holds the inputs of the last call: before each sample it is overwritten (`Device.flush`),
   and calls within one sample have inputs of their own. Overwritten, not read: the lines must be
   dirty as in steady state, or a small result would stay in L2 and its bytes would seem free.
-* A short kernel costs less than its launch from Python: such cases are replayed from CUDA graphs,
-  all variants of a case alike, and what a call costs the host is reported apart (`latency`).
+* A kernel can cost less than its launch from Python, 100 us for Triton's: calls are replayed from
+  CUDA graphs, and what a call costs the host is reported apart (`latency`). A call that cannot be
+  captured is enqueued while the device is kept busy.
 * A kernel that did not run is the fastest: nothing may beat the ceilings measured in this run.
 """
 
@@ -23,6 +24,7 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -36,9 +38,6 @@ K = TypeVar("K")
 Call = Callable[[], Any]
 
 DEVICES = ("cuda", "rehearsal")
-
-SHORT = 50e-6
-"""Seconds; a case with a variant below this is replayed from graphs."""
 
 SAMPLE = 400e-6
 """Seconds that a sample of short calls should take, so that events cost little of it."""
@@ -68,6 +67,9 @@ class Device(Protocol):
 
     def flush(self) -> None:
         """Enqueues what makes L2 forget everything."""
+
+    def busy(self, seconds: float) -> None:
+        """Enqueues what keeps the device busy for so long and touches no memory."""
 
     def elapsed(self, work: Call) -> float:
         """Seconds on the device's clock from before to after ``work``."""
@@ -119,6 +121,11 @@ class Cuda:
         """Takes long enough for the host to enqueue a graph meanwhile."""
         self._scratch.zero_()
 
+    def busy(self, seconds: float) -> None:
+        """Counted in clocks of at most 2 GHz."""
+        if seconds > 0:
+            torch.cuda._sleep(int(2e9 * seconds))
+
     def elapsed(self, work: Call) -> float:
         """By events, which the GPU itself records."""
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -129,13 +136,18 @@ class Cuda:
         return float(start.elapsed_time(end)) * 1e-3
 
     def capture(self, calls: Sequence[Call]) -> Call:
-        """Results are kept: a buffer used twice in a graph would be found in L2."""
+        """Results are kept: a buffer used twice in a graph would be found in L2.
+
+        So are the calls: a graph holds addresses, not tensors, and what only a call refers to
+        (buffers to copy into, what a forward saved for its backward) would be given back to the
+        driver by the next capture.
+        """
         graph = torch.cuda.CUDAGraph()
         self.synchronize()
         with torch.cuda.graph(graph, stream=self._stream):
             results = [call() for call in calls]
 
-        def replay(_results: Any = results) -> None:  # which live as long as the graph
+        def replay(_kept: Any = (calls, results)) -> None:
             graph.replay()
 
         return replay
@@ -221,11 +233,11 @@ class Rehearsal:
     """Runs on the CPU, with the clock of a GPU that does not exist.
 
     Only the device is replaced: all that is around it runs as it would on a GPU. Time is what the
-    operators that ran would take at 1 TB/s, 1 TFLOP/s and 2 us a launch, so that numbers are the
+    operators that ran would take at 1 TB/s, 1 PFLOP/s and 2 us a launch, so that numbers are the
     same everywhere and mean nothing.
     """
 
-    BYTES, FLOPS, LAUNCH = 1e12, 1e12, 2e-6
+    BYTES, FLOPS, LAUNCH = 1e12, 1e15, 2e-6
 
     def __init__(self) -> None:
         self.torch = torch.device("cpu")
@@ -242,6 +254,9 @@ class Rehearsal:
 
     def flush(self) -> None:
         """There is no cache."""
+
+    def busy(self, seconds: float) -> None:
+        """There is nothing to wait for."""
 
     def elapsed(self, work: Call) -> float:
         """What the operators within would take."""
@@ -379,9 +394,13 @@ def _matmul(device: Device, dtype: torch.dtype, rounds: int) -> float:
     return 2.0 * n**3 / min(cold(device, lambda: torch.mm(a, b, out=out)) for _ in range(rounds))
 
 
-def cold(device: Device, work: Call) -> float:
-    """Seconds of one sample whose inputs are not in L2."""
+def cold(device: Device, work: Call, ahead: float = 0.0) -> float:
+    """Seconds of one sample whose inputs are not in L2.
+
+    ``ahead`` seconds the host may take to enqueue ``work`` without the device waiting for it.
+    """
     device.flush()
+    device.busy(ahead)
     return device.elapsed(work)
 
 
@@ -397,9 +416,9 @@ def latency(device: Device, call: Call, samples: int = 30) -> float:
     return statistics.median(taken)
 
 
-def estimate(device: Device, call: Call) -> float:
-    """Seconds of a call that is launched from Python; at least what its kernels take."""
-    return min(cold(device, call) for _ in range(3))
+def estimate(device: Device, call: Call, ahead: float) -> float:
+    """Seconds of a call that is launched from Python."""
+    return min(cold(device, call, ahead) for _ in range(3))
 
 
 def calls_per_graph(device: Device, shortest: float, bytes_per_call: int) -> int:
@@ -414,6 +433,7 @@ def interleave(
     budget: float,
     rounds: tuple[int, int],
     after_round: Call = lambda: None,
+    ahead: Mapping[K, float] = MappingProxyType({}),
 ) -> dict[K, Timing]:
     """One cold sample of each work a round, in changing order; the device's clocks drift.
 
@@ -423,9 +443,13 @@ def interleave(
         budget: Seconds that all rounds together should take, flushes included.
         rounds: At least and at most so many, whatever the budget.
         after_round: Called between rounds, untimed.
+        ahead: Seconds that the host needs to enqueue a work; 0 for what is not here.
     """
     flush = min(device.elapsed(device.flush) for _ in range(3))
-    length = sum(cold(device, work) + flush for work, _ in works.values())
+    lead = {name: ahead.get(name, 0.0) for name in works}
+    length = sum(
+        cold(device, work, lead[name]) + flush + lead[name] for name, (work, _) in works.items()
+    )
     after_round()
     wanted = min(max(int(budget / max(length, 1e-9)), rounds[0]), rounds[1])
     samples: dict[K, list[float]] = {name: [] for name in works}
@@ -435,6 +459,6 @@ def interleave(
         shuffle(order)
         for name in order:
             work, calls = works[name]
-            samples[name].append(cold(device, work) / calls)
+            samples[name].append(cold(device, work, lead[name]) / calls)
         after_round()
     return {name: summarize(samples[name], 0, calls) for name, (_, calls) in works.items()}

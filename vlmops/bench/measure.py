@@ -27,6 +27,10 @@ from vlmops.bench.timer import Timing, interleave
 from vlmops.ops.spec import Arguments, BenchCase, Spec
 
 COMPILED = "torch.compile"
+AGAINST = ("eager", "compile", "linear")
+"""Yardsticks that can be chosen; "linear" are the bare products of an op that has some."""
+_BACKWARD = " backward"
+_NO_PRODUCTS = ("copy", "clone", "launch")
 TOO_FEW = "the machine was busy: too few undisturbed samples"
 
 Call = Callable[[], Any]
@@ -51,6 +55,12 @@ class Request:
     """Tokens and patches of their cases; typical ones if there are none."""
     device: str = "cpu"
     """One of `gpu.DEVICES`, or the CPU."""
+    against: Sequence[str] = AGAINST
+
+    @property
+    def compiles(self) -> bool:
+        """Whether torch.compile is measured."""
+        return self.compile and "compile" in self.against
 
 
 @dataclasses.dataclass
@@ -101,11 +111,13 @@ def measure_case(
     dtype_name = str(dtype).removeprefix("torch.")
     name = f"{case.name} {dtype_name}"
     args = case.make(dtype, device)
-    progress(f"{name}: checking" + (" and compiling" if request.compile else ""))
-    variants = admitted(spec, name, args, request.compile)
+    progress(f"{name}: checking" + (" and compiling" if request.compiles else ""))
+    variants = admitted(spec, name, args, request.compiles)
 
     moved = case.moved(args)
-    calls = {**_floors(moved), **variants.calls}
+    calls = {**_floors(moved), **chosen(request, spec, args), **variants.calls}
+    if "eager" not in request.against:
+        calls = {key: call for key, call in calls.items() if key[1] != "eager"}
     budget, rounds = (0.5, (5, 20)) if request.quick else (6.0, (11, 100))
     progress(f"{name}: timing")
     timings = interleave(calls, budget, rounds, after_round=variants.restore)
@@ -135,6 +147,17 @@ def _floors(moved: Sequence[Tensor]) -> dict[Key, Call]:
             to.copy_(source)
 
     return {("floor", "copy"): copy, ("floor", "clone"): lambda: [t.clone() for t in moved]}
+
+
+def chosen(request: Request, spec: Spec, args: Arguments) -> dict[Key, Call]:
+    """The bare products of an op, where they are asked for."""
+    if spec.products is None or "linear" not in request.against:
+        return {}
+    return {_floor_of(*key): call for key, call in spec.products(args).items()}
+
+
+def _floor_of(direction: str, product: str) -> Key:
+    return "floor", product if direction == "forward" else f"{product}{_BACKWARD}"
 
 
 @torch.no_grad()
@@ -297,7 +320,16 @@ def rows_of(head: Row, timings: Mapping[Key, Timing]) -> Iterator[Row]:
             ratio(("floor", floor), timing.median) if ("floor", floor) in timings else None
             for floor in ("copy", "clone")
         )
-        eager = None if direction == "floor" else ratio((direction, "eager"), timing.median)
+        measured = direction in ("forward", "backward")
+        eager = None
+        if measured and (direction, "eager") in timings:
+            eager = ratio((direction, "eager"), timing.median)
+        products = [
+            timing.median
+            for (kind, name), timing in timings.items()
+            if kind == "floor" and name not in _NO_PRODUCTS and timing.median is not None
+            if measured and name.endswith(_BACKWARD) == (direction == "backward")
+        ]
         yield {
             **row,
             "median_ms": timing.median * 1e3,
@@ -307,6 +339,7 @@ def rows_of(head: Row, timings: Mapping[Key, Timing]) -> Iterator[Row]:
             "percent_of_copy": None if of_copy is None else 100 * of_copy,
             "percent_of_clone": None if of_clone is None else 100 * of_clone,
             "times_eager": eager,
+            **({"over_product": timing.median / min(products)} if products else {}),
         }
 
 

@@ -19,6 +19,7 @@ from vlmops.bench.measure import (
     Request,
     Row,
     admitted,
+    chosen,
     known_cases,
     progress,
     rows_of,
@@ -106,47 +107,58 @@ def measure_case(
     dtype_name = str(dtype).removeprefix("torch.")
     name = f"{case.name} {dtype_name}"
     args = case.make(dtype, device.torch)
-    progress(f"{name}: checking" + (" and compiling" if request.compile else ""))
+    progress(f"{name}: checking" + (" and compiling" if request.compiles else ""))
     ours = {f"vlmops {b}": functools.partial(spec.function, backend=b) for b in others}
     peers = {} if spec.peers is None else spec.peers(args)
-    variants = admitted(spec, name, args, request.compile, ours, peers)
+    variants = admitted(spec, name, args, request.compiles, ours, peers)
     builds: dict[Key, Callable[[Arguments], Call]] = {
         ("floor", "copy"): functools.partial(_copy, case),
+        **{
+            key: functools.partial(_chosen, request, spec, key)
+            for key in chosen(request, spec, args)
+        },
         **variants.builds,
     }
 
     progress(f"{name}: timing")
-    calls = {("floor", "copy"): _copy(case, args), **variants.calls}
+    calls = {
+        ("floor", "copy"): _copy(case, args),
+        **chosen(request, spec, args),
+        **variants.calls,
+    }
+    if "eager" not in request.against:
+        calls = {key: call for key, call in calls.items() if key[1] != "eager"}
     moved = sum(t.numel() * t.element_size() for t in case.moved(args))
-    shortest = min(gpu.estimate(device, call) for call in calls.values())
     latencies = {key: gpu.latency(device, call) for key, call in calls.items()}
+    shortest = min(gpu.estimate(device, call, latencies[key]) for key, call in calls.items())
     works: dict[Key, tuple[Call, int]] = {key: (call, 1) for key, call in calls.items()}
     why_not: dict[Key, str] = {}
-    if shortest < gpu.SHORT:
-        # Inputs, results, upstream gradients and theirs: 8 times what one direction moves, at most.
-        count = gpu.calls_per_graph(device, shortest, 8 * moved)
-        sets = [args, *(case.make(dtype, device.torch) for _ in range(count - 1))]
-        works[LAUNCH] = (device.capture([device.launch] * count), count)
-        for key, build in builds.items():
-            try:
-                works[key] = (device.capture([build(one) for one in sets]), count)
-            except RuntimeError as error:
-                why_not[key] = (str(error).strip() or type(error).__name__).splitlines()[0]
-    else:
-        works[LAUNCH] = (device.launch, 1)
+    # A graph keeps inputs and results of its calls, and what their forward saved: eager's most.
+    count = gpu.calls_per_graph(device, shortest, 32 * moved)
+    sets = [args, *(case.make(dtype, device.torch) for _ in range(count - 1))]
+    works[LAUNCH] = (device.capture([device.launch] * count), count)
+    for key, build in builds.items():
+        if key not in calls:
+            continue
+        try:
+            works[key] = (device.capture([build(one) for one in sets]), count)
+        except RuntimeError as error:
+            why_not[key] = (str(error).strip() or type(error).__name__).splitlines()[0]
     budget, rounds = (0.2, (5, 20)) if request.quick else (1.5, (15, 100))
-    timings = gpu.interleave(device, works, budget, rounds, variants.restore)
+    ahead = {key: latencies[key] for key in why_not}
+    timings = gpu.interleave(device, works, budget, rounds, variants.restore, ahead)
 
     rows = []
     head = _head(case.name, dtype_name, 2 * moved, case.flops(args))
     for row in rows_of(head, timings):
         key = (row["direction"], row["variant"])
-        graphed = shortest < gpu.SHORT and key not in why_not
-        row["timing"] = "graph" if graphed else "events"
+        row["timing"] = "events" if key in why_not else "graph"
         if key in why_not:
             row["not_captured"] = why_not[key]
         if key in latencies:
             row["latency_ms"] = latencies[key] * 1e3
+        if key == ("floor", "copy"):  # which multiplies nothing
+            row["flops"] = 0.0
         rows.append(row if key == LAUNCH else judged(row, ceilings))
     return rows + [
         {**head, "direction": direction, "variant": variant, "unavailable": reason}
@@ -165,6 +177,10 @@ def judged(row: Row, ceilings: gpu.Ceilings) -> Row:
         return {**{k: row[k] for k in kept}, "unavailable": reason, "impossible": True,
                 "would_be_ms": row["median_ms"]}  # fmt: skip
     return {**row, "percent_of_ceiling": 100 * row["bytes"] / seconds / ceilings.copy_bytes_per_s}
+
+
+def _chosen(request: Request, spec: Spec, key: Key, args: Arguments) -> Call:
+    return chosen(request, spec, args)[key]
 
 
 def _copy(case: BenchCase, args: Arguments) -> Call:

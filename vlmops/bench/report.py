@@ -25,8 +25,9 @@ GB/s     what any implementation must read and write once, over the time
 % copy   time of copying the same tensors into memory that exists, over the time
 % best   GB/s over those of the best large copy in this run; above 100 is an error, not a number
 x eager  time of eager in that direction over the time; backward is autograd.grad on a kept graph
+x prod.  the time over that of the fastest bare product, of an op that is mostly products
 call us  one call from Python with the device idle before and after it, L2 warm
-by       graph: replayed from a CUDA graph (the case is short); events: launched from Python
+by       graph: replayed from a CUDA graph; events: launched from Python, since not capturable
 launch   a kernel that does nothing, timed in the same way"""
 _NOTES = """\
 ms       median of one call; spread is the distance of the quartiles, in per cent of the median
@@ -34,6 +35,7 @@ GB/s     what any implementation must read and write once, over the time
 % copy   time of copying the same tensors into memory that exists, over the time
 % clone  the same into fresh memory, as results out of place are
 x eager  time of eager in that direction over the time; backward is autograd.grad on a kept graph
+x prod.  the time over that of the fastest bare product, of an op that is mostly products
 void     samples thrown away because threads had to wait for a core, of all that were taken"""
 
 
@@ -88,7 +90,8 @@ def _gpu_line(row: dict[str, Any], width: int) -> str:
     call = f"{row['latency_ms'] * 1e3:.1f}" if "latency_ms" in row else ""
     return (
         f"{start}{row['gb_per_s']:7.0f}{_percent(row['percent_of_copy']):>7}"
-        f"{_percent(row['percent_of_ceiling']):>7}{eager:>8}{call:>8} {row['timing']}"
+        f"{_percent(row['percent_of_ceiling']):>7}{eager:>8}{call:>8} "
+        f"{row['timing']}{_over_product(row)}"
     )
 
 
@@ -129,8 +132,12 @@ def _line(row: dict[str, Any], width: int) -> str:
     return (
         f"{start}{row['median_ms']:10.4f}{spread:7.0f}%{row['gb_per_s']:8.2f}"
         f"{_percent(row['percent_of_copy']):>8}{_percent(row['percent_of_clone']):>9}{eager:>9}"
-        f"{void:>8}"
+        f"{void:>8}{_over_product(row)}"
     )
+
+
+def _over_product(row: dict[str, Any]) -> str:
+    return f"  {row['over_product']:.2f} x product" if "over_product" in row else ""
 
 
 def _percent(value: float | None) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 import vlmops
 from vlmops import _cpus, _library, ops
 from vlmops.bench import BenchError, gpu, shapes
-from vlmops.bench.measure import Request, known_cases
+from vlmops.bench.measure import AGAINST, Request, known_cases
 
 SCHEMA = 1
 
@@ -48,6 +48,7 @@ def request(
     models: Sequence[str] | None = None,
     sizes: Sequence[int] | None = None,
     device: str = "cpu",
+    against: Sequence[str] | None = None,
 ) -> Request:
     """A request whose every name exists; all cases, float32 and bfloat16 by default.
 
@@ -74,7 +75,10 @@ def request(
     _check_names("--dtype", dtypes, DTYPES)
     _check_names("--device", [device], ["cpu", *gpu.DEVICES])
     _check_names("--isa", [isa] if isa else [], list(TORCH_CAPS))
-    return Request(op, cases, dtypes, isa, compile, quick, models, sizes, device)
+    _check_names("--against", against or [], AGAINST)
+    return Request(
+        op, cases, dtypes, isa, compile, quick, models, sizes, device, against or AGAINST
+    )
 
 
 def _check_names(option: str, names: Sequence[str], allowed: Sequence[str]) -> None:

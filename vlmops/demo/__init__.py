@@ -201,8 +201,8 @@ def _print_agreement(
     print(_block("logits", f"differ by {a.prefill:.2g} in the prefill, by {a.worst:.2g} at worst;"
                  f" the largest is {a.largest:.3g} ({relative:.1g} of it)"))  # fmt: skip
     print(_block("tolerance", f"{a.tolerance:.2g}: 3 x what Hugging Face's own eager and SDPA "
-                 "attention differ by here,\nthat is, what a change of rounding makes of these "
-                 "logits"))  # fmt: skip
+                 "attention differ by here,\nits convolutions in float64 besides: what a change of "
+                 "rounding makes of these logits"))  # fmt: skip
     for name, generation in (("before", before), ("after", after)):
         print(_block(name, _shown(subject, generation)))
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 import vlmops
 from vlmops.bench.timer import longest_wait, waits
@@ -251,12 +252,27 @@ def compare(before: Generation, after: Generation, tolerance: float) -> Agreemen
     )
 
 
-def tolerance(subject: Subject, before: Generation) -> float:
-    """Three times what Hugging Face's eager and SDPA attention differ by in the prefill's logits.
+class _ExactConvolutions(TorchFunctionMode):
+    """Convolutions in float64, rounded once: what the patches of an image are multiplied by."""
 
-    Both are right, and differ only in how they round, as does a rope that rounds once where Hugging
-    Face rounds four times. The difference carries what the model's depth, width and weights make of
-    a rounding. 3 because later steps may fare worse than the one measured.
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func not in (torch.conv2d, torch.conv3d):
+            return func(*args, **kwargs or {})
+        x, weight, bias, *rest = args
+        wide = None if bias is None else bias.double()
+        return func(x.double(), weight.double(), wide, *rest, **kwargs or {}).to(x.dtype)
+
+
+def tolerance(subject: Subject, before: Generation) -> float:
+    """Three times what roundings of Hugging Face's own make of the prefill's logits.
+
+    That is, its eager against its SDPA attention, and its convolutions against the same in float64.
+    All are right, and differ only in how they round, as does a rope that rounds once where Hugging
+    Face rounds four times, and a product that adds in another order. The difference carries what
+    the model's depth, width and weights make of a rounding. 3 because later steps may fare worse
+    than the one measured.
 
     Raises:
         DemoError: the two cannot be compared, or differ so much that agreement would mean nothing.
@@ -266,7 +282,8 @@ def tolerance(subject: Subject, before: Generation) -> float:
     other = "sdpa" if saved[""] == "eager" else "eager"
     try:
         model.set_attn_implementation(other)
-        logits = generate(subject, 1).logits
+        with _ExactConvolutions():
+            logits = generate(subject, 1).logits
     except (ValueError, ImportError) as error:
         raise DemoError(
             f"this model does not run with {other!r} attention, which sizes the tolerance "
@@ -279,8 +296,9 @@ def tolerance(subject: Subject, before: Generation) -> float:
     found = max(3 * float((logits[0] - before.logits[0]).abs().max()), rounding)
     if not found < largest / 4:
         raise DemoError(
-            f"Hugging Face's own eager and SDPA attention differ by {found / 3:.2g} in logits up "
-            f"to {largest:.2g}: agreement would mean nothing; try --dtype float32"
+            "Hugging Face's own eager and SDPA attention, with its convolutions as they are and in "
+            f"float64, differ by {found / 3:.2g} in logits up to {largest:.2g}: agreement would "
+            "mean nothing; try --dtype float32"
         )
     return found
 

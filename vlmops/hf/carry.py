@@ -118,15 +118,7 @@ def rotary_forward(original: Any, layouts: Layouts) -> Callable[..., Any]:
 
 def refuses(device: torch.device) -> str | None:
     """Why the op does not run on a device and what to do, or None if it does."""
-    if device.type in ("cpu", "meta"):
-        return None
-    if device.type != "cuda":
-        return f"no kernel for {device.type}: move the model to the CPU or to a CUDA device"
-    try:
-        dispatch.default("mrope", device)
-    except RuntimeError as error:
-        return str(error)
-    return None
+    return dispatch.refuses("mrope", device)
 
 
 def _table_forward(original: Any) -> Callable[..., Any]:

@@ -21,6 +21,7 @@ from torch import nn
 
 _DECORATORS = {"torch.utils._contextlib", "transformers.modeling_rope_utils"}
 _ORIGINAL = "_vlmops_original_class"
+_ABSORBS = "_vlmops_absorbs"
 _subclasses: dict[tuple[type, Hashable], type] = {}
 
 
@@ -57,6 +58,7 @@ def subclass(
     original: type[nn.Module],
     key: Hashable,
     make_forward: Callable[[str], Callable[..., Any]],
+    absorbs: tuple[str, ...] = (),
 ) -> type[nn.Module]:
     """A subclass of the same name with another ``forward``; one per (original, key).
 
@@ -64,6 +66,7 @@ def subclass(
         original: The class of the module to patch.
         key: Whatever the new forward depends on, `references` of the old one included.
         make_forward: Called once with a label, unique to the subclass, and returns the forward.
+        absorbs: Names of the children whose work the new forward does itself.
     """
     cached = _subclasses.get((original, key))
     if cached is None:
@@ -75,6 +78,7 @@ def subclass(
             "__copy__": _copy,
             "__deepcopy__": _deepcopy,
             _ORIGINAL: original,
+            _ABSORBS: absorbs,
             "forward": make_forward(str(len(_subclasses))),
         }
         cached = _subclasses[original, key] = type(original.__name__, (original,), body)
@@ -89,6 +93,15 @@ def original_class(module: nn.Module) -> type[nn.Module] | None:
 def was_patched(module: nn.Module) -> bool:
     """Whether a module is patched, even if somebody put a class of their own on top since."""
     return hasattr(type(module), _ORIGINAL)
+
+
+def absorbed(model: nn.Module) -> set[nn.Module]:
+    """The modules of a model whose work patched modules around them do."""
+    found: set[nn.Module] = set()
+    for module in model.modules():
+        names = vars(type(module)).get(_ABSORBS, ())
+        found.update(child for name, child in module.named_children() if name in names)
+    return found
 
 
 def _reduce_to_original(self: nn.Module, protocol: Any) -> Any:

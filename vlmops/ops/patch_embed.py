@@ -35,9 +35,10 @@ Ovis2                  images                     dense                         
 A table interpolated to another size is taps with weights too: 4 where bilinear, 16 where bicubic,
 more where antialiased. Perceiver is not served: it concatenates positions instead of adding them.
 
-The matrix of patches is never stored. On the CPU some hundred patches at a time are gathered into a
-panel that fits the cache, multiplied by `vlmops.ops.linear`, and finished into their tokens; on a GPU
-the product's tiles are gathered from the image. Backward gathers the patches again.
+The matrix of patches is never stored. On the CPU some hundred patches at a time are gathered into
+a panel that fits the cache, multiplied there, and finished into their tokens
+(`vlmops.ops.patch_embed_panels`); on a GPU a product's tiles are gathered from the image. Backward
+gathers the patches again.
 
 Source: Dosovitskiy et al., An Image is Worth 16x16 Words (arXiv 2010.11929).
 """
@@ -45,11 +46,13 @@ Source: Dosovitskiy et al., An Image is Worth 16x16 Words (arXiv 2010.11929).
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.utils._python_dispatch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import functional
@@ -67,8 +70,8 @@ class Position:
 
     Attributes:
         table: ``[R, D]``.
-        index: Rows to add ``[t]``, ``[N, t]`` or ``[B, N, t]``, integer, of N tokens; what is packed
-            is one sequence, B = 1. None: row n to token n.
+        index: Rows to add ``[t]``, ``[N, t]`` or ``[B, N, t]``, integer, for N tokens; what is
+            packed is one sequence, B = 1. None: row n to token n.
         weight: Of each row, broadcast against ``index`` (``[N, 1]`` or a scalar without one);
             differentiable, as gates are. None: 1.
         patches_only: Counts patches alone; else all tokens, prefix included.
@@ -107,15 +110,16 @@ def patch_embed(
 
     Args:
         pixel_values: Images ``[B, C, H, W]`` or videos ``[B, C, T, H, W]`` (``[B, H, W, C]`` and
-            ``[B, T, H, W, C]`` with ``channels_last``), flattened patches ``[N, K]`` or ``[B, N, K]``
-            in the weight's order, or a list of images ``[C, H, W]`` of any sizes; float32, bfloat16,
-            float16 or uint8; any strides. What is left beyond whole patches is dropped.
-        weight: ``[D, C, P, P]``, ``[D, C, T, P, P]`` or, for flattened patches, ``[D, K]``; float32,
-            bfloat16 or float16. Patches are rounded to its dtype, as towers do.
+            ``[B, T, H, W, C]`` with ``channels_last``), flattened patches ``[N, K]`` or
+            ``[B, N, K]`` in the weight's order, or a list of images ``[C, H, W]`` of any sizes;
+            float32, bfloat16, float16 or uint8; any strides. What is left beyond whole patches is
+            dropped.
+        weight: ``[D, C, P, P]``, ``[D, C, T, P, P]`` or, for flattened patches, ``[D, K]``;
+            float32, bfloat16 or float16. Patches are rounded to its dtype, as towers do.
         bias: ``[D]``, dtype of weight.
         image_mean: Of each channel, subtracted from rescaled pixels. With it, ``image_std`` or
-            ``rescale_factor`` pixels are raw; those that are uint8 become, to the bit, what the image
-            processors of transformers make of them.
+            ``rescale_factor`` pixels are raw; those that are uint8 become, to the bit, what the
+            image processors of transformers (their torchvision backend) make of them.
         image_std: Of each channel, divides what is left; not 0.
         rescale_factor: Multiplies pixels first; 1/255 makes a uint8 one of [0, 1].
         channels_last: The channels of images are their last dimension.
@@ -200,17 +204,18 @@ def arguments(
     Raises: as `patch_embed`.
     """
     listed = not isinstance(pixel_values, Tensor)
-    values = list(pixel_values) if listed else [pixel_values]
+    values: list[Tensor] = list(pixel_values) if listed else [pixel_values]  # type: ignore[list-item]
     named = {"weight": weight, "bias": bias, "norm_weight": norm_weight, "norm_bias": norm_bias,
              "prefix": prefix}  # fmt: skip
-    for i, value in enumerate(values):
-        _tensor(f"pixel_values[{i}]" if listed else "pixel_values", value)
+    for i, values_of_one in enumerate(values):
+        _tensor(f"pixel_values[{i}]" if listed else "pixel_values", values_of_one)
     for name, value in named.items():
         if value is not None or name == "weight":
             _tensor(name, value)
     if prefix is not None and (prefix.dim() == 1 or (prefix.dim() == 3 and prefix.shape[0] == 1)):
         prefix = prefix.reshape(-1, prefix.shape[-1])
-    tensors, kinds = [], []
+    tensors: list[Tensor] = []
+    kinds = []
     for position in positions:
         if not isinstance(position, Position):
             raise TypeError(
@@ -220,9 +225,10 @@ def arguments(
         kinds.append(INDEX * (position.index is not None)
                      + WEIGHT * (position.weight is not None)
                      + PATCHES_ONLY * position.patches_only)  # fmt: skip
+        _tensor("positions.table", position.table)
         given = {"table": position.table, "index": position.index, "weight": position.weight}
         for name, value in given.items():
-            if value is not None or name == "table":
+            if value is not None:
                 _tensor(f"positions.{name}", value)
                 tensors.append(value)
     pixel_map = None
@@ -279,19 +285,40 @@ def pixel_map_of(
             "vlmops.patch_embed: rescale_factor: expected a number other than 0, got "
             f"{rescale_factor}"
         )
-    none = torch.zeros(channels), torch.ones(channels)
-    means = none[0] if mean is None else torch.tensor(mean, dtype=torch.float32)
-    stds = none[1] if std is None else torch.tensor(std, dtype=torch.float32)
+    if device.type == "cuda" and not torch.compiler.is_compiling():
+        if torch.utils._python_dispatch._get_current_dispatch_mode() is None:
+            return _map_on_gpu(raw, channels, device, mean, std, rescale_factor)
+    return _pixel_map(raw, channels, mean, std, rescale_factor).to(device)
+
+
+@functools.lru_cache(maxsize=64)
+def _map_on_gpu(raw: bool, channels: int, device: torch.device, *numbers: Any) -> Tensor:
+    """Kept, since a copy to the device can neither be captured in a graph nor is it free."""
+    with torch.inference_mode(False):
+        return _pixel_map(raw, channels, *numbers).to(device)
+
+
+def _pixel_map(
+    raw: bool,
+    channels: int,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+    rescale_factor: float | None,
+) -> Tensor:
+    def of(values: Sequence[float] | None, default: float) -> Tensor:
+        given = [default] * channels if values is None else values
+        return torch.tensor(given, dtype=torch.float32, device="cpu")
+
+    means, stds = of(mean, 0.0), of(std, 1.0)
+    pixels = torch.arange(256, dtype=torch.float32, device="cpu")
     if not raw:
         slope = (1.0 if rescale_factor is None else rescale_factor) / stds.double()
-        made = torch.stack((slope, -means.double() / stds.double()), -1).float()
-    elif mean is None and std is None:
-        made = (torch.arange(256).float() * (rescale_factor or 1.0)).expand(channels, 256)
-    else:
-        if rescale_factor is not None:
-            means, stds = means * (1.0 / rescale_factor), stds * (1.0 / rescale_factor)
-        made = (torch.arange(256).float() - means[:, None]) / stds[:, None]
-    return made.contiguous().to(device)
+        return torch.stack((slope, -means.double() / stds.double()), -1).float()
+    if mean is None and std is None:
+        return (pixels * (rescale_factor or 1.0)).repeat(channels, 1)
+    if rescale_factor is not None:
+        means, stds = means * (1.0 / rescale_factor), stds * (1.0 / rescale_factor)
+    return (pixels - means[:, None]) / stds[:, None]
 
 
 def _tensor(name: str, value: Any) -> None:
@@ -356,6 +383,11 @@ def reference(
         different sizes; float64.
     """
     kernel = weight.double()
+    if isinstance(pixel_values, Tensor) and pixel_values.dim() > 2 and len(pixel_values) == 0:
+        given = {name: value for name, value in locals().items() if name != "kernel"}
+        one = pixel_values.new_zeros(1, *pixel_values.shape[1:])
+        # Of one image, for the number of tokens.
+        return reference(**{**given, "pixel_values": torch.cat((pixel_values, one))})[:0]
     if isinstance(pixel_values, Tensor):
         images = [pixel_values] if pixel_values.dim() == 2 else list(pixel_values)
     else:
@@ -450,7 +482,7 @@ def _rows(position: Position, image: int, tokens: int) -> Tensor:
 
 
 def _plain(*args: Any) -> Tensor:
-    """`reference` on the op's arguments, rounded: a backend, and derivatives that have no kernel."""
+    """`reference` on the op's arguments, rounded: a backend, and derivatives without a kernel."""
     a = Arguments(*args)
     values = list(a.pixel_values)
     if a.pixel_map is not None:
@@ -469,7 +501,7 @@ def _plain(*args: Any) -> Tensor:
         norm_eps=a.norm_eps,
         prefix=a.prefix,
         prefix_last=a.prefix_last,
-        positions=[Position(*addend[1:]) for addend in panels.addends(a)],
+        positions=[Position(p.table, p.index, p.weight, p.patches_only) for p in panels.addends(a)],
     )
     return result.to(a.dtype or a.weight.dtype)
 
@@ -484,7 +516,7 @@ def _mapped(x: Tensor, pixel_map: Tensor, channel: int) -> Tensor:
     return x.movedim(0, channel)
 
 
-# Registration. The schemas are the library's, with the kernels for CUDA; on the CPU the op is
+# Registration. The schemas and the kernels between products are the library's, the op itself is
 # `panels.forward`. Triton's op has the same schema.
 
 
@@ -512,8 +544,8 @@ class _PatchEmbed(torch.autograd.Function):
         count = len(args[0])
         wanted = [*needs[: count + 2], *needs[count + 3 :]]
         grads = _backward(ctx.ops, grad, wanted, *args)
-        grads = [g if needed else None for g, needed in zip(grads, wanted, strict=True)]
-        return None, None, *grads[: count + 2], None, *grads[count + 2 :]
+        used = [g if needed else None for g, needed in zip(grads, wanted, strict=True)]
+        return None, None, *used[: count + 2], None, *used[count + 2 :]
 
 
 def _apart(args: tuple[Any, ...]) -> tuple[list[Any], Callable[..., tuple[Any, ...]]]:
@@ -522,10 +554,11 @@ def _apart(args: tuple[Any, ...]) -> tuple[list[Any], Callable[..., tuple[Any, .
     count = len(a.pixel_values)
     tensors = [*a.pixel_values, a.weight, a.bias, a.pixel_map, a.norm_weight, a.norm_bias,
                a.prefix, *a.positions]  # fmt: skip
+    nothing: Any = None
     options = a._replace(
-        pixel_values=(), weight=None, bias=None, pixel_map=None, norm_weight=None, norm_bias=None,
-        prefix=None, positions=(),
-    )  # type: ignore[arg-type] # fmt: skip
+        pixel_values=(), weight=nothing, positions=(), bias=None, pixel_map=None, norm_weight=None,
+        norm_bias=None, prefix=None,
+    )  # fmt: skip
 
     def together(*given: Any) -> tuple[Any, ...]:
         weight, bias, pixel_map, norm_weight, norm_bias, prefix, *positions = given[count:]
@@ -584,13 +617,19 @@ def _floats(tensor: Tensor | None) -> bool:
 
 def _fake(*args: Any) -> Tensor:
     a = Arguments(*args)
+    for tensor in _apart(args)[0]:  # on the meta device nothing else looks
+        if tensor is not None and tensor.device != a.weight.device:
+            raise RuntimeError(
+                f"vlmops.patch_embed: expected all tensors on {a.weight.device}, where weight is, "
+                f"got one of shape {list(tensor.shape)} on {tensor.device}"
+            )
     return a.weight.new_empty(a.shape(), dtype=a.dtype or a.weight.dtype)
 
 
 def _fake_backward(grad: Tensor, needs: Sequence[bool], *args: Any) -> list[Tensor]:
     a = Arguments(*args)
-    tensors = [*a.pixel_values, a.weight, a.bias, a.norm_weight, a.norm_bias, a.prefix,
-               *a.positions]  # fmt: skip
+    tensors: list[Tensor | None] = [*a.pixel_values, a.weight, a.bias, a.norm_weight, a.norm_bias,
+                                    a.prefix, *a.positions]  # fmt: skip
     return [
         t.new_empty(t.shape) if t is not None and needed and t.is_floating_point()
         else grad.new_empty(0)
@@ -620,10 +659,11 @@ def _vmapped(op: Any) -> Callable[..., tuple[Any, Any]]:
     return run
 
 
-def _on_triton(*args: Any) -> Tensor:
-    module = importlib.import_module("vlmops.ops.patch_embed_triton")
-    result: Tensor = module.forward(*args)
-    return result
+def _on_triton(name: str) -> Callable[..., Any]:
+    def run(*args: Any) -> Any:
+        return getattr(importlib.import_module("vlmops.ops.patch_embed_triton"), name)(*args)
+
+    return run
 
 
 def _ops_of(name: str) -> _Ops:
@@ -646,10 +686,10 @@ if _library.error is None:
     for _op in _COMPILED:
         _lib.define(str(_op._schema).replace("vlmops::patch_embed", "patch_embed_triton", 1))
     _TRITON = _ops_of("patch_embed_triton")
-    _lib.impl("patch_embed", panels.forward, "CPU")
     for _key in ("CPU", "CUDA"):
-        _lib.impl("patch_embed_triton", _on_triton, _key)
-        for _name in ("patch_embed_backward", "patch_embed_triton_backward"):
-            _lib.impl(_name, panels.backward, _key)
+        _lib.impl("patch_embed", panels.forward, _key)
+        _lib.impl("patch_embed_backward", panels.backward, _key)
+        _lib.impl("patch_embed_triton", _on_triton("forward"), _key)
+        _lib.impl("patch_embed_triton_backward", _on_triton("backward"), _key)
     for _ops in (_COMPILED, _TRITON):
         _register(_ops)

@@ -18,7 +18,10 @@ from vlmops.ops.linear import alternative, has_alternative
 from vlmops.ops.patch_embed import Position, arguments, patch_embed, reference
 from vlmops.ops.spec import Arguments, BadCall, BenchCase, Case, Spec
 
-_POSITIONS = (("table", "index", "table_weight", False), ("tile", "tile_index", "tile_weight", True))
+_POSITIONS = (
+    ("table", "index", "table_weight", False),
+    ("tile", "tile_index", "tile_weight", True),
+)
 
 
 def _split(args: Arguments) -> Arguments:
@@ -119,7 +122,7 @@ def _inputs(
     return make
 
 
-_RAW = {
+_RAW: dict[str, Any] = {
     "image_mean": [0.48, 0.46, 0.41], "image_std": [0.27, 0.26, 0.28], "rescale_factor": 1 / 255,
 }  # fmt: skip
 
@@ -132,7 +135,7 @@ _ROWS = {
     "pixtral_sizes": _inputs((3, 3, 32, 40), (24, 3, 8, 8), bias=False,
                              image_sizes=[(16, 40), (32, 8), (31, 25)]),
     "pixtral_list": _inputs(((3, 16, 40), (3, 33, 8)), (24, 3, 8, 8), prefix=2, rows=18),
-    "mllama_tiles": _inputs((4, 3, 16, 16), (24, 3, 4, 4), bias=False, prefix=1, rows=17,
+    "mllama_tiles": _inputs((4, 3, 16, 16), (96, 3, 4, 4), bias=False, prefix=1, rows=17,
                             weighted=(1,), tile=(4, 1, 1)),
     "llama4_last": _inputs((2, 3, 16, 16), (24, 3, 4, 4), prefix=1, prefix_last=True, rows=17),
     "idefics2_bucket": _inputs((2, 3, 8, 12), (24, 3, 4, 4), rows=16, index=(2, 6, 1)),
@@ -163,7 +166,7 @@ _ROWS = {
     "wide_p16": _inputs((1, 3, 160, 208), (136, 3, 16, 16), rows=130),
     "flat_wide": _inputs((131, 1176), (136, 3, 2, 14, 14), bias=False),
     "one": _inputs((1, 1, 3, 3), (1, 1, 3, 3)),
-    "patch_1x1": _inputs((2, 5, 3, 4), (7, 5, 1, 1), rows=12),
+    "patch_1x1": _inputs((2, 20, 3, 4), (37, 20, 1, 1), rows=12),
     "rectangle": _inputs((2, 3, 12, 20), (24, 3, 4, 5), rows=12),
     "no_images": _inputs((0, 3, 14, 14), (24, 3, 7, 7), prefix=1, rows=5),
     "no_patches": _inputs((0, 48), (24, 48), prefix=1, rows=3),
@@ -177,6 +180,10 @@ def eager_for(args: Arguments) -> Callable[..., tuple[Tensor]]:
     """Hugging Face's embeddings in their dtypes: normalise, cast, convolve, flatten, cat, add."""
 
     def eager(**args: Any) -> tuple[Tensor]:
+        values = args["pixel_values"]
+        if isinstance(values, Tensor) and values.dim() > 2 and len(values) == 0:
+            one = values.new_zeros(1, *values.shape[1:])
+            return (eager(**{**args, "pixel_values": torch.cat((values, one))})[0][:0],)
         call = _split(args)
         weight, bias, norm = call["weight"], call["bias"], call["norm"]
         values = call["pixel_values"]
@@ -205,9 +212,9 @@ def eager_for(args: Arguments) -> Callable[..., tuple[Tensor]]:
                 convolved(x[None, :, :h, :w])[0] for x, (h, w) in zip(values, sizes, strict=True)
             ]
         elif values.dim() == 2:
-            parts = [convolved(values).reshape(len(values), -1)]
+            parts = [convolved(values).reshape(len(values), weight.shape[0])]
         elif values.dim() == 3 and weight.dim() > 2:
-            parts = [convolved(x).reshape(len(x), -1) for x in values]
+            parts = [convolved(x).reshape(len(x), weight.shape[0]) for x in values]
         else:
             parts = list(convolved(values))
         if norm is not None:
@@ -223,11 +230,20 @@ def eager_for(args: Arguments) -> Callable[..., tuple[Tensor]]:
                 last = call["prefix_last"]
                 y = torch.cat([t for x, p in pairs for t in ((x, p) if last else (p, x))])
             sequences.append(_added(call, y, number, False))
-        if packed or sequences:
-            y = sequences[0] if packed else torch.stack(sequences)
-        else:
-            y = weight.new_zeros(reference_shape(args)) + 0 * weight.sum()
+        y = sequences[0] if packed else torch.stack(sequences)
         return (y.to(call["dtype"] or weight.dtype),)
+
+    return eager
+
+
+def yardstick_for(args: Arguments) -> Callable[..., tuple[Tensor]]:
+    """Flattened patches by F.linear, as transformers' fusion has them: a plain product's errors."""
+    values = args["pixel_values"]
+    if isinstance(values, tuple) or values.dim() > 3 or args["weight"].dim() == 2:
+        return eager_for(args)
+
+    def eager(**args: Any) -> tuple[Tensor]:
+        return eager_for(args)(**{**args, "weight": args["weight"].flatten(1)})
 
     return eager
 
@@ -327,7 +343,8 @@ ERRORS = [
     BadCall("index_rank", _gathered(torch.zeros(1, 2, 17, 1, dtype=torch.int64)),
             r"positions.index: expected shape \[t\], \[N, t\] or \[B, N, t\]"),
     BadCall("index_beyond", _gathered(torch.full((17, 2), 17)),
-            r"positions.index: expected rows of the table in \[0, 17\), got 17 at", reads_values=True),
+            r"positions.index: expected rows of the table in \[0, 17\), got 17 at",
+            reads_values=True),
     BadCall("index_negative", _gathered(torch.full((17, 2), -1)),
             r"positions.index: .*got -1 at", reads_values=True),
     BadCall("weight_of_rows", _gathered(torch.zeros(17, 2, dtype=torch.int64), torch.zeros(17, 3)),
@@ -357,9 +374,12 @@ ERRORS = [
 
 
 def _moved(args: Arguments) -> list[Tensor]:
-    """Pixels and tokens: what even a product that costs nothing reads and writes."""
-    tokens = args["weight"].new_empty(reference_shape(args))
-    return [args["pixel_values"], tokens]
+    """As many bytes as pixels, weight and tokens have: a copy reads half of them, writes half."""
+    tokens = math.prod(reference_shape(args)) * args["weight"].element_size()
+    values = args["pixel_values"]
+    read = [args["weight"], *(values if isinstance(values, tuple) else (values,))]
+    moved = tokens + sum(t.numel() * t.element_size() for t in read)
+    return [torch.zeros(moved // 2, dtype=torch.uint8, device=args["weight"].device)]
 
 
 def reference_shape(args: Arguments) -> tuple[int, ...]:
@@ -371,22 +391,30 @@ def reference_shape(args: Arguments) -> tuple[int, ...]:
 
 def _flops(args: Arguments) -> float:
     tokens = math.prod(reference_shape(args)[:-1])
-    return 2.0 * tokens * args["weight"].numel()
+    return float(2 * tokens * args["weight"].numel())
 
 
-def _floors(args: Arguments) -> Mapping[str, Callable[[], Any]]:
-    """The product alone, on patches that lie ready, by whoever is the fastest."""
+def _products(args: Arguments) -> Mapping[tuple[str, str], Callable[[], Any]]:
+    """Forward, and the gradients of weight and, unless they are raw, of pixels."""
     weight = args["weight"].flatten(1)
     tokens = math.prod(reference_shape(args)[:-1])
     patches = torch.randn(tokens, weight.shape[1]).to(weight)
-    out = weight.new_empty(tokens, len(weight))
-    floors: dict[str, Callable[[], Any]] = {
-        "torch.mm": lambda: torch.mm(patches, weight.t(), out=out),
-        "F.linear": lambda: functional.linear(patches, weight),
+    grad, out = torch.randn(tokens, len(weight)).to(weight), weight.new_empty(tokens, len(weight))
+    values = args["pixel_values"]
+
+    def backward() -> None:
+        torch.mm(grad.t(), patches)
+        if isinstance(values, Tensor) and values.is_floating_point():
+            torch.mm(grad, weight)
+
+    found: dict[tuple[str, str], Callable[[], Any]] = {
+        ("forward", "torch.mm"): lambda: torch.mm(patches, weight.t(), out=out),
+        ("forward", "F.linear"): lambda: functional.linear(patches, weight),
+        ("backward", "torch.mm"): backward,
     }
     if weight.is_cpu and has_alternative(weight.dtype):
-        floors["oneDNN"] = lambda: alternative(patches, weight)
-    return floors
+        found["forward", "oneDNN"] = lambda: alternative(patches, weight)
+    return found
 
 
 def _bench(name: str, **inputs: Any) -> BenchCase:
@@ -413,6 +441,10 @@ SPEC = Spec(
     in_place=None,
     reference=_reference,
     eager_for=eager_for,
+    yardstick_for=yardstick_for,
+    alike=("siglip", "norm_plain", "sliced", "transposed", "unaligned", "wide_p14", "wide_p16",
+           "flat_wide", "one", "patch_1x1", "rectangle", "pixels_fp32", "uint8_rescaled",
+           "uint8_channels_last", "raw_floats"),
     differentiable=("pixel_values", "weight", "bias", "norm_weight", "norm_bias", "prefix", "table",
                     "table_weight", "tile", "tile_weight"),
     written=(),
@@ -421,5 +453,5 @@ SPEC = Spec(
     bench={case.name: case for case in _BENCH},
     errors=ERRORS,
     schema_arguments=_schema_arguments,
-    floors=_floors,
+    products=_products,
 )  # fmt: skip

@@ -66,22 +66,28 @@ class Spec:
     differentiable: Sequence[str]
     """Arguments that get gradients; optional ones may be None."""
     written: Sequence[str]
-    """Arguments that in_place writes over, one for each output, whose strides outputs have; of an op
-    that has none outputs are contiguous."""
+    """Arguments that in_place writes over, one for each output, whose strides outputs have.
+
+    Without an in_place: none, and outputs are contiguous."""
     cases: Sequence[Case]
     bench: Mapping[str, BenchCase]
     errors: Sequence[BadCall]
     few: Sequence[Case] = ()
     """Tiny cases that stand for all, for backends that are interpreted (0.01 s a program)."""
+    alike: Sequence[str] = ()
+    """Cases that differ from others in sizes and strides alone: opcheck, slow, leaves them out."""
     model_cases: Callable[[Model, Sequence[int], Sequence[int]], Iterable[BenchCase]] | None = None
     """What the op meets in a model, for numbers of tokens of text and of patches."""
     peers: Callable[[Arguments], Mapping[str, Callable[..., Any]]] | None = None
     """Other libraries that are installed and can do a call, by name; see `measure.admitted`."""
 
+    yardstick_for: Callable[[Arguments], Callable[..., Any]] | None = None
+    """What errors are judged by, where what is timed adds up in an order of its own."""
     schema_arguments: Callable[[Arguments], tuple[Any, ...]] | None = None
     """Those of ``torch.ops.vlmops.<op>``, where they are not the arguments by name."""
-    floors: Callable[[Arguments], Mapping[str, Callable[[], Any]]] | None = None
-    """What no implementation can beat beside a copy of `BenchCase.moved`: bare products, by name."""
+    products: Callable[[Arguments], Mapping[tuple[str, str], Callable[[], Any]]] | None = None
+    """What an op that is mostly matrix products cannot beat: those alone, on operands that lie
+    ready, by direction (forward, backward) and by who computes them."""
 
     def differentiable_in(self, args: Arguments) -> list[str]:
         """The arguments of a call that get gradients."""

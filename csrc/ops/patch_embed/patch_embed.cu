@@ -196,26 +196,38 @@ int run_product(const Params& p, const Plan& plan, void* stream) {
   return 0;
 }
 
-int run_norm(const Params& p, const Plan& plan, void* stream) {
-  const int64_t rows = p.images * p.patches();
-  if (p.norm == Norm::kNone || rows == 0) return 0;
-  const auto blocks = static_cast<unsigned>(divide_up(rows, kRowThreads / kWarpSize));
-  return launch(patch_embed_norm_kernel, dim3(blocks), dim3(kRowThreads), 0, stream, p, plan);
+// Rows of a product, or of the output where there is none, into tokens.
+int run_finish(const Params& p, const Plan& plan, int64_t begin, int64_t end, const Rows& product,
+               void* stream) {
+  const bool prefix = begin == 0 && product.data != nullptr;
+  const int64_t warps = end - begin + (prefix ? p.images * p.prefix_tokens : 0);
+  if (warps == 0) return 0;
+  const auto blocks = static_cast<unsigned>(divide_up(warps, kRowThreads / kWarpSize));
+  return launch(patch_embed_finish_kernel, dim3(blocks), dim3(kRowThreads), 0, stream, p, plan,
+                begin, end, product);
+}
+
+template <class Word>
+int copy_as(const Params& p, int64_t begin, int64_t end, void* panel, int64_t pitch, void* stream) {
+  const dim3 grid(static_cast<unsigned>(divide_up(end - begin, kPackRows)));
+  return launch(patch_embed_copy_kernel<Word>, grid, dim3(kRowThreads), 0, stream, p, begin, end,
+                static_cast<Word*>(panel), pitch);
 }
 
 template <class T>
-int pack_as(const Params& p, int64_t begin, int64_t end, void* panel, DType dtype, void* stream) {
+int pack_as(const Params& p, int64_t begin, int64_t end, void* panel, int64_t pitch, DType dtype,
+            void* stream) {
   const dim3 grid(static_cast<unsigned>(divide_up(end - begin, kPackRows)));
   switch (dtype) {
     case DType::kFloat32:
       return launch(patch_embed_pack_kernel<T, float>, grid, dim3(kRowThreads), 0, stream, p, begin,
-                    end, static_cast<float*>(panel));
+                    end, static_cast<float*>(panel), pitch);
     case DType::kBFloat16:
       return launch(patch_embed_pack_kernel<T, bfloat16>, grid, dim3(kRowThreads), 0, stream, p,
-                    begin, end, static_cast<bfloat16*>(panel));
+                    begin, end, static_cast<bfloat16*>(panel), pitch);
     case DType::kFloat16:
       return launch(patch_embed_pack_kernel<T, float16>, grid, dim3(kRowThreads), 0, stream, p,
-                    begin, end, static_cast<float16*>(panel));
+                    begin, end, static_cast<float16*>(panel), pitch);
   }
   return 0;
 }
@@ -226,20 +238,34 @@ int run_cuda(const Params& p, void* stream) {
   if (p.images * p.tokens() * p.channels == 0) return 0;
   const Plan plan = plan_of(p);
   const int status = run_product(p, plan, stream);
-  return status != 0 ? status : run_norm(p, plan, stream);
+  if (status != 0 || p.norm == Norm::kNone) return status;
+  return run_finish(p, plan, 0, p.images * p.patches(), Rows{}, stream);
 }
 
-int pack_cuda(const Params& p, int64_t begin, int64_t end, void* panel, DType dtype, void* stream) {
-  if (begin >= end || p.depth == 0) return 0;
+int pack_cuda(const Params& p, int64_t begin, int64_t end, void* panel, int64_t pitch, DType dtype,
+              void* stream) {
+  if (begin >= end || pitch == 0) return 0;
+  const int unit = dtype == p.dtype ? pixel_unit(p) : 0;
+  if (unit != 0 && aligned(panel, unit) && pitch * size_of(dtype) % unit == 0) {
+    if (unit == 16) return copy_as<uint4>(p, begin, end, panel, pitch, stream);
+    if (unit == 8) return copy_as<uint2>(p, begin, end, panel, pitch, stream);
+    return copy_as<uint32_t>(p, begin, end, panel, pitch, stream);
+  }
   switch (p.dtype) {
     case DType::kFloat32:
-      return pack_as<float>(p, begin, end, panel, dtype, stream);
+      return pack_as<float>(p, begin, end, panel, pitch, dtype, stream);
     case DType::kBFloat16:
-      return pack_as<bfloat16>(p, begin, end, panel, dtype, stream);
+      return pack_as<bfloat16>(p, begin, end, panel, pitch, dtype, stream);
     case DType::kFloat16:
-      return pack_as<float16>(p, begin, end, panel, dtype, stream);
+      return pack_as<float16>(p, begin, end, panel, pitch, dtype, stream);
   }
   return 0;
+}
+
+int finish_cuda(const Params& p, int64_t begin, int64_t end, const void* product, DType dtype,
+                void* stream) {
+  if (p.images * p.tokens() * p.channels == 0) return 0;
+  return run_finish(p, plan_of(p), begin, end, {product, dtype, wide(p, product, dtype)}, stream);
 }
 
 }  // namespace vlmops::patch_embed

@@ -877,79 +877,135 @@ __device__ __forceinline__ float warp_sum(float x) {
   return x;
 }
 
-// Tokens of patches in place: norm, then positions. A warp to a token; what it reads again comes
-// out of L1.
-__global__ void __launch_bounds__(kRowThreads)
-    patch_embed_norm_kernel(const VLMOPS_GRID_CONSTANT Params p,
-                            const VLMOPS_GRID_CONSTANT Plan plan) {
-  const int64_t row =
-      static_cast<int64_t>(blockIdx.x) * (kRowThreads / kWarpSize) + threadIdx.x / kWarpSize;
-  if (row >= p.images * p.patches()) return;
-  const Place at = place_of(p, row);
-  const int64_t start = at.out;
-  const auto for_spans = [&](const auto& f) {
+// Rows of a product, or the output itself.
+struct Rows {
+  const void* data;
+  DType dtype;
+  bool wide;
+};
+
+__device__ __forceinline__ void moments(const Params& p, const Rows& rows, int64_t start,
+                                        float& mean, float& scale) {
+  const auto sum = [&](bool squared) {
+    float total = 0.0f;
     for (int64_t c = threadIdx.x % kWarpSize * kChannels; c < p.channels;
          c += kWarpSize * kChannels) {
       const Span span(p, c);
-      f(span, load_channels(p.out, p.out_dtype, start + c, span.count, plan.wide_out));
+      const Channels x = load_channels(rows.data, rows.dtype, start + c, span.count, rows.wide);
+#pragma unroll
+      for (int e = 0; e < kChannels; ++e) {
+        const float off = e < span.count ? x.v[e] - mean : 0.0f;
+        total += squared ? off * off : off;
+      }
     }
+    return warp_sum(total) / static_cast<float>(p.channels);
   };
-  const float channels = static_cast<float>(p.channels);
-  float mean = 0.0f, square = 0.0f;
-  if (p.norm == Norm::kLayer) {
-    for_spans([&](const Span&, const Channels& x) {
-#pragma unroll
-      for (int e = 0; e < kChannels; ++e) mean += x.v[e];
-    });
-    mean = warp_sum(mean) / channels;
-  }
-  for_spans([&](const Span& span, const Channels& x) {
-#pragma unroll
-    for (int e = 0; e < kChannels; ++e) {
-      const float off = e < span.count ? x.v[e] - mean : 0.0f;
-      square += off * off;
-    }
-  });
-  const float scale = 1.0f / sqrtf(warp_sum(square) / channels + p.norm_eps);
-  for_spans([&](const Span& span, Channels y) {
-    Channels weight, bias = {};
-    for (float& w : weight.v) w = 1.0f;
-    if (p.norm_weight.data != nullptr)
-      weight = load_channels(p.norm_weight.data, p.norm_weight.dtype, span.first, span.count,
-                             plan.wide_norm_weight);
-    if (p.norm_bias.data != nullptr)
-      bias = load_channels(p.norm_bias.data, p.norm_bias.dtype, span.first, span.count,
-                           plan.wide_norm_bias);
-#pragma unroll
-    for (int e = 0; e < kChannels; ++e) y.v[e] = (y.v[e] - mean) * scale * weight.v[e] + bias.v[e];
-    Channels tokens[1] = {y};
-    add_positions(tokens, p, plan, {at}, span);
-    store_channels(p.out, p.out_dtype, start + span.first, tokens[0], span.count, plan.wide_out);
-  });
+  mean = 0.0f;
+  if (p.norm == Norm::kLayer) mean = sum(false);
+  scale = 1.0f / sqrtf(sum(true) + p.norm_eps);
 }
 
-// Rows [begin, end) of the patch matrix. A block has kPackRows of them, a thread column after
-// column. T is what pixels are rounded to, Panel what the panel holds.
+__device__ __forceinline__ void normalise(Channels& y, const Params& p, const Plan& plan,
+                                          const Span& span, float mean, float scale) {
+  Channels weight, bias = {};
+  for (float& w : weight.v) w = 1.0f;
+  if (p.norm_weight.data != nullptr)
+    weight = load_channels(p.norm_weight.data, p.norm_weight.dtype, span.first, span.count,
+                           plan.wide_norm_weight);
+  if (p.norm_bias.data != nullptr)
+    bias = load_channels(p.norm_bias.data, p.norm_bias.dtype, span.first, span.count,
+                         plan.wide_norm_bias);
+#pragma unroll
+  for (int e = 0; e < kChannels; ++e) y.v[e] = (y.v[e] - mean) * scale * weight.v[e] + bias.v[e];
+}
+
+// Patches [begin, end) from rows of a product [end - begin, D], or, where it is null, from their
+// own tokens: norm, positions, rounding. A warp to a token; what a norm reads again comes out of
+// L1. Warps beyond them write the prefix.
+__global__ void __launch_bounds__(kRowThreads)
+    patch_embed_finish_kernel(const VLMOPS_GRID_CONSTANT Params p,
+                              const VLMOPS_GRID_CONSTANT Plan plan, int64_t begin, int64_t end,
+                              const VLMOPS_GRID_CONSTANT Rows product) {
+  const int64_t row = begin + static_cast<int64_t>(blockIdx.x) * (kRowThreads / kWarpSize) +
+                      threadIdx.x / kWarpSize;
+  if (row >= end) {
+    const int64_t prefix = row - end;
+    if (begin == 0 && product.data != nullptr && prefix < p.images * p.prefix_tokens)
+      write_prefix(p, plan, prefix);
+    return;
+  }
+  const Place at = place_of(p, row);
+  const bool own = product.data == nullptr;
+  const Rows rows = own ? Rows{p.out, p.out_dtype, plan.wide_out} : product;
+  const int64_t start = own ? at.out : (row - begin) * p.channels;
+  float mean = 0.0f, scale = 1.0f;
+  if (p.norm != Norm::kNone) moments(p, rows, start, mean, scale);
+  for (int64_t c = threadIdx.x % kWarpSize * kChannels; c < p.channels;
+       c += kWarpSize * kChannels) {
+    const Span span(p, c);
+    Channels y[1] = {load_channels(rows.data, rows.dtype, start + c, span.count, rows.wide)};
+    if (p.norm != Norm::kNone) normalise(y[0], p, plan, span, mean, scale);
+    add_positions(y, p, plan, {at}, span);
+    store_channels(p.out, p.out_dtype, at.out + c, y[0], span.count, plan.wide_out);
+  }
+}
+
+// Rows [begin, end) of the patch matrix, `pitch` elements each, zeros behind K. A block has
+// kPackRows of them, a thread column after column. T is what pixels are rounded to, Panel what the
+// panel holds.
 template <class T, class Panel>
 __global__ void __launch_bounds__(kRowThreads)
     patch_embed_pack_kernel(const VLMOPS_GRID_CONSTANT Params p, int64_t begin, int64_t end,
-                            Panel* panel) {
+                            Panel* panel, int64_t pitch) {
   VLMOPS_SHARED(const char*, row, kPackRows);
   const int64_t first = static_cast<int64_t>(blockIdx.x) * kPackRows, left = end - begin - first;
   const int rows = left < kPackRows ? static_cast<int>(left) : kPackRows;
   if (threadIdx.x < rows)
     row[threadIdx.x] = patch_pixels(p, place_of(p, begin + first + threadIdx.x));
   __syncthreads();
-  for (int64_t k = threadIdx.x; k < p.depth; k += kRowThreads) {
+  for (int64_t k = threadIdx.x; k < pitch; k += kRowThreads) {
     const Column column = column_of(p, k);
+    Panel* const to = panel + first * pitch + k;
     for (int r = 0; r < rows; ++r) {
-      const char* at = row[r] + column.offset;
-      const uint32_t raw = p.pixel == Pixel::kUInt8     ? raw_pixel<uint8_t>(at)
-                           : p.pixel == Pixel::kFloat32 ? raw_pixel<uint32_t>(at)
-                                                        : raw_pixel<uint16_t>(at);
-      const T rounded = from_float<T>(mapped(p, raw, column.channel));
-      panel[(first + r) * p.depth + k] = from_float<Panel>(to_float(rounded));
+      T rounded = from_float<T>(0.0f);
+      if (k < p.depth) {
+        const char* at = row[r] + column.offset;
+        const uint32_t raw = p.pixel == Pixel::kUInt8     ? raw_pixel<uint8_t>(at)
+                             : p.pixel == Pixel::kFloat32 ? raw_pixel<uint32_t>(at)
+                                                          : raw_pixel<uint16_t>(at);
+        rounded = from_float<T>(mapped(p, raw, column.channel));
+      }
+      to[r * pitch] = from_float<Panel>(to_float(rounded));
     }
+  }
+}
+
+// The same where pixels are moved as they are, a Word of 4, 8 or 16 bytes at a time.
+template <class Word>
+__global__ void __launch_bounds__(kRowThreads)
+    patch_embed_copy_kernel(const VLMOPS_GRID_CONSTANT Params p, int64_t begin, int64_t end,
+                            Word* panel, int64_t pitch) {
+  VLMOPS_SHARED(const char*, row, kPackRows);
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * kPackRows, left = end - begin - first;
+  const int rows = left < kPackRows ? static_cast<int>(left) : kPackRows;
+  if (threadIdx.x < rows)
+    row[threadIdx.x] = patch_pixels(p, place_of(p, begin + first + threadIdx.x));
+  __syncthreads();
+  const int elements = static_cast<int>(sizeof(Word)) / pixel_bytes(p.pixel);
+  const int64_t words = pitch / elements;  // of a row
+  for (int64_t w = threadIdx.x; w < words; w += kRowThreads) {
+    const int64_t offset = column_of(p, w * elements).offset;  // kOutside behind K
+    Word* const to = panel + first * words + w;
+    if (rows == kPackRows && offset >= 0) {
+      Word read[kPackRows];
+#pragma unroll
+      for (int r = 0; r < kPackRows; ++r) read[r] = *reinterpret_cast<const Word*>(row[r] + offset);
+#pragma unroll
+      for (int r = 0; r < kPackRows; ++r) to[r * words] = read[r];
+      continue;
+    }
+    for (int r = 0; r < rows; ++r)
+      to[r * words] = offset >= 0 ? *reinterpret_cast<const Word*>(row[r] + offset) : Word{};
   }
 }
 

@@ -59,6 +59,7 @@ class Site:
 
 def all_sites() -> dict[str, Site]:
     """Op -> site."""
-    from vlmops.hf.sites import linear, mrope
+    from vlmops.hf.sites import linear, mrope, patch_embed
 
-    return {site.op: site for site in (mrope.SITE, linear.SITE)}
+    # Linear layers last: those that another op has absorbed are not theirs.
+    return {site.op: site for site in (mrope.SITE, patch_embed.SITE, linear.SITE)}

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlmops.hf.rebind import original_class, subclass
+from vlmops.hf import plain
+from vlmops.hf.rebind import absorbed, original_class, subclass
 from vlmops.hf.sites import AlreadyPatched, LeftAlone, Place, Refused, Site
 from vlmops.ops.linear import (
     alternative,
@@ -27,12 +28,14 @@ from vlmops.ops.linear import (
 from vlmops.ops.linear_tuning import gains, tune
 
 _TOLERANCE = 1e-4  # beyond rounding the result: float32 sums are off by 1e-6 to 6e-6
-_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
 def find(model: nn.Module) -> Iterator[Place | Refused | AlreadyPatched]:
     """All linear layers together, and one refusal for each reason."""
-    linears: list[Any] = [m for m in model.modules() if isinstance(m, nn.Linear)]
+    elsewhere = absorbed(model)  # another op multiplies by their weights
+    linears: list[Any] = [
+        m for m in model.modules() if isinstance(m, nn.Linear) and m not in elsewhere
+    ]
     patched = [m for m in linears if original_class(m) is nn.Linear]
     refusals = {m: _refusal(m) for m in linears if m not in set(patched)}
     served: list[Any] = [m for m, reason in refusals.items() if reason is None]
@@ -74,25 +77,14 @@ def _backend(modules: list[Any]) -> str:
 
 def _refusal(module: Any) -> str | None:
     """Why a linear layer is none that can be served."""
-    if type(module) is not nn.Linear:
-        return f"{type(module).__name__} is a subclass with a forward of its own"
-    if any(getattr(module, name) for name in _HOOKS):
-        return "hooks are registered on it; remove them, then patch"
-    tensors = [module.weight] if module.bias is None else [module.weight, module.bias]
-    for tensor in tensors:
-        if type(tensor) is not nn.Parameter or type(tensor.data) is not Tensor:
-            kind = type(tensor.data if type(tensor) is nn.Parameter else tensor).__name__
-            return f"its weights are of type {kind}, not plain parameters"
+    reason = plain.refusal(module, nn.Linear)
+    if reason is not None:
+        return reason
+    for tensor in plain.tensors(module):
         if tensor.device.type not in ("cpu", "meta"):
             return f"no kernel for {tensor.device.type}: this is for the CPU"
         if tensor.layout is not torch.strided or not has_alternative(tensor.dtype):
             return f"no faster way is known for weights of {tensor.dtype}, {tensor.layout}"
-    if "forward" in vars(module):
-        return "its forward was replaced on the instance, as offloading does; undo that, then patch"
-    forward: Any = nn.Linear.forward
-    owner = forward.__globals__["__name__"]
-    if owner != nn.Linear.__module__:
-        return f"torch.nn.Linear.forward was replaced by {owner}; undo that, then patch"
     return None
 
 

@@ -31,6 +31,11 @@ def tower(path: str, layers: str = "num_hidden_layers") -> Expected:
     return Expected("mrope", path, lambda config: int(getattr(config.vision_config, layers)))
 
 
+def patches(path: str, sites: Callable[[Any], int] = lambda _: 1) -> Expected:
+    """What makes tokens of pixels, once a forward; sites: 0 for configs that have it elsewhere."""
+    return Expected("patch_embed", path, sites)
+
+
 def expected_places(model_type: str) -> tuple[Expected, ...]:
     """What is expected in a model of this ``config.model_type``; empty for unknown families."""
     return next((family[model_type] for family in families() if model_type in family), ())
@@ -38,7 +43,19 @@ def expected_places(model_type: str) -> tuple[Expected, ...]:
 
 def families() -> tuple[Mapping[str, tuple[Expected, ...]], ...]:
     """What is expected, by model type, of each family."""
-    from vlmops.hf.targets import cohere, gemma, glm, idefics, llama, llava, paddle, phi, qwen
+    from vlmops.hf.targets import (
+        blip,
+        cohere,
+        gemma,
+        glm,
+        idefics,
+        llama,
+        llava,
+        ovis,
+        paddle,
+        phi,
+        qwen,
+    )
 
-    groups = (cohere, gemma, glm, idefics, llama, llava, paddle, phi, qwen)
+    groups = (blip, cohere, gemma, glm, idefics, llama, llava, ovis, paddle, phi, qwen)
     return tuple(group.EXPECTED for group in groups)

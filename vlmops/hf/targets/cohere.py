@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from vlmops.hf.targets import Expected
+from vlmops.hf.targets import Expected, patches
 
 
 def _rotating(config: Any) -> int:
@@ -11,5 +11,9 @@ def _rotating(config: Any) -> int:
 
 
 EXPECTED = dict.fromkeys(
-    ("aya_vision", "cohere2_vision"), (Expected("mrope", "model.language_model", _rotating),)
+    ("aya_vision", "cohere2_vision"),
+    (
+        patches("model.vision_tower.embeddings.patch_embedding"),
+        Expected("mrope", "model.language_model", _rotating),
+    ),
 )

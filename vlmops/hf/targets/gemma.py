@@ -1,5 +1,7 @@
 """Gemma 3 and PaliGemma: a SigLIP tower, which has no rotary embedding."""
 
-from vlmops.hf.targets import text
+from vlmops.hf.targets import patches, text
 
-EXPECTED = dict.fromkeys(("gemma3", "paligemma"), (text(),))
+EXPECTED = dict.fromkeys(
+    ("gemma3", "paligemma"), (patches("model.vision_tower.embeddings.patch_embedding"), text())
+)

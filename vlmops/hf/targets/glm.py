@@ -1,5 +1,13 @@
 """GLM-4V and GLM-OCR, built like Qwen2-VL."""
 
-from vlmops.hf.targets import text, tower
+from vlmops.hf.targets import patches, text, tower
 
-EXPECTED = dict.fromkeys(("glm4v", "glm_ocr"), (tower("model.visual", "depth"), text()))
+EXPECTED = dict.fromkeys(
+    ("glm4v", "glm_ocr"),
+    (
+        patches("model.visual.patch_embed.proj"),
+        patches("model.visual.downsample"),
+        tower("model.visual", "depth"),
+        text(),
+    ),
+)

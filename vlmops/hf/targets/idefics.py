@@ -1,9 +1,12 @@
-"""Idefics 1 and 3, SmolVLM."""
+"""Idefics 1 to 3, SmolVLM."""
 
-from vlmops.hf.targets import text
+from vlmops.hf.targets import patches, text
+
+_TOWER = patches("model.vision_model.embeddings.patch_embedding")
 
 EXPECTED = {
-    "idefics": (text("model.*.*.*"),),  # a rotary module in each attention module
-    "idefics3": (text("model.text_model"),),
-    "smolvlm": (text("model.text_model"),),
+    "idefics": (_TOWER, text("model.*.*.*")),  # a rotary module in each attention module
+    "idefics2": (_TOWER, text("model.text_model")),
+    "idefics3": (_TOWER, text("model.text_model")),
+    "smolvlm": (_TOWER, text("model.text_model")),
 }

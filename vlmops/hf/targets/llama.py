@@ -1,9 +1,10 @@
 """Llama-4 and Llama-3.2-Vision (Mllama)."""
 
-from vlmops.hf.targets import Expected, tower
+from vlmops.hf.targets import Expected, patches, tower
 
 EXPECTED = {
     "llama4": (
+        patches("vision_model.patch_embedding"),
         tower("vision_model"),
         # One stands for a layer with positions.
         Expected(
@@ -13,6 +14,7 @@ EXPECTED = {
         ),
     ),
     "mllama": (
+        patches("model.vision_model.patch_embedding"),
         Expected(
             "mrope",
             "model.language_model",

@@ -1,6 +1,6 @@
 """LLaVA and what is built like it: any tower, a projector, any language model."""
 
-from vlmops.hf.targets import Expected, text, tower
+from vlmops.hf.targets import Expected, patches, text, tower
 
 _PIXTRAL = Expected(
     "mrope",
@@ -12,11 +12,38 @@ _PIXTRAL = Expected(
     ),
 )
 
+
+def _with(path: str, *model_types: str) -> Expected:
+    """Patches of a tower of one of these types."""
+    return patches(path, lambda config: int(config.vision_config.model_type in model_types))
+
+
+_TOWERS = (
+    _with(
+        "model.vision_tower.embeddings.patch_embedding", "clip_vision_model", "siglip_vision_model"
+    ),
+    _with("model.vision_tower.patch_conv", "pixtral"),
+)
+
 EXPECTED = {
-    "internvl": (text(),),
-    "llava": (_PIXTRAL, text()),
-    "llava_next": (text(),),
-    "llava_onevision": (text(),),
-    "mistral3": (_PIXTRAL, text()),
-    "video_llama_3": (tower("model.vision_model"), text()),
+    "internvl": (
+        _with("model.vision_tower.embeddings.patch_embeddings.projection", "internvl_vision"),
+        text(),
+    ),
+    "llava": (*_TOWERS, _PIXTRAL, text()),
+    "llava_next": (*_TOWERS, text()),
+    "llava_next_video": (*_TOWERS, text()),
+    "llava_onevision": (*_TOWERS, text()),
+    "mistral3": (*_TOWERS, _PIXTRAL, text()),
+    "video_llama_3": (
+        patches("model.vision_model.embeddings.patch_embedding"),
+        tower("model.vision_model"),
+        text(),
+    ),
+    "video_llava": (
+        _with("model.image_tower.embeddings.patch_embedding", "clip_vision_model"),
+        _with("model.video_tower.embeddings.patch_embedding", "clip_vision_model"),
+        text(),
+    ),
+    "vipllava": (*_TOWERS, text()),
 }

@@ -1,8 +1,12 @@
 """ERNIE-4.5-VL and PaddleOCR-VL."""
 
-from vlmops.hf.targets import text, tower
+from vlmops.hf.targets import patches, text, tower
 
 EXPECTED = {
     "ernie4_5_vl_moe": (tower("model.vision_tower", "depth"), text()),
-    "paddleocr_vl": (tower("model.visual.vision_model.encoder"), text()),
+    "paddleocr_vl": (
+        patches("model.visual.vision_model.embeddings.patch_embedding"),
+        tower("model.visual.vision_model.encoder"),
+        text(),
+    ),
 }

@@ -1,0 +1,60 @@
+"""Layers of torch's own: which of them compute what torch wrote, and nothing besides."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from vlmops.hf.rebind import original_class
+
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+
+
+def watched(module: nn.Module) -> bool:
+    """Whether hooks are registered on a module."""
+    return any(getattr(module, name) for name in _HOOKS)
+
+
+def refusal(module: Any, kind: Any) -> str | None:
+    """Why the forward of a layer may not be replaced by one that computes what ``kind`` does.
+
+    Args:
+        module: An instance of ``kind`` or of a subclass.
+        kind: ``nn.Linear``, ``nn.Conv2d``, ...
+    """
+    if type(module) is not kind:
+        return f"{type(module).__name__} is a subclass with a forward of its own"
+    if watched(module):
+        return "hooks are registered on it; remove them, then patch"
+    for tensor in tensors(module):
+        if type(tensor) is not nn.Parameter or type(tensor.data) is not Tensor:
+            name = type(tensor.data if type(tensor) is nn.Parameter else tensor).__name__
+            return f"its weights are of type {name}, not plain parameters"
+    if "forward" in vars(module):
+        return "its forward was replaced on the instance, as offloading does; undo that, then patch"
+    owner = kind.forward.__globals__["__name__"]
+    if owner != kind.__module__:
+        return f"torch.nn.{kind.__name__}.forward was replaced by {owner}; undo that, then patch"
+    return None
+
+
+def tensors(module: Any) -> list[Any]:
+    """Weight and bias, as far as a layer has them."""
+    found = (getattr(module, name, None) for name in ("weight", "bias"))
+    return [tensor for tensor in found if tensor is not None]
+
+
+def bypassable(module: Any, *kinds: type[nn.Module]) -> bool:
+    """Whether others may do the work of a module without anybody noticing; asked in each call.
+
+    Args:
+        module: A child of a patched module, whatever became of it since.
+        kinds: The classes that it may have, or have had before it was patched.
+    """
+    return (
+        (type(module) in kinds or original_class(module) in kinds)
+        and not watched(module)
+        and "forward" not in module.__dict__
+        and all(type(tensor) in (nn.Parameter, Tensor) for tensor in tensors(module))
+    )

@@ -1,0 +1,289 @@
+"""`vlmops.patch_embed` for the patch embeddings of vision towers.
+
+A convolution whose stride is its kernel becomes one product per patch, whose result lies in memory
+as tokens do, ``[B, N, D]``, and is handed out as the view ``[B, D, h, w]`` that a convolution
+returns (for images in channels_last it has these very strides). So the ``.flatten(2).transpose(1,
+2)`` that follows in every tower copies nothing. A module of an `nn.Unfold` and an `nn.Linear` that
+together do the same (Llama-4) is served as a whole.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import inspect
+import math
+from collections.abc import Callable, Hashable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+from vlmops import dispatch
+from vlmops.hf import plain
+from vlmops.hf.rebind import changed, original_class, subclass
+from vlmops.hf.sites import AlreadyPatched, Place, Refused, Site
+from vlmops.ops.linear_tuning import tune
+from vlmops.ops.patch_embed import patch_embed
+from vlmops.ops.patch_embed_panels import computes_in
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_CONVOLUTIONS: tuple[Any, ...] = (nn.Conv2d, nn.Conv3d)
+_CHANNELS = 16  # of what the numeric check makes of patches
+_SECONDS = 0.5  # at most for timing products
+_TOLERANCE = 1e-4  # of a standard deviation, beyond rounding the result: sums are off by 1e-6
+
+
+@dataclasses.dataclass(frozen=True)
+class _Unfolding:
+    """A module that cuts patches with one child and multiplies them with the other."""
+
+    module: nn.Module
+    unfold: str
+    linear: str
+
+
+def find(model: nn.Module) -> Iterator[Place | Refused | AlreadyPatched]:
+    """Every convolution whose stride is its kernel, and every unfolding in front of a product."""
+    places = []
+    for path, module in model.named_modules():
+        details: Any = module if _is_patchify(module) else _unfolding(module)
+        if details is None:
+            continue
+        place = Place(path, type(module).__name__, 1, details)
+        if original_class(module):
+            yield AlreadyPatched(place)
+            continue
+        reason = _refusal(details)
+        if reason is not None:
+            yield Refused(place, reason)
+            continue
+        places.append(place)
+    tune(map(_measurable, (_layer(p.details).weight for p in places)), _SECONDS)
+    yield from places
+
+
+def _layer(details: Any) -> Any:
+    """What has the weights."""
+    if isinstance(details, _Unfolding):
+        return getattr(details.module, details.linear)
+    return details
+
+
+def _measurable(weight: Tensor) -> Tensor:
+    """The matrix that patches are multiplied with; empty where there are no numbers to time."""
+    if not weight.is_cpu:
+        return weight.new_empty(0, 0)
+    return weight.detach().flatten(1).to(computes_in(weight))
+
+
+def _is_patchify(module: Any) -> bool:
+    """Whether a module is a convolution that reads every pixel once, all channels together."""
+    return (
+        isinstance(module, _CONVOLUTIONS)
+        and module.stride == module.kernel_size
+        and math.prod(module.kernel_size) > 1
+        and (module.padding == "valid" or not any(module.padding))
+        and not any(side != 1 for side in module.dilation)
+        and module.groups == 1
+    )
+
+
+def _unfolding(module: nn.Module) -> _Unfolding | None:
+    """What a module of exactly an `nn.Unfold` and an `nn.Linear` is."""
+    children = dict(module.named_children())
+    unfolds = [name for name, m in children.items() if isinstance(m, nn.Unfold)]
+    linears = [name for name, m in children.items() if isinstance(m, nn.Linear)]
+    own = any(True for _ in module.parameters(recurse=False)) or any(module._buffers)
+    if own or len(children) != 2 or len(unfolds) != 1 or len(linears) != 1:
+        return None
+    unfold, linear = module.get_submodule(unfolds[0]), module.get_submodule(linears[0])
+    sides = {name: _pair(getattr(unfold, name)) for name in ("kernel_size", "stride", "padding")}
+    fits = (
+        sides["kernel_size"] == sides["stride"]
+        and sides["padding"] == (0, 0)
+        and _pair(unfold.dilation) == (1, 1)
+        and linear.in_features % math.prod(sides["kernel_size"]) == 0  # type: ignore[operator]
+    )
+    return _Unfolding(module, unfolds[0], linears[0]) if fits else None
+
+
+def _pair(side: Any) -> tuple[int, ...]:
+    return (side, side) if isinstance(side, int) else tuple(side)
+
+
+def _refusal(details: Any) -> str | None:
+    """Why what looks right is not replaced."""
+    layer = _layer(details)
+    if isinstance(details, _Unfolding):
+        reason = changed(details.module)
+        unfold = getattr(details.module, details.unfold)
+        if type(unfold) is not nn.Unfold or plain.watched(unfold):
+            reason = reason or "its Unfold is a subclass, or has hooks; remove them, then patch"
+        if original_class(layer) is not nn.Linear:
+            reason = reason or plain.refusal(layer, nn.Linear)
+    else:
+        reason = plain.refusal(layer, next(c for c in _CONVOLUTIONS if isinstance(layer, c)))
+    if reason is not None:
+        return reason
+    for tensor in plain.tensors(layer):
+        if tensor.dtype not in _DTYPES or tensor.layout is not torch.strided:
+            return f"no kernel for weights of {tensor.dtype}, {tensor.layout}"
+    return dispatch.refuses("patch_embed", layer.weight.device)
+
+
+def adapt(place: Place) -> dict[nn.Module, type[nn.Module]]:
+    """See `Site.adapt`."""
+    details = place.details
+    if isinstance(details, _Unfolding):
+        return {details.module: _unfolding_class(details)}
+    return {details: _convolution_class(type(details))}
+
+
+def _convolution_class(original: Any) -> type[nn.Module]:
+    def make_forward(_: str) -> Callable[..., Tensor]:
+        def forward(self: Any, input: Tensor) -> Tensor:
+            result: Tensor
+            tokens = _embedded(input, self.weight, self.bias)
+            if tokens is None:
+                result = original.forward(self, input)
+                return result
+            grid = [n // p for n, p in zip(input.shape[2:], self.weight.shape[2:], strict=True)]
+            result = tokens.transpose(1, 2).unflatten(2, grid)
+            return result
+
+        forward.__signature__ = inspect.signature(original.forward)  # type: ignore[attr-defined]
+        return forward
+
+    return subclass(original, "patch_embed", make_forward)
+
+
+def _unfolding_class(found: _Unfolding) -> type[nn.Module]:
+    original: Any = type(found.module)
+
+    def make_forward(_: str) -> Callable[..., Tensor]:
+        def forward(self: Any, hidden_states: Tensor) -> Tensor:
+            unfold, linear = getattr(self, found.unfold), getattr(self, found.linear)
+            if plain.bypassable(unfold, nn.Unfold) and plain.bypassable(linear, nn.Linear):
+                weight = linear.weight.unflatten(1, (-1, *_pair(unfold.kernel_size)))
+                tokens = _embedded(hidden_states, weight, linear.bias)
+                if tokens is not None:
+                    return tokens
+            result: Tensor = original.forward(self, hidden_states)
+            return result
+
+        forward.__signature__ = inspect.signature(original.forward)  # type: ignore[attr-defined]
+        return forward
+
+    key = ("patch_embed", found.unfold, found.linear, original.forward)
+    return subclass(original, key, make_forward, absorbs=(found.linear,))
+
+
+def _embedded(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+    """Tokens ``[B, N, D]``, or None where the model's own code has to run.
+
+    That raises where the convolution raises, and knows what the op does not: tracing, functorch,
+    subclasses of tensors, other dtypes and devices.
+    """
+    given = [x, weight] if bias is None else [x, weight, bias]
+    if not _can_run(given):
+        return None
+    if torch.is_autocast_enabled(x.device.type):  # as convolutions and products do
+        dtype = torch.get_autocast_dtype(x.device.type)
+        given = [t.to(dtype) for t in given]
+        x, weight, bias = (*given, None)[:3]  # type: ignore[assignment]
+    if (
+        len({t.dtype for t in given}) > 1
+        or x.dim() != weight.dim()
+        or x.shape[1] != weight.shape[1]
+    ):
+        return None
+    sides, patch = x.shape[2:], weight.shape[2:]
+    if any(n < p for n, p in zip(sides, patch, strict=True)):
+        return None
+    if sides == patch and x.is_contiguous():  # Qwen's: a patch each, as they are multiplied
+        return patch_embed(x.flatten(1), weight, bias)[:, None]
+    return patch_embed(x, weight, bias)
+
+
+def _can_run(given: list[Tensor]) -> bool:
+    """Whether the op may take these tensors now."""
+    device = given[0].device
+    if device.type not in ("cpu", "cuda") or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+        return False
+    for tensor in given:
+        if type(tensor) not in (Tensor, nn.Parameter) or tensor.device != device:
+            return False
+        if tensor.dtype not in _DTYPES or tensor.layout is not torch.strided:
+            return False
+    if dispatch.refuses("patch_embed", device) is not None:  # it moved after it was patched
+        return False
+    if torch.compiler.is_compiling():
+        return True
+    return torch._C._functorch.maybe_current_level() is None and forward_ad._current_level < 0
+
+
+_checked: dict[Hashable, str | None] = {}
+
+
+def check(place: Place) -> str | None:
+    """Runs the replacement against the model's own code; once per kind, patch and dtype."""
+    details, layer = place.details, _layer(place.details)
+    patched = adapt(place)[details.module if isinstance(details, _Unfolding) else details]
+    key = (
+        patched,
+        _patch(details),
+        layer.weight[0].numel(),
+        layer.weight.dtype,
+        layer.bias is None,
+    )
+    if key not in _checked:
+        _checked[key] = _difference(details, patched)
+    return _checked[key]
+
+
+def _patch(details: Any) -> tuple[int, ...]:
+    """Sides of a patch in pixels."""
+    if isinstance(details, _Unfolding):
+        return _pair(getattr(details.module, details.unfold).kernel_size)
+    sides: tuple[int, ...] = details.kernel_size
+    return sides
+
+
+@torch.no_grad()
+def _difference(details: Any, patched: Any) -> str | None:
+    """Why the replacement is not what it replaces, on few channels; in float64 it is not asked."""
+    layer, patch = _layer(details), _patch(details)
+    depth, dtype, bias = layer.weight[0].numel(), layer.weight.dtype, layer.bias is not None
+    channels = depth // math.prod(patch)
+    if isinstance(details, _Unfolding):
+        twin: Any = copy.copy(details.module)
+        linear = nn.Linear(depth, _CHANNELS, bias)
+        twin.__dict__["_modules"] = {**details.module._modules, details.linear: linear}
+    else:
+        twin = type(details)(channels, _CHANNELS, patch, patch, bias=bias)
+    draw = torch.Generator().manual_seed(0)
+    for parameter in twin.parameters():
+        parameter.copy_(torch.randn(parameter.shape, generator=draw).to(dtype))
+    several = tuple(side * (2 + i) + min(i, side - 1) for i, side in enumerate(patch))
+    for size in (patch, several):  # patches as such, and images with a remainder
+        images = torch.randn(2, channels, *size, generator=draw).to(dtype)
+        exact = patched.forward(twin.double(), images.double())
+        ours = patched.forward(twin.to(dtype), images)
+        if ours.shape != exact.shape or ours.dtype != dtype:
+            return (
+                f"the numeric check failed: expected {list(exact.shape)} of {dtype}, got "
+                f"{list(ours.shape)} of {ours.dtype}"
+            )
+        rounding = exact.abs() * (torch.finfo(dtype).eps / 2)
+        error = float(((ours.double() - exact).abs() - rounding).max() / depth**0.5)
+        if not error <= _TOLERANCE:
+            return (
+                f"the numeric check failed: patches of {depth} pixels in {dtype} are off by "
+                f"{error:.3g} of their standard deviation"
+            )
+    return None
+
+
+SITE = Site("patch_embed", find, adapt, check)
