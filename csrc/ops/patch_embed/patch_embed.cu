@@ -1,13 +1,9 @@
 // Launches of patch embedding on NVIDIA GPUs: Params and a stream in, an error's number out. No
 // torch.
 #include <algorithm>
-#include <cstring>
 #include <limits>
 
 #include "ops/patch_embed/patch_embed.cuh"
-#if !defined(VLMOPS_EMULATOR)
-#include "ops/patch_embed/patch_embed_wgmma.cuh"
-#endif
 
 namespace vlmops::patch_embed {
 namespace {
@@ -123,50 +119,6 @@ int run_fma(const Params& p, const Plan& plan, void* stream) {
   return launch_product<Tile>(kernel, p, plan, 3, stream);
 }
 
-#if !defined(VLMOPS_EMULATOR)
-// Whether this build has code for sm_90a, and the GPU is one.
-bool has_wgmma() {
-#if defined(VLMOPS_CUDA_ARCHITECTURES)
-  return std::strstr(VLMOPS_CUDA_ARCHITECTURES, "90a") != nullptr && architecture() == 90;
-#else
-  return false;
-#endif
-}
-
-template <class Tile>
-int64_t tiles_of(const Params& p) {
-  return divide_up(p.images * p.patches(), Tile::kRows) * divide_up(p.channels, Tile::kColumns);
-}
-
-// How long it takes, in columns that one multiprocessor computes; what a tile costs besides is
-// worth 32 of them.
-template <class Tile>
-int64_t cost_of(const Params& p) {
-  return divide_up(tiles_of<Tile>(p), multiprocessors()) * (Tile::kColumns + 32);
-}
-
-template <class Tile>
-int launch_wgmma(const Params& p, Plan plan, void* stream) {
-  plan.column_tiles = static_cast<int>(divide_up(p.channels, Tile::kColumns));
-  plan.tiles = tiles_of<Tile>(p);
-  const auto kernel = patch_embed_wgmma_kernel<Tile>;
-  const size_t bytes = Tile::kBytes + columns_bytes<Tile>(p, plan);
-  const int status = allow_dynamic_shared(kernel, bytes);
-  if (status != 0) return status;
-  const auto blocks = static_cast<unsigned>(std::min<int64_t>(plan.tiles, multiprocessors()));
-  return launch(kernel, dim3(blocks), dim3(Tile::kThreads + Tile::kMultiplying), bytes, stream, p,
-                plan);
-}
-
-template <class T>
-int run_wgmma(const Params& p, const Plan& plan, void* stream) {
-  using Wide = WgmmaTile<T, 256, 4>;
-  using Narrow = WgmmaTile<T, 128, 5>;
-  return cost_of<Wide>(p) <= cost_of<Narrow>(p) ? launch_wgmma<Wide>(p, plan, stream)
-                                                : launch_wgmma<Narrow>(p, plan, stream);
-}
-#endif
-
 // Whether tiles of 128 x 128 keep every multiprocessor busy.
 bool is_large(const Params& p) {
   return divide_up(p.images * p.patches(), 128) * divide_up(p.channels, 128) >= multiprocessors();
@@ -174,11 +126,6 @@ bool is_large(const Params& p) {
 
 template <class T>
 int run_16_bit(const Params& p, const Plan& plan, void* stream) {
-#if !defined(VLMOPS_EMULATOR)
-  if (plan.simple && plan.pixel_unit != 0 && plan.weight_unit > 2 && p.depth > 0 && is_large(p) &&
-      has_wgmma())
-    return run_wgmma<T>(p, plan, stream);
-#endif
   return is_large(p) ? run_mma<MmaTile<T, 128, 128, 64, 64, 2>>(p, plan, stream)
                      : run_mma<MmaTile<T, 64, 64, 32, 32, 3>>(p, plan, stream);
 }

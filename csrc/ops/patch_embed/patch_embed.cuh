@@ -832,7 +832,21 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
   const int64_t first_channel =
       blockIdx.x % plan.column_tiles * static_cast<int64_t>(Tile::kColumns);
 
-  float c[8][8] = {};  // rows down + kDown * i, columns across + kAcross * j
+  // Rows down + kDown * i, columns across + kAcross * j: the sum of kPart tiles of k, and of those
+  // sums, since libraries split k too and have a smaller error than one long sum.
+  constexpr int kPart = 8;
+  float part[8][8] = {}, c[8][8] = {};
+  int tiles = 0;
+  const auto add_part = [&] {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        c[i][j] += part[i][j];
+        part[i][j] = 0.0f;
+      }
+    }
+  };
   const auto multiply = [&](const char* pixels, const char* weights, int step) {
     const auto quad = [step](const char* tile, int row) {
       return load_pack<4>(reinterpret_cast<const float*>(tile + Tile::place(row, step * 16)));
@@ -846,15 +860,17 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
 #pragma unroll
-        for (int e = 0; e < 4; ++e) c[i][j] = fmaf(a[e], b[j][e], c[i][j]);
+        for (int e = 0; e < 4; ++e) part[i][j] = fmaf(a[e], b[j][e], part[i][j]);
       }
     }
+    if (step == Tile::kSteps - 1 && ++tiles % kPart == 0) add_part();
   };
   if constexpr (kConvert)
     multiply_converted<Tile>(p, plan, memory, first_row, first_channel, multiply);
   else
     multiply_copied<Tile>(p, plan, memory, reinterpret_cast<int*>(memory + plan.columns), first_row,
                           first_channel, multiply);
+  add_part();
 
   float* const slab = reinterpret_cast<float*>(memory);
 #pragma unroll
