@@ -162,16 +162,21 @@ struct Offsets {
 template <class Tile, int kBytes>
 __device__ __forceinline__ void copy_pixels(char* tile, const Offsets& from, int step) {
   using S = Share<Tile, kBytes>;
+  constexpr int kColumns = S::kUnits / S::kLanes, kPasses = Tile::kRows / S::kStep;
   const int first = threadIdx.x / S::kLanes, lane = threadIdx.x % S::kLanes;
+  int row[kPasses], column[kColumns];
 #pragma unroll
-  for (int i = 0; i < S::kUnits / S::kLanes; ++i) {
-    const int unit = lane + i * S::kLanes, at = from.column[step * S::kUnits + unit];
-    const int bytes = at == kOutside ? 0 : kBytes;
-    const char* const column = from.base + (at == kOutside ? 0 : at);
-#pragma unroll 8
-    for (int r = 0; r < Tile::kRows; r += S::kStep)
-      copy_async<kBytes>(tile + Tile::place(first + r, unit * kBytes), column + from.row[first + r],
-                         bytes);
+  for (int r = 0; r < kPasses; ++r) row[r] = from.row[first + r * S::kStep];
+#pragma unroll
+  for (int i = 0; i < kColumns; ++i)
+    column[i] = from.column[step * S::kUnits + i * S::kLanes + lane];
+#pragma unroll
+  for (int i = 0; i < kColumns; ++i) {
+    const int at = (i * S::kLanes + lane) * kBytes, bytes = column[i] == kOutside ? 0 : kBytes;
+    const char* const pixels = from.base + (column[i] == kOutside ? 0 : column[i]);
+#pragma unroll
+    for (int r = 0; r < kPasses; ++r)
+      copy_async<kBytes>(tile + Tile::place(first + r * S::kStep, at), pixels + row[r], bytes);
   }
 }
 
@@ -682,26 +687,31 @@ __device__ __forceinline__ Channels simple_row(const Params& p, int patch, int64
   return load_wide(static_cast<const T*>(q.table) + row * q.row_stride + channel);
 }
 
-// kTokens rows of a slab of products, every kStride-th from `slab` and `place` on, where the plan
-// is simple: those of patches before `left`.
+// What is added to products where the plan is simple, of every kStride-th patch from `place` on.
 template <int kTokens, int kStride>
-__device__ __forceinline__ void finish_simple(const float* slab, int pitch, const Params& p,
-                                              const Place* place, int left, int64_t channel,
-                                              const Channels& bias, int column) {
-  Channels x[kTokens];
+__device__ __forceinline__ void load_addends(Channels (&x)[kTokens], const Params& p,
+                                             const Place* place, int64_t channel,
+                                             const Channels& bias) {
 #pragma unroll
   for (int i = 0; i < kTokens; ++i) x[i] = bias;
-  if (p.norm == Norm::kNone && p.position_count != 0) {
+  if (p.norm != Norm::kNone || p.position_count == 0) return;
 #pragma unroll
-    for (int i = 0; i < kTokens; ++i) {
-      const int patch = place[i * kStride].patch;
-      add(x[i],
-          p.positions[0].dtype == DType::kFloat32    ? simple_row<float>(p, patch, channel)
-          : p.positions[0].dtype == DType::kBFloat16 ? simple_row<bfloat16>(p, patch, channel)
-                                                     : simple_row<float16>(p, patch, channel),
-          1.0f);
-    }
+  for (int i = 0; i < kTokens; ++i) {
+    const int patch = place[i * kStride].patch;
+    add(x[i],
+        p.positions[0].dtype == DType::kFloat32    ? simple_row<float>(p, patch, channel)
+        : p.positions[0].dtype == DType::kBFloat16 ? simple_row<bfloat16>(p, patch, channel)
+                                                   : simple_row<float16>(p, patch, channel),
+        1.0f);
   }
+}
+
+// Their products, every kStride-th row of a slab, and what is added into tokens: those of patches
+// before `left`.
+template <int kTokens, int kStride>
+__device__ __forceinline__ void finish_simple(Channels (&x)[kTokens], const float* slab, int pitch,
+                                              const Params& p, const Place* place, int left,
+                                              int64_t channel, int column) {
 #pragma unroll
   for (int i = 0; i < kTokens; ++i) {
     add(x[i], load_slab(slab + i * kStride * pitch, column), 1.0f);
@@ -741,10 +751,13 @@ __device__ __forceinline__ void finish_rows(const float* slab, int pitch, const 
   for (int r = thread; r < kRows; r += kTokens * kStride) {
     const float* const from = slab + r * pitch + column * kChannels;
     const int inside = static_cast<int>(left - r < kRows ? left - r : kRows);
-    if (plan.simple)
-      finish_simple<kTokens, kStride>(from, pitch, p, place + r, inside, span.first, bias, column);
-    else
+    if (plan.simple) {
+      Channels x[kTokens];
+      load_addends<kTokens, kStride>(x, p, place + r, span.first, bias);
+      finish_simple<kTokens, kStride>(x, from, pitch, p, place + r, inside, span.first, column);
+    } else {
       finish_any<kTokens, kStride>(from, pitch, p, plan, place + r, inside, span, bias, column);
+    }
   }
 }
 
@@ -819,7 +832,21 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
   const int64_t first_channel =
       blockIdx.x % plan.column_tiles * static_cast<int64_t>(Tile::kColumns);
 
-  float c[8][8] = {};  // rows down + kDown * i, columns across + kAcross * j
+  // Rows down + kDown * i, columns across + kAcross * j: the sum of kPart tiles of k, and of those
+  // sums, since libraries split k too and have a smaller error than one long sum.
+  constexpr int kPart = 8;
+  float part[8][8] = {}, c[8][8] = {};
+  int tiles = 0;
+  const auto add_part = [&] {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        c[i][j] += part[i][j];
+        part[i][j] = 0.0f;
+      }
+    }
+  };
   const auto multiply = [&](const char* pixels, const char* weights, int step) {
     const auto quad = [step](const char* tile, int row) {
       return load_pack<4>(reinterpret_cast<const float*>(tile + Tile::place(row, step * 16)));
@@ -833,15 +860,17 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
 #pragma unroll
-        for (int e = 0; e < 4; ++e) c[i][j] = fmaf(a[e], b[j][e], c[i][j]);
+        for (int e = 0; e < 4; ++e) part[i][j] = fmaf(a[e], b[j][e], part[i][j]);
       }
     }
+    if (step == Tile::kSteps - 1 && ++tiles % kPart == 0) add_part();
   };
   if constexpr (kConvert)
     multiply_converted<Tile>(p, plan, memory, first_row, first_channel, multiply);
   else
     multiply_copied<Tile>(p, plan, memory, reinterpret_cast<int*>(memory + plan.columns), first_row,
                           first_channel, multiply);
+  add_part();
 
   float* const slab = reinterpret_cast<float*>(memory);
 #pragma unroll
