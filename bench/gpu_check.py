@@ -103,9 +103,9 @@ def steps(out: Path, dry_run: bool) -> list[Step]:
         skip = without("triton") if backend == "triton" else lambda: None
         return Step(f"contract-{backend}", 100, suite, test_device, built, skip=skip)
 
-    def bench(name: str, seconds: float, *options: str) -> Step:
+    def bench(name: str, seconds: float, *options: str, op: str = "mrope") -> Step:
         path = out / f"{name}.json"
-        command = [python, "-m", "vlmops", "bench", "mrope", "--device", device, *options]
+        command = [python, "-m", "vlmops", "bench", op, "--device", device, *options]
         return Step(name, seconds, [*command, "--json", str(path)], needs=built, makes=path)
 
     def sanitizer(tool: str) -> Step:
@@ -122,6 +122,9 @@ def steps(out: Path, dry_run: bool) -> list[Step]:
     quick = ["--quick", "--no-compile", "--dtype", "bfloat16"]
     shapes = ["decode_b1", "s1024"] if dry_run else ["decode_b1", "s4096", "s16384", "norm_s4096"]
     cases = [option for shape in shapes for option in ("--case", shape)]
+    patches = ["--quick"]
+    if dry_run:
+        patches += ["--no-compile", "--dtype", "float32", "--case", "siglip_so400m_384"]
     build = part("imports") if dry_run else [python, *BUILD]
     return [
         Step("environment", 30, part("environment")),
@@ -130,6 +133,7 @@ def steps(out: Path, dry_run: bool) -> list[Step]:
         Step("small", 40, part("small"), needs=built),
         contract("cuda"),
         bench("bench-headline", 60, *quick, *cases),
+        bench("bench-patch-embed", 100, *patches, op="patch_embed"),
         Step("patched", 60, part("patched"), needs=built, skip=without("transformers")),
         contract("triton"),
         *(sanitizer(tool) for tool in SANITIZERS[:2]),
@@ -327,6 +331,9 @@ def verdict(
             break
     else:
         lines += ["", "NUMBERS     none were measured"]
+    path = out / "bench-patch-embed.json"
+    if path.exists() and outcomes.get("bench-patch-embed", Outcome("")).status in DONE:
+        lines += ["", *products(json.loads(path.read_text()))]
     statuses = [outcome.status for outcome in outcomes.values()]
     bad = sum(status in ("failed", "timed out", "not reached") for status in statuses)
     lines += ["", f"VERDICT     {bad or 'no'} of {len(steps)} steps did not pass, "
@@ -371,6 +378,20 @@ def numbers(report: Mapping[str, Any]) -> list[str]:
             lines.append(
                 f"{'met' if met else 'MISSED':12}{case:12}{variant:17}{name} {value:.4g} "
                 f"(target {sign} {target:g})"
+            )
+    return lines + [f"ERROR       {error}" for error in report.get("errors", ())]
+
+
+def products(report: Mapping[str, Any]) -> list[str]:
+    """Of an op that is mostly products: time against eager and the fastest bare product."""
+    lines = []
+    for row in report["rows"]:
+        if row["variant"].startswith("vlmops") and row.get("times_eager") is not None:
+            over = row.get("over_product")
+            lines.append(
+                f"{row['case']:20}{row['dtype']:10}{row['direction']:9}{row['variant']:15}"
+                f"{row['median_ms'] * 1e3:9.1f} us, {row['times_eager']:.2f}x eager"
+                + ("" if over is None else f", {over:.2f} x product")
             )
     return lines + [f"ERROR       {error}" for error in report.get("errors", ())]
 

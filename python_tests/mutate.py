@@ -2,8 +2,9 @@
 
 Every mutation of csrc/ is made in a scratch copy, built there, and the contract suite is run with
 VLMOPS_LIBRARY pointing at it, up to its first failure; CUDA's kernels run on the emulator. Triton's
-are broken in a copy of their module that takes its place. Exits 1 if a mutation goes unnoticed or
-no longer applies. Not part of `make test`: run `make mutants` after changing a kernel or the suite.
+are broken in a copy of their module that takes its place, and so is what patches models. Exits 1 if
+a mutation goes unnoticed or no longer applies. Not part of `make test`: run `make mutants` after
+changing a kernel, a site or the suite.
 """
 
 import argparse
@@ -119,8 +120,7 @@ MUTATIONS = {
         "ops/patch_embed/patch_embed_cpu.h",
         "g / width / p.grid[1] * p.grid_stride[0]", "0 * p.grid_stride[0]"),
     "patches: pixels lie side by side": (
-        "ops/patch_embed/patch_embed_cpu.h", "p.size_stride[3] == 1 ? p.size[3] : 0;",
-        "p.size[3];"),
+        "ops/patch_embed/patch_embed_cpu.h", "} else if (stride != 1) {", "} else if (false) {"),
     "patches: drop the tail of a run": (
         "ops/patch_embed/patch_embed_cpu.h", "for (; i < n; ++i) f(Lanes<1>(), i);",
         "for (; i < n - 1; ++i) f(Lanes<1>(), i);"),
@@ -170,8 +170,8 @@ MUTATIONS = {
         "ops/patch_embed/patch_embed.cpp", "token += g.images * whole.tokens();", ""),
 }  # fmt: skip
 
-# name -> (text in vlmops/ops/mrope_triton.py, replacement)
-TRITON_MUTATIONS = {
+# op -> name -> (text in vlmops/ops/<op>_triton.py, replacement)
+TRITON_MUTATIONS = {"mrope": {
     "unchanged": ("import ctypes", "import ctypes"),
     "flip a sign": ("b_y = b_a * b_cos[None, :] - b_b", "b_y = b_a * b_cos[None, :] + b_b"),
     "backward rotates forward": (
@@ -204,7 +204,59 @@ TRITON_MUTATIONS = {
     "strides of 16 bytes where there are none": (
         "_VECTOR if all(x % _VECTOR == 0 for s in used for x in s[:3]) else 1", "_VECTOR"),
     "let ids beyond 2^24 through": ("(ids < -MAX_ID) | (ids > MAX_ID)", "ids < -MAX_ID - 2**30"),
-}  # fmt: skip
+}, "patch_embed": {
+    "unchanged": ("import math", "import math"),
+    "rows of a patch for columns": ("o_k // SW % SH)", "o_k % SH)"),
+    "the frame for the row": ("o_k // (SW * SH) % ST)", "o_k // SW % ST)"),
+    "channels of one frame": ("o_c = o_k // (SW * SH * ST)", "o_c = o_k // (SW * SH) % SC"),
+    "skip the last step of K": ("range(0, n_k, BK)", "range(0, n_k - BK + 1, BK)"),
+    "skip the tail of K": ("m_w = (o_k < n_k)[:, None]", "m_w = (o_k < n_k // 8 * 8)[:, None]"),
+    "a grid of other rows": ("o_h = (o_row % n_grid_h)", "o_h = o_row"),
+    "a neighbour's column": ("o_w = (o_patch % n_grid_w)", "o_w = ((o_patch + 1) % n_grid_w)"),
+    "pixels of the first image": ("    b_place += o_image * s_b * VEC\n", ""),
+    "address pixels in 32 bits": (
+        "b_o += o_c.to(tl.int64) * s_c * VEC",
+        "b_o += (o_c * (s_c.to(tl.int32) * VEC)).to(tl.int64)"),
+    "address tables in 32 bits": (
+        "p_row = p_table + b_i * D", "p_row = p_table + (b_i * D).to(tl.int32)"),
+    "sum in the weight's dtype": (
+        "b_y = tl.dot(b_x, b_w, b_y)",
+        "b_y = (b_y + tl.dot(b_x, b_w)).to(dtype).to(tl.float32)"),
+    "forget the bias": ("if p_bias is not None:", "if False:"),
+    "a prefix at the front that is last": (
+        "m_patch = (o_patch >= 0) & (o_patch < n_patches)", "m_patch = (o_patch >= 0)"),
+    "the prefix of the first token": ("o_extra = o_token\n", "o_extra = o_token * 0\n"),
+    "positions of the first image": ("p_index + o_image * s_index_b", "p_index"),
+    "weights of the first token": ("+ o_token * s_factor_n", ""),
+    "the first tap alone": ("p_i + i_tap * s_index_t", "p_i"),
+    "weights of the first tap": ("p_f + i_tap * s_factor_t", "p_f"),
+    "positions of patches for all tokens": ("        if PATCHES_ONLY:", "        if False:"),
+    "positions from the start for each image": ("o_token + n_first, m_row", "o_token, m_row"),
+    "dense positions without their weight": (
+        "            b_row *= tl.load(p_f, mask=m_row, other=0.0).to(tl.float32)[:, None]\n",
+        "            b_row *= 1.0\n"),
+    "norm: squares of what is not there": (
+        "b_n = tl.where(m, b_y - b_mean[:, None], 0.0)", "b_n = b_y - b_mean[:, None]"),
+    "norm: eps outside the root": ("axis=1) / D + eps))", "axis=1) / D) + eps))"),
+    "norm: prefixes too": ("b_y = tl.where(m_patch[:, None], b_n, b_y)", "b_y = b_n"),
+    "norm: forget its weight": (
+        "b_n *= tl.load(p_norm + o_d, mask=m_d, other=0.0)",
+        "b_n *= 1.0 + 0.0 * tl.load(p_norm + o_d, mask=m_d, other=0.0)"),
+    "norm: in every pass": (
+        "passes = [(\"none\", position) for", "passes = [(a.norm, position) for"),
+    "a second table rounds in between": (
+        "out.new_empty(out.shape, dtype=torch.float32) if passes else out", "out"),
+    "values of the first channel": ("(o_c * 256)[None, :]", "(o_c * 0)[None, :]"),
+    "slopes without intercepts": (
+        "* b_slope[None, :] + b_intercept", "* b_slope[None, :] + 0 * b_intercept"),
+    "strides of 16 bytes where there are none": (
+        "vector = math.gcd(_VECTOR, sizes[3], *strides)", "vector = _VECTOR"),
+    "images packed without their prefixes": ("token += math.prod(grid) + a.extra",
+                                             "token += math.prod(grid)"),
+    "pack: the first image's patches": ("panel[low - begin : high - begin]", "panel[: high - low]"),
+    "pack: from the start of an image": ("*strides, low - start, high", "*strides, 0, high"),
+    "no limit of the norm": ("channels > MAX_NORM_CHANNELS", "False"),
+}}  # fmt: skip
 
 # name -> (file below csrc/, text, replacement); run on the emulator
 CUDA_MUTATIONS = {
@@ -252,18 +304,77 @@ CUDA_MUTATIONS = {
         "ops/mrope/mrope.cuh", "distance = lanes / 2", "distance = lanes / 4"),
 }  # fmt: skip
 
+# Under the name of a module in vlmops, the file at a path.
 RUN_WITH = """
-import importlib.util, os, sys
-os.environ["TRITON_INTERPRET"] = "1"
-name = "vlmops.ops.mrope_triton"
-spec = importlib.util.spec_from_file_location(name, sys.argv[1])
+import importlib.util, sys
+name, path = sys.argv[1:3]
+package, _, stem = name.rpartition(".")
+spec = importlib.util.spec_from_file_location(name, path)
 sys.modules[name] = module = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
-import vlmops.ops
-vlmops.ops.mrope_triton = module
+setattr(importlib.import_module(package), stem, module)
 import pytest
-sys.exit(pytest.main(sys.argv[2:]))
+sys.exit(pytest.main(sys.argv[3:]))
 """
+
+# name -> (module, text, replacement)
+SITE = "vlmops.hf.sites.patch_embed"
+AROUND = "vlmops.hf.embeddings"
+LAYERS = "vlmops.hf.plain"
+SITE_MUTATIONS = {
+    "unchanged": (SITE, "_CHANNELS = 16", "_CHANNELS = 16"),
+    "patches that overlap": (SITE, "and module.stride == module.kernel_size", ""),
+    "patches of one pixel": (SITE, "and math.prod(module.kernel_size) > 1", ""),
+    "padding": (SITE, 'and (module.padding == "valid" or not any(module.padding))', ""),
+    "dilation": (SITE, "and not any(side != 1 for side in module.dilation)", ""),
+    "groups": (SITE, "and module.groups == 1", ""),
+    "padded unfolding": (SITE, 'and sides["padding"] == (0, 0)', ""),
+    "tokens copied": (SITE, "unflatten(2, grid)", "unflatten(2, grid).contiguous()"),
+    "autocast ignored": (SITE, "if torch.is_autocast_enabled(x.device.type):", "if False:"),
+    "mixed dtypes": (SITE, "len({t.dtype for t in given}) > 1", "False"),
+    "channels not compared": (SITE, " or x.shape[1] != weight.shape[1]", ""),
+    "images below a patch": (SITE, "if any(n < p for n", "if False and any(n < p for n"),
+    "ready patches gathered": (SITE, "if sides == patch and x.is_contiguous():", "if False:"),
+    "parts of an unfolding not asked": (
+        SITE, "if plain.bypassable(unfold, nn.Unfold) and plain.bypassable(linear, nn.Linear):",
+        "if True:"),
+    "a linear layer counted twice": (SITE, "absorbs=(found.linear,)", "absorbs=()"),
+    "no numeric check": (SITE, "if not error <= _TOLERANCE:", "if False:"),
+    "shapes not checked": (SITE, "if ours.shape != exact.shape or", "if"),
+    "16-bit products measured where they are float32": (SITE, ".to(computes_in(weight))", ""),
+    "hooks refused by nobody": (LAYERS, "return any(getattr(module, name) for name in _HOOKS)",
+                                "return False"),
+    "traced": (LAYERS, " or torch.jit.is_tracing()", ""),
+    "subclasses of tensors": (LAYERS, "type(tensor) not in _TENSORS or ", ""),
+    "functorch": (LAYERS, "torch._C._functorch.maybe_current_level() is None and ", ""),
+    "forward mode": (LAYERS, " and forward_ad._current_level < 0", ""),
+    "devices without a kernel": (LAYERS, "if dispatch.refuses(op, device) is not None:",
+                                 "if False:"),
+    "dropout": (AROUND, "if isinstance(child, nn.Dropout) and child.training and child.p > 0:",
+                "if False:"),
+    "positions of another size": (AROUND, " or layout.size not in (None, size)", ""),
+    "pixels cast by nobody": (
+        AROUND, "if pixels.dtype != dtype and not layout.casts:", "if False:"),
+    "arguments ignored": (AROUND, " and _is_plain(known, args, kwargs)", ""),
+    "autocast ignored around": (
+        AROUND, "if torch.is_autocast_enabled(pixels.device.type):", "if False:"),
+    "prefix always first": (AROUND, "prefix_last=layout.prefix_last", "prefix_last=False"),
+    "norm with another epsilon": (AROUND, "norm_eps=layout.eps", "norm_eps=1e-6"),
+    "ids not looked up": (
+        AROUND, "None if layout.ids is None else getattr(module, layout.ids).reshape(-1, 1)",
+        "None"),
+    "sums of another dtype": (
+        AROUND, "if any(t.dtype != dtype for t in (*weights, *table)):", "if False:"),
+    "short tables": (AROUND, "elif len(rows) < tokens or", "elif"),
+    "guesses not proved": (
+        AROUND, "if not error <= _TOLERANCE * max(", "if False and not error <= _TOLERANCE * max("),
+    "options of tables": (
+        AROUND, "if reason is not None or any(special[2:]) or special[:2] != (None, None):",
+        "if reason is not None:"),
+    "hooks inside": (AROUND, "if plain.watched(child):", "if False:"),
+    "studied by shapes alone": (AROUND, "repr(described), ", ""),
+}  # fmt: skip
+SITE_TESTS = [str(path) for path in sorted((ROOT / "python_tests/hf").glob("test_patch_embed*.py"))]
 
 
 def build(source, build_dir):
@@ -361,30 +472,49 @@ def triton(op=None):
     """Names of the mutations of the Triton kernels that went unnoticed."""
     unnoticed = []
     with tempfile.TemporaryDirectory() as scratch:
-        copy = Path(scratch) / "mrope_triton.py"
-        for name, (old, new) in TRITON_MUTATIONS.items():
-            copy.write_text(mutated(ROOT / "vlmops/ops/mrope_triton.py", name, old, new))
+        for of_op in [known for known in TRITON_MUTATIONS if op in (None, known)]:
+            copy = Path(scratch) / f"{of_op}_triton.py"
+            for name, (old, new) in TRITON_MUTATIONS[of_op].items():
+                copy.write_text(mutated(ROOT / f"vlmops/ops/{of_op}_triton.py", name, old, new))
+                start = time.monotonic()
+                failure = first_failure(
+                    ["-c", RUN_WITH, f"vlmops.ops.{of_op}_triton", str(copy)],
+                    TESTS[::-1],
+                    "-k",
+                    f"{of_op} and triton and not opcheck",
+                    TRITON_INTERPRET="1",
+                )
+                if not report(f"triton: {of_op}: {name}", failure, time.monotonic() - start):
+                    unnoticed.append(name)
+    return unnoticed
+
+
+def sites(op=None):
+    """Names of the mutations of what patches models that went unnoticed; all are patch_embed's."""
+    unnoticed = []
+    if op not in (None, "patch_embed"):
+        return unnoticed
+    with tempfile.TemporaryDirectory() as scratch:
+        copy = Path(scratch) / "mutated.py"
+        for name, (module, old, new) in SITE_MUTATIONS.items():
+            copy.write_text(mutated(ROOT / f"{module.replace('.', '/')}.py", name, old, new))
             start = time.monotonic()
-            if op not in (None, "mrope"):
-                continue
-            failure = first_failure(
-                ["-c", RUN_WITH, str(copy)], TESTS[::-1], "-k", "triton and not opcheck"
-            )
-            if not report(f"triton: {name}", failure, time.monotonic() - start):
+            failure = first_failure(["-c", RUN_WITH, module, str(copy)], SITE_TESTS)
+            if not report(f"site: {name}", failure, time.monotonic() - start):
                 unnoticed.append(name)
     return unnoticed
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", choices=["compiled", "cuda", "triton"])
+    parser.add_argument("--only", choices=["compiled", "cuda", "triton", "sites"])
     parser.add_argument("--op", help="mutations of this op's files alone")
     args = parser.parse_args()
     if args.op is not None:
         for table in (MUTATIONS, CUDA_MUTATIONS):
             for name in [n for n, (file, *_) in table.items() if f"ops/{args.op}/" not in file]:
                 del table[name]
-    runs = {"compiled": compiled, "cuda": cuda, "triton": triton}
+    runs = {"compiled": compiled, "cuda": cuda, "triton": triton, "sites": sites}
     unnoticed = [
         name for kind, run in runs.items() if args.only in (None, kind) for name in run(args.op)
     ]

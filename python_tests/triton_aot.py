@@ -3,17 +3,21 @@
     python python_tests/triton_aot.py [--arch 90] [kernel ..]
 
 A process of its own: TRITON_INTERPRET replaces the compiler in the one that tests. Prints kernel,
-architecture, registers, shared memory, spills and 128-bit accesses, and exits 1 if a budget is
-exceeded. What a GPU makes of it in time is not known here.
+architecture, registers, shared memory, spills, 128-bit accesses, instructions of tensor cores and
+asynchronous copies; exits 1 if a budget is exceeded. What a GPU makes of it in time is not known.
 """
 
 import argparse
+import functools
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
 
 import torch
 import triton
@@ -21,11 +25,13 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from vlmops.ops import mrope_triton
+from vlmops.ops import mrope_triton, patch_embed_triton
+from vlmops.ops.patch_embed import Position, arguments
 
 ARCHITECTURES = (80, 90, 100, 120)
+SHARED = 99 * 1024  # what a block may have on sm_86, 89 and 120; on the others it is more
 POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32",
-            torch.int64: "*i64", torch.int32: "*i32"}  # fmt: skip
+            torch.int64: "*i64", torch.int32: "*i32", torch.uint8: "*u8"}  # fmt: skip
 
 
 class Recorder:
@@ -38,18 +44,21 @@ class Recorder:
         return launch
 
 
-def recorded(call, kernel_name):
-    """The arguments with which `call` launches the kernel of that name."""
-    recorder = Recorder()
-    original = getattr(mrope_triton, kernel_name)
-    setattr(mrope_triton, kernel_name, recorder)
-    launch, mrope_triton._launch = mrope_triton._launch, lambda k, g, _, *a, **c: k[g](*a, **c)
+def recorded(module, call, kernel_name):
+    """The arguments with which `call` launches the module's kernel of that name."""
+    recorder, others = Recorder(), Recorder()
+    kernels = {n: k for n, k in vars(module).items() if isinstance(k, triton.JITFunction)}
+    launch = module._launch
+    for name in kernels:
+        setattr(module, name, recorder if name == kernel_name else others)
+    module._launch = lambda k, g, _, *a, **c: k[g](*a, **c)
     try:
         call()
     finally:
-        setattr(mrope_triton, kernel_name, original)
-        mrope_triton._launch = launch
-    return original, recorder
+        for name, kernel in kernels.items():
+            setattr(module, name, kernel)
+        module._launch = launch
+    return kernels[kernel_name], recorder
 
 
 def source(kernel, recorder):
@@ -75,6 +84,19 @@ def source(kernel, recorder):
     return ASTSource(kernel, signature, constexprs, attrs), options
 
 
+class Budget(NamedTuple):
+    """A call, the kernel of it to look at, and what that may and must have."""
+
+    module: ModuleType
+    kernel: str
+    call: Callable[[], object]
+    registers: int
+    wide: int
+    """128-bit loads and stores at least."""
+    product: bool = False
+    """Whether tensor cores multiply, fed by asynchronous copies."""
+
+
 def qwen(dtype, tokens=8, heads=(28, 4), d=128, r=64, layout="view", **options):
     """The arguments of a call; only dtypes, shapes and strides matter."""
     if layout == "fused":
@@ -86,31 +108,84 @@ def qwen(dtype, tokens=8, heads=(28, 4), d=128, r=64, layout="view", **options):
     return [q, k, ids, torch.ones(r), torch.zeros(r, dtype=torch.int32)], options
 
 
-def calls():
-    """name -> (call, kernel, registers, 128-bit loads and stores at least)."""
+def mrope_calls():
     bf16, fp32 = torch.bfloat16, torch.float32
     weight = torch.ones(128, dtype=bf16)
 
-    def forward(dtype, *norm, rotation="half", **shape):
+    def forward(dtype, registers, wide, *norm, rotation="half", **shape):
         args, _ = qwen(dtype, **shape)
-        return lambda: mrope_triton.forward(*args, rotation, 1.0, 1, *norm)
+        call = functools.partial(mrope_triton.forward, *args, rotation, 1.0, 1, *norm)
+        return Budget(mrope_triton, "mrope_kernel", call, registers, wide)
 
-    def backward(dtype):
-        (q, k, *rest), _ = qwen(dtype, heads=(32, 8))
-        args = q, k, q, k, *rest, "half", 1.0, 1, weight, weight
-        return lambda: mrope_triton.norm_backward(*args)
-
-    f, b = "mrope_kernel", "mrope_norm_backward_kernel"
+    (q, k, *rest), _ = qwen(bf16, heads=(32, 8))
+    backward = functools.partial(
+        mrope_triton.norm_backward, q, k, q, k, *rest, "half", 1.0, 1, weight, weight
+    )
+    tower = {"heads": (16, 16), "layout": "fused"}
     return {
-        "qwen2vl bf16": (forward(bf16), f, 64, 2),
-        "qwen2vl fp32": (forward(fp32), f, 96, 4),
-        "pairs bf16": (forward(bf16, rotation="pairs", r=32), f, 96, 2),
-        "qwen3vl norm bf16": (forward(bf16, weight, weight, heads=(32, 8)), f, 128, 2),
-        "tower d80 bf16": (forward(bf16, heads=(16, 16), d=80, r=40, layout="fused"), f, 96, 2),
-        "tower d72 bf16": (forward(bf16, heads=(16, 16), d=72, r=36, layout="fused"), f, 96, 0),
-        "gemma d256 bf16": (forward(bf16, heads=(8, 4), d=256, r=128), f, 96, 2),
-        "qwen3vl norm backward bf16": (backward(bf16), b, 168, 2),
-    }
+        "qwen2vl bf16": forward(bf16, 64, 2),
+        "qwen2vl fp32": forward(fp32, 96, 4),
+        "pairs bf16": forward(bf16, 96, 2, rotation="pairs", r=32),
+        "qwen3vl norm bf16": forward(bf16, 128, 2, weight, weight, heads=(32, 8)),
+        "tower d80 bf16": forward(bf16, 96, 2, d=80, r=40, **tower),
+        "tower d72 bf16": forward(bf16, 96, 0, d=72, r=36, **tower),
+        "gemma d256 bf16": forward(bf16, 96, 2, heads=(8, 4), d=256, r=128),
+        "qwen3vl norm backward bf16": Budget(
+            mrope_triton, "mrope_norm_backward_kernel", backward, 168, 2),
+    }  # fmt: skip
+
+
+def embedding(
+    shape, weight, dtype=torch.bfloat16, pixels=None, rows=0, taps=0, prefix=0, **options
+):
+    """The arguments of the op; only dtypes, shapes and strides matter."""
+    x, d = torch.empty(shape, dtype=pixels or dtype), weight[0]
+    positions = []
+    if rows:
+        index = torch.zeros(x.shape[0], taps, dtype=torch.int64) if taps else None
+        factor = torch.empty(x.shape[0], taps, dtype=dtype) if taps else None
+        positions = [Position(torch.empty(rows, d, dtype=dtype), index, factor)]
+    if pixels == torch.uint8:
+        options |= {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "rescale_factor": 1 / 255}
+    extra = torch.empty(prefix, d, dtype=dtype) if prefix else None
+    return arguments(x, torch.empty(weight, dtype=dtype), torch.empty(d, dtype=dtype), prefix=extra,
+                     positions=positions, **options)  # fmt: skip
+
+
+def patch_embed_calls():
+    fp32, fp16 = torch.float32, torch.float16
+    clip = {"weight": (1024, 3, 14, 14), "prefix": 1, "rows": 577}
+    many, one = (8, 3, 336, 336), (1, 3, 336, 336)
+    qwen2, qwen3 = (1280, 3, 2, 14, 14), (1152, 3, 2, 16, 16)
+    run, kernel = patch_embed_triton, "product_kernel"
+
+    def product(registers, wide, *args, tensor_cores=True, **inputs):
+        call = functools.partial(run.forward, *embedding(*args, **inputs))
+        return Budget(run, kernel, call, registers, wide, tensor_cores)
+
+    normed = functools.partial(
+        run.forward, *embedding((4096, 1176), (1536, 3, 2, 14, 14), rows=64, taps=16, norm="rms")
+    )
+    packed = run.Arguments(*embedding(many, (1024, 3, 14, 14)))
+    return {
+        "clip p14 bf16": product(208, 8, many, **clip),
+        "clip p14 bf16, one image": product(128, 4, one, **clip),
+        "clip p14 fp16": product(208, 8, many, dtype=fp16, **clip),
+        "clip p14 bf16 of fp32": product(208, 8, many, pixels=fp32, **clip),
+        "clip p14 bf16 of uint8": product(144, 4, many, pixels=torch.uint8, **clip),
+        "clip p14 fp32": product(168, 8, many, dtype=fp32, tensor_cores=False, **clip),
+        "siglip p16 bf16": product(176, 8, (8, 3, 512, 512), (1152, 3, 16, 16), rows=1024),
+        "qwen2vl flat bf16": product(168, 8, (4096, 1176), qwen2),
+        "qwen3vl flat bf16, 4 taps": product(184, 8, (4096, 1536), qwen3, rows=2304, taps=4),
+        "ovis2 norm bf16": Budget(run, "finish_kernel", normed, 128, 4),
+        "pack p14 bf16": Budget(
+            run, "pack_kernel", lambda: run.pack(packed, 0, 576, torch.bfloat16), 64, 0),
+    }  # fmt: skip
+
+
+def calls():
+    """name -> `Budget`"""
+    return {**mrope_calls(), **patch_embed_calls()}
 
 
 def key(kernel, recorder):
@@ -119,6 +194,10 @@ def key(kernel, recorder):
         kernel.signature, kernel.params, make_backend(GPUTarget("cuda", 90, 32))
     )
     return str(binder(*recorder.args, **recorder.constants)[1])
+
+
+def number_of_keys(module, kernel, calls):
+    return len({key(*recorded(module, call, kernel)) for call in calls})
 
 
 def keys_by_model():
@@ -158,14 +237,44 @@ def keys_by_model():
         "partial": [(run.forward, prefill(n, r=32)) for n in sizes],
     }
     return {
-        name: len({key(*recorded(lambda f=f, a=a: f(*a), kernel_of(f))) for f, a in of_model})
+        name: number_of_keys(
+            run,
+            "mrope_norm_backward_kernel" if name == "norm backward" else "mrope_kernel",
+            [functools.partial(f, *a) for f, a in of_model],
+        )
         for name, of_model in calls.items()
     }
 
 
-def kernel_of(function):
-    gradient = function is mrope_triton.norm_backward
-    return "mrope_norm_backward_kernel" if gradient else "mrope_kernel"
+def patch_embed_keys():
+    """name -> number of compile keys over batches and sizes of images that fill a GPU or do not."""
+    run = patch_embed_triton
+    clip = {"weight": (1024, 3, 14, 14), "prefix": 1}
+    flat = {"weight": (1280, 3, 2, 14, 14)}
+    small = [(b, 3, h * 14, w * 14) for b, h, w in ((1, 1, 1), (1, 24, 24), (2, 3, 16), (5, 7, 11))]
+    large = [(b, 3, h * 14, w * 14) for b, h, w in ((8, 24, 24), (13, 32, 32), (16, 64, 27))]
+    few, many = [(n, 1176) for n in (1, 16, 37, 1024)], [(n, 1176) for n in (1664, 5476, 32768)]
+
+    def forwards(shapes, **inputs):
+        return [functools.partial(run.forward, *embedding(s, **inputs)) for s in shapes]
+
+    packs = [
+        functools.partial(run.pack, run.Arguments(*embedding(s, clip["weight"])), 0, 1, torch.half)
+        for s in small + large
+    ]
+    sized = embedding((3, 3, 56, 56), **clip, image_sizes=[(28, 56), (56, 42), (29, 14)])
+    return {
+        "images": number_of_keys(run, "product_kernel", forwards(small, rows=600, **clip)),
+        "many images": number_of_keys(run, "product_kernel", forwards(large, rows=1729, **clip)),
+        "flat": number_of_keys(run, "product_kernel", forwards(few, **flat)),
+        "flat taps": number_of_keys(run, "product_kernel", forwards(few, rows=9, taps=4, **flat)),
+        "more flat": number_of_keys(run, "product_kernel", forwards(many, **flat)),
+        "image sizes": number_of_keys(
+            run, "product_kernel", [functools.partial(run.forward, *sized)]
+        ),
+        "norm": number_of_keys(run, "finish_kernel", forwards(few + many, norm="rms", **flat)),
+        "pack": number_of_keys(run, "pack_kernel", packs),
+    }
 
 
 def disassemble(cubin):
@@ -193,17 +302,20 @@ def main():
     options = parser.parse_args()
     failed = 0
     print(f"triton {triton.__version__}: {'kernel':28}{'arch':>8}{'regs':>6}{'shared':>8}"
-          f"{'spill':>6}{'ld.128':>7}{'st.128':>7}  sines a thread")  # fmt: skip
-    for name, (call, kernel_name, registers, wide) in calls().items():
+          f"{'spill':>6}{'ld.128':>7}{'st.128':>7}{'mma':>5}{'async':>6}  sines")  # fmt: skip
+    for name, budget in calls().items():
         if options.only and name not in options.only:
             continue
-        kernel, recorder = recorded(call, kernel_name)
+        kernel, recorder = recorded(budget.module, budget.call, budget.kernel)
         for arch in options.arch or ARCHITECTURES:
-            src, _ = source(kernel, recorder)
+            src, launch = source(kernel, recorder)
             compiled = triton.compile(
-                src, target=GPUTarget("cuda", arch, 32), options={"num_warps": 4, "num_stages": 1}
+                src,
+                target=GPUTarget("cuda", arch, 32),
+                options={"num_warps": 4, "num_stages": 1, **launch},
             )
             sass, numbers = disassemble(compiled.asm["cubin"])
+            shared = compiled.metadata.shared
             if options.keep:
                 stem = options.keep / f"{name.replace(' ', '_')}_{arch}"
                 stem.with_suffix(".sass").write_text(sass)
@@ -211,23 +323,28 @@ def main():
                     stem.with_suffix(f".{kind}").write_text(compiled.asm[kind])
             loads = len(re.findall(r"LDG\S*\.128", sass))
             stores = len(re.findall(r"STG\S*\.128", sass))
+            products = len(re.findall(r"HMMA|HGMMA|UTC\w*MMA", sass))
+            copies = len(re.findall(r"LDGSTS", sass))
             spilled = numbers["STACK"] + numbers["LOCAL"] + len(re.findall(r"\b(LDL|STL)\b", sass))
             # pi/2's first part, which one sine takes three times.
             angles = len(re.findall(r"1\.570796\d*", sass)) // 3
             problems = [
                 text
                 for text, bad in {
-                    f"more than {registers} registers": numbers["REG"] > registers,
+                    f"more than {budget.registers} registers": numbers["REG"] > budget.registers,
                     "spills": spilled > 0,
-                    f"fewer than {wide} 128-bit loads": loads < wide,
-                    f"fewer than {wide} 128-bit stores": stores < wide,
+                    f"more than {SHARED} bytes of shared memory": shared > SHARED,
+                    f"fewer than {budget.wide} 128-bit loads": loads < budget.wide,
+                    f"fewer than {budget.wide} 128-bit stores": stores < budget.wide,
+                    "no tensor cores": budget.product and products == 0,
+                    "no asynchronous copies": budget.product and copies == 0,
                     "sines computed by every thread again": angles > 2,
                 }.items()
                 if bad
             ]
             failed += bool(problems)
             print(f"{'BAD' if problems else 'ok':15}{name:28}{f'sm_{arch}':>8}{numbers['REG']:6}"
-                  f"{numbers['SHARED']:8}{spilled:6}{loads:7}{stores:7}{angles:7}  "
+                  f"{shared:8}{spilled:6}{loads:7}{stores:7}{products:5}{copies:6}{angles:7}  "
                   f"{', '.join(problems)}", flush=True)  # fmt: skip
     return 1 if failed else 0
 

@@ -11,6 +11,7 @@ from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 _cast, _fp_to_fp = InterpreterBuilder.cast_impl, InterpreterBuilder.create_fp_to_fp
+_dot = InterpreterBuilder.create_dot
 _patch_tensor = interpreter._patch_lang_tensor
 
 
@@ -43,6 +44,18 @@ def create_fma(self, x, y, z):
     return TensorHandle(exact.astype(np.float32), z.dtype.scalar)
 
 
+def _to_float32(src):
+    if src.dtype.scalar != tl.bfloat16:
+        return src
+    bits = src.data.astype(np.uint32) << 16
+    return TensorHandle(bits.view(np.float32), tl.float32)
+
+
+def create_dot(self, a, b, d, *options):
+    """bfloat16 is multiplied as numbers; the interpreter multiplies its bits as integers."""
+    return _dot(self, _to_float32(a), _to_float32(b), d, *options)
+
+
 def _patch_lang_tensor(tensor, scope):
     """Bounds of a range: numpy 2.4 makes no int of an array of one element."""
     _patch_tensor(tensor, scope)
@@ -51,7 +64,7 @@ def _patch_lang_tensor(tensor, scope):
 
 def mend():
     interpreter._patch_lang_tensor = _patch_lang_tensor
-    for function in (cast_impl, create_fp_to_fp, create_fma):
+    for function in (cast_impl, create_fp_to_fp, create_fma, create_dot):
         setattr(InterpreterBuilder, function.__name__, function)
     # Made of the functions that were there when the class was.
     for name in ("create_fp_trunc", "create_fp_ext"):

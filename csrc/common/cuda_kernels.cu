@@ -26,8 +26,14 @@ const char* describe_status(int status) {
 constexpr decltype(CudaKernels::register_buffer) register_buffer = nullptr;
 #endif
 
-const CudaKernels kernels = {&describe_status, register_buffer, &mrope::run_cuda,
-                             &mrope::norm_backward_parts_cuda, &mrope::run_norm_backward_cuda};
+const CudaKernels kernels = {&describe_status,
+                             register_buffer,
+                             &mrope::run_cuda,
+                             &mrope::norm_backward_parts_cuda,
+                             &mrope::run_norm_backward_cuda,
+                             &patch_embed::run_cuda,
+                             &patch_embed::pack_cuda,
+                             &patch_embed::finish_cuda};
 
 }  // namespace
 }  // namespace vlmops

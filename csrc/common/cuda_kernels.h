@@ -21,6 +21,7 @@ struct CudaKernels {
   mrope::CudaNormBackward mrope_norm_backward;
   patch_embed::CudaRun patch_embed;
   patch_embed::CudaPack patch_embed_pack;
+  patch_embed::CudaFinish patch_embed_finish;
 };
 
 }  // namespace vlmops

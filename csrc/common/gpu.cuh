@@ -11,7 +11,7 @@
 //   allow_dynamic_shared(kernel, bytes)    before a launch with more than 48 KiB
 //   Pack<T, N>, load_pack<N>(p), store_pack(p, pack)   one access of N elements
 //   to_float(x), from_float<T>(x)      storage types and CUDA's own, rounding to nearest even
-//   cp_async_16, cp_async_16_or_zero, cp_async_commit, cp_async_wait<N>
+//   cp_async_16, cp_async_{4,8,16}_or_zero, cp_async_commit, cp_async_wait<N>
 //   ldmatrix_x4, ldmatrix_x4_trans, mma_m16n8k16, mma_m16n8k8_tf32
 //
 // Launchers get device facts from architecture() and multiprocessors().
@@ -85,6 +85,19 @@ __device__ __forceinline__ void cp_async_16(void* shared, const void* global) {
 // Copies the first `bytes` of 16 and fills the rest with zeros; 0 bytes read nothing.
 __device__ __forceinline__ void cp_async_16_or_zero(void* shared, const void* global, int bytes) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)),
+               "l"(global), "r"(bytes)
+               : "memory");
+}
+
+// The same of 8 and of 4: those go through L1.
+__device__ __forceinline__ void cp_async_8_or_zero(void* shared, const void* global, int bytes) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(shared_address(shared)),
+               "l"(global), "r"(bytes)
+               : "memory");
+}
+
+__device__ __forceinline__ void cp_async_4_or_zero(void* shared, const void* global, int bytes) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(shared)),
                "l"(global), "r"(bytes)
                : "memory");
 }

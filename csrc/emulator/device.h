@@ -233,10 +233,16 @@ inline int architecture() { return emulator::architecture(); }
 inline int multiprocessors() { return emulator::multiprocessors(); }
 
 inline void cp_async_16(void* shared, const void* global, VLMOPS_HERE) {
-  emulator::cp_async(shared, global, 16, file, line);
+  emulator::cp_async(shared, global, 16, 16, file, line);
 }
 inline void cp_async_16_or_zero(void* shared, const void* global, int bytes, VLMOPS_HERE) {
-  emulator::cp_async(shared, global, bytes, file, line);
+  emulator::cp_async(shared, global, 16, bytes, file, line);
+}
+inline void cp_async_8_or_zero(void* shared, const void* global, int bytes, VLMOPS_HERE) {
+  emulator::cp_async(shared, global, 8, bytes, file, line);
+}
+inline void cp_async_4_or_zero(void* shared, const void* global, int bytes, VLMOPS_HERE) {
+  emulator::cp_async(shared, global, 4, bytes, file, line);
 }
 inline void cp_async_commit() { emulator::cp_async_commit(); }
 template <int N>

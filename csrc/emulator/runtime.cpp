@@ -559,22 +559,22 @@ void check_aligned(const void* p, size_t bytes, const char* file, int line) {
 
 // Copies land as late as they may: when they are waited for. So that a missing wait shows in the
 // numbers too, and without instrumentation.
-void cp_async(void* shared, const void* global, int bytes, const char* file, int line) {
+void cp_async(void* shared, const void* global, int width, int bytes, const char* file, int line) {
   Worker& worker = *t_worker;
-  check_aligned(shared, 16, file, line);
-  check_aligned(global, bytes > 0 ? 16 : 1, file, line);
-  if (bytes < 0 || bytes > 16) {
-    fail({file, line}, nullptr, "cp.async: copies %d bytes, not 0 to 16", bytes);
+  check_aligned(shared, static_cast<size_t>(width), file, line);
+  check_aligned(global, bytes > 0 ? static_cast<size_t>(width) : 1, file, line);
+  if (bytes < 0 || bytes > width) {
+    fail({file, line}, nullptr, "cp.async: copies %d bytes, not 0 to %d", bytes, width);
   }
   if (kChecked) {
     if (bytes > 0) {
       check_access(worker, reinterpret_cast<uintptr_t>(global), static_cast<size_t>(bytes),
                    Access::kRead, nullptr, file, line);
     }
-    check_access(worker, reinterpret_cast<uintptr_t>(shared), 16, Access::kCopyStart, nullptr, file,
-                 line);
+    check_access(worker, reinterpret_cast<uintptr_t>(shared), static_cast<size_t>(width),
+                 Access::kCopyStart, nullptr, file, line);
   }
-  Copy copy = {shared, {}, worker.current->copy_groups, {file, line}};
+  Copy copy = {shared, {}, width, worker.current->copy_groups, {file, line}};
   std::memcpy(copy.data, global, static_cast<size_t>(bytes));
   worker.current->copies.push_back(copy);
 }
@@ -588,10 +588,11 @@ void cp_async_wait(int groups_left) {
   for (const Copy& copy : fiber.copies) {
     if (copy.group + static_cast<unsigned>(groups_left) >= fiber.copy_groups) break;
     if (kChecked) {
-      check_access(worker, reinterpret_cast<uintptr_t>(copy.shared), 16, Access::kCopyEnd, nullptr,
-                   copy.site.file, copy.site.line);
+      check_access(worker, reinterpret_cast<uintptr_t>(copy.shared),
+                   static_cast<size_t>(copy.width), Access::kCopyEnd, nullptr, copy.site.file,
+                   copy.site.line);
     }
-    std::memcpy(copy.shared, copy.data, 16);
+    std::memcpy(copy.shared, copy.data, static_cast<size_t>(copy.width));
     ++landed;
   }
   fiber.copies.erase(fiber.copies.begin(), fiber.copies.begin() + static_cast<ptrdiff_t>(landed));

@@ -46,7 +46,8 @@ void* shared_array(const void* key, const char* name, size_t bytes);
 void* dynamic_shared();
 
 void check_aligned(const void* p, size_t bytes, const char* file = nullptr, int line = 0);
-void cp_async(void* shared, const void* global, int bytes, const char* file, int line);
+// Writes `width` bytes of which the first `bytes` are copied.
+void cp_async(void* shared, const void* global, int width, int bytes, const char* file, int line);
 void cp_async_commit();
 void cp_async_wait(int groups_left);
 

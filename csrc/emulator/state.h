@@ -34,6 +34,7 @@ struct Site {
 struct Copy {  // a cp.async that has not landed
   void* shared;
   unsigned char data[16];
+  int width;  // bytes that are written
   unsigned group;
   Site site;
 };

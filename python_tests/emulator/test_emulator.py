@@ -156,6 +156,7 @@ PLANTED = {
         "dynamic_past_end": r"writes 4 bytes at offset 124 of dynamic shared memory",
         "copy_past_end": r"reads 16 bytes.*offset 256 of 'input 0'",
         "copy_past_shared_end": r"cp\.async to 16 bytes at offset 240 of shared 'row'",
+        "narrow_copy_past_shared_end": r"cp\.async to 4 bytes at offset 60 of shared 'row'",
     },
     "misaligned": {
         "misaligned_pack": r"accesses 16 bytes of 'input 0' at offset 12",
@@ -163,6 +164,7 @@ PLANTED = {
         "misaligned_cast": r"accesses 4 bytes of 'input 0' at offset 66",
         "misaligned_vector_cast": r"accesses 16 bytes of 'input 0' at offset 4",
         "copy_misaligned": r"accesses 16 bytes of shared 'row' at offset 4",
+        "narrow_copy_misaligned": r"accesses 8 bytes of shared 'row' at offset 4",
         "ldmatrix_misaligned": r"accesses 16 bytes of shared 'row' at offset 8",
     },
     "uninitialised": {

@@ -233,11 +233,11 @@ class Rehearsal:
     """Runs on the CPU, with the clock of a GPU that does not exist.
 
     Only the device is replaced: all that is around it runs as it would on a GPU. Time is what the
-    operators that ran would take at 1 TB/s, 1 TFLOP/s and 2 us a launch, so that numbers are the
+    operators that ran would take at 1 TB/s, 1 PFLOP/s and 2 us a launch, so that numbers are the
     same everywhere and mean nothing.
     """
 
-    BYTES, FLOPS, LAUNCH = 1e12, 1e12, 2e-6
+    BYTES, FLOPS, LAUNCH = 1e12, 1e15, 2e-6
 
     def __init__(self) -> None:
         self.torch = torch.device("cpu")

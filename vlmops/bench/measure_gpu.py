@@ -157,6 +157,8 @@ def measure_case(
             row["not_captured"] = why_not[key]
         if key in latencies:
             row["latency_ms"] = latencies[key] * 1e3
+        if key == ("floor", "copy"):  # which multiplies nothing
+            row["flops"] = 0.0
         rows.append(row if key == LAUNCH else judged(row, ceilings))
     return rows + [
         {**head, "direction": direction, "variant": variant, "unavailable": reason}

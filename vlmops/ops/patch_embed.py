@@ -46,11 +46,13 @@ Source: Dosovitskiy et al., An Image is Worth 16x16 Words (arXiv 2010.11929).
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.utils._python_dispatch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import functional
@@ -283,19 +285,40 @@ def pixel_map_of(
             "vlmops.patch_embed: rescale_factor: expected a number other than 0, got "
             f"{rescale_factor}"
         )
-    none = torch.zeros(channels), torch.ones(channels)
-    means = none[0] if mean is None else torch.tensor(mean, dtype=torch.float32)
-    stds = none[1] if std is None else torch.tensor(std, dtype=torch.float32)
+    real = torch.utils._python_dispatch._get_current_dispatch_mode() is None
+    if device.type == "cuda" and real and not torch.compiler.is_compiling():
+        return _map_on_gpu(raw, channels, device, mean, std, rescale_factor)
+    return _pixel_map(raw, channels, mean, std, rescale_factor).to(device)
+
+
+@functools.lru_cache(maxsize=64)
+def _map_on_gpu(raw: bool, channels: int, device: torch.device, *numbers: Any) -> Tensor:
+    """Kept, since a copy to the device can neither be captured in a graph nor is it free."""
+    with torch.inference_mode(False):
+        return _pixel_map(raw, channels, *numbers).to(device)
+
+
+def _pixel_map(
+    raw: bool,
+    channels: int,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+    rescale_factor: float | None,
+) -> Tensor:
+    def of(values: Sequence[float] | None, default: float) -> Tensor:
+        given = [default] * channels if values is None else values
+        return torch.tensor(given, dtype=torch.float32, device="cpu")
+
+    means, stds = of(mean, 0.0), of(std, 1.0)
+    pixels = torch.arange(256, dtype=torch.float32, device="cpu")
     if not raw:
         slope = (1.0 if rescale_factor is None else rescale_factor) / stds.double()
-        made = torch.stack((slope, -means.double() / stds.double()), -1).float()
-    elif mean is None and std is None:
-        made = (torch.arange(256).float() * (rescale_factor or 1.0)).expand(channels, 256)
-    else:
-        if rescale_factor is not None:
-            means, stds = means * (1.0 / rescale_factor), stds * (1.0 / rescale_factor)
-        made = (torch.arange(256).float() - means[:, None]) / stds[:, None]
-    return made.contiguous().to(device)
+        return torch.stack((slope, -means.double() / stds.double()), -1).float()
+    if mean is None and std is None:
+        return (pixels * (rescale_factor or 1.0)).repeat(channels, 1)
+    if rescale_factor is not None:
+        means, stds = means * (1.0 / rescale_factor), stds * (1.0 / rescale_factor)
+    return (pixels - means[:, None]) / stds[:, None]
 
 
 def _tensor(name: str, value: Any) -> None:
@@ -493,7 +516,7 @@ def _mapped(x: Tensor, pixel_map: Tensor, channel: int) -> Tensor:
     return x.movedim(0, channel)
 
 
-# Registration. The schemas are the library's, with the kernels for CUDA; on the CPU the op is
+# Registration. The schemas and the kernels between products are the library's, the op itself is
 # `panels.forward`. Triton's op has the same schema.
 
 
@@ -636,10 +659,11 @@ def _vmapped(op: Any) -> Callable[..., tuple[Any, Any]]:
     return run
 
 
-def _on_triton(*args: Any) -> Tensor:
-    module = importlib.import_module("vlmops.ops.patch_embed_triton")
-    result: Tensor = module.forward(*args)
-    return result
+def _on_triton(name: str) -> Callable[..., Any]:
+    def run(*args: Any) -> Any:
+        return getattr(importlib.import_module("vlmops.ops.patch_embed_triton"), name)(*args)
+
+    return run
 
 
 def _ops_of(name: str) -> _Ops:
@@ -662,10 +686,10 @@ if _library.error is None:
     for _op in _COMPILED:
         _lib.define(str(_op._schema).replace("vlmops::patch_embed", "patch_embed_triton", 1))
     _TRITON = _ops_of("patch_embed_triton")
-    _lib.impl("patch_embed", panels.forward, "CPU")
     for _key in ("CPU", "CUDA"):
-        _lib.impl("patch_embed_triton", _on_triton, _key)
-        for _name in ("patch_embed_backward", "patch_embed_triton_backward"):
-            _lib.impl(_name, panels.backward, _key)
+        _lib.impl("patch_embed", panels.forward, _key)
+        _lib.impl("patch_embed_backward", panels.backward, _key)
+        _lib.impl("patch_embed_triton", _on_triton("forward"), _key)
+        _lib.impl("patch_embed_triton_backward", _on_triton("backward"), _key)
     for _ops in (_COMPILED, _TRITON):
         _register(_ops)

@@ -10,11 +10,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from vlmops.ops import linear as products
 
@@ -24,7 +25,11 @@ INDEX, WEIGHT, PATCHES_ONLY = 1, 2, 4
 PANEL = 2**19
 """Elements of a panel of patches, or of its product, on the CPU."""
 PANEL_ON_GPU = 2**26
-"""The same on a GPU, in backward."""
+"""The same on a GPU."""
+LARGE_ON_GPU = 2**20
+"""Elements of a result from which on a GPU works in panels."""
+_PITCH = 8
+"""Elements of 16 bits that rows of a panel are a multiple of: cuBLAS wants 16 bytes."""
 
 
 class Arguments(NamedTuple):
@@ -91,11 +96,11 @@ class Arguments(NamedTuple):
         """The weight ``[D, K]``."""
         return self.weight.reshape(self.weight.shape[0], -1).to(dtype)
 
-    def pack(self, begin: int, end: int, dtype: torch.dtype) -> Tensor:
-        """Patches ``[begin, end)`` of all, ``[end - begin, K]``."""
+    def pack(self, begin: int, end: int, dtype: torch.dtype, pitch: int = 0) -> Tensor:
+        """Patches ``[begin, end)``, ``[end - begin, K]``; on a GPU zeros follow, up to pitch."""
         panel: Tensor = torch.ops.vlmops.patch_embed_pack(
             self.pixel_values, self.weight, self.pixel_map, self.listed, self.channels_last,
-            self.image_sizes, begin, end, dtype,
+            self.image_sizes, begin, end, dtype, pitch,
         )  # fmt: skip
         return panel
 
@@ -149,39 +154,77 @@ def _parts(rows: int, most: int) -> Iterator[tuple[int, int]]:
 
 
 def forward(*args: Any) -> Tensor:
-    """The op on the CPU; on the emulated GPU where a test has put one."""
+    """The op on the CPU and on a GPU; on the emulated one where a test has put it."""
     a = Arguments(*args)
-    if torch.ops.vlmops.patch_embed_emulated(a.weight):
+    on_gpu = a.weight.is_cuda or torch.ops.vlmops.patch_embed_emulated(a.weight)
+    if on_gpu and not goes_in_panels(a):
         result: Tensor = torch.ops.vlmops.patch_embed_launch(*args)
         return result
     with _plainly():
         out: Tensor = torch.ops.vlmops.patch_embed_empty(*args)  # all checks
-        if _is_product(a):
-            return products.linear(a.pixel_values[0], a.matrix(a.weight.dtype), a.bias)
         dtype = computes_in(a.weight)
-        weight, bias = a.matrix(dtype), None if a.bias is None else a.bias.to(dtype)
-        images = 1 if a.packed else out.shape[0]
-        rows = images * sum(a.patches())
-        multiply = products.for_panels(dtype, *weight.shape)
-        for begin, end in _parts(rows, PANEL // max(weight.shape)):
-            product = multiply(a.pack(begin, end, dtype), weight, bias)
+        alone = _is_alone(a)
+        if alone and _is_matrix(a):
+            return _product_of(a, on_gpu).view(out.shape)
+        weight, bias = _padded(a, dtype), None if a.bias is None else a.bias.to(dtype)
+        channels, pitch = weight.shape
+        multiply = functional.linear if on_gpu else products.for_panels(dtype, channels, pitch)
+        rows = (1 if a.packed else out.shape[0]) * sum(a.patches())
+        most = (PANEL_ON_GPU if on_gpu else PANEL) // max(channels, pitch, 1)
+        for begin, end in _parts(rows, most):
+            product = multiply(a.pack(begin, end, dtype, pitch), weight, bias)
+            if on_gpu and alone and end - begin == rows:
+                return product.view(out.shape)
             torch.ops.vlmops.patch_embed_finish(out, product, begin, *args)
         if rows == 0:
-            torch.ops.vlmops.patch_embed_finish(out, weight.new_empty(0, len(weight)), 0, *args)
+            torch.ops.vlmops.patch_embed_finish(out, weight.new_empty(0, channels), 0, *args)
         return out
 
 
-def _is_product(a: Arguments) -> bool:
-    """Whether patches come as they are multiplied, and nothing is done to what comes out."""
-    alike = a.pixel_values[0].dtype == a.weight.dtype == (a.dtype or a.weight.dtype)
-    alone = a.norm == "none" and a.prefix is None and not a.positions and a.pixel_map is None
-    return a.flat and alike and alone and a.pixel_values[0].numel() > 0
+def goes_in_panels(a: Arguments) -> bool:
+    """Whether a GPU takes the platform's product, between two kernels that pack and finish.
+
+    Else one kernel does everything: what is small waits for launches.
+    """
+    return math.prod(a.shape()) >= LARGE_ON_GPU
 
 
-def backward(grad: Tensor, needs: Sequence[bool], *args: Any) -> list[Tensor]:
+def _padded(a: Arguments, dtype: torch.dtype) -> Tensor:
+    """The weight; on a GPU with as many columns of zeros behind it as make 16-byte rows.
+
+    Without them cuBLAS takes 4 times as long.
+    """
+    weight = a.matrix(dtype)
+    missing = -weight.shape[1] % _PITCH if weight.is_cuda and dtype != torch.float32 else 0
+    return functional.pad(weight, (0, missing)) if missing else weight
+
+
+def _is_alone(a: Arguments) -> bool:
+    """Whether nothing is done to what a product yields."""
+    alike = (a.dtype or a.weight.dtype) == a.weight.dtype
+    return alike and a.norm == "none" and a.prefix is None and not a.positions
+
+
+def _is_matrix(a: Arguments) -> bool:
+    """Whether patches come as they are multiplied."""
+    x = a.pixel_values[0] if a.flat else a.weight
+    return a.flat and x.dtype == a.weight.dtype and a.pixel_map is None and x.numel() > 0
+
+
+def _product_of(a: Arguments, on_gpu: bool) -> Tensor:
+    multiply = functional.linear if on_gpu else products.linear
+    return multiply(a.pixel_values[0], a.matrix(a.weight.dtype), a.bias)
+
+
+Pack = Callable[[Arguments, int, int, torch.dtype, int], Tensor]
+
+
+def backward(
+    grad: Tensor, needs: Sequence[bool], *args: Any, pack: Pack = Arguments.pack
+) -> list[Tensor]:
     """The gradients of pixels, weight, bias, the norm's weight and bias, prefix, positions.
 
-    Empty tensors where ``needs`` says no, and for indices.
+    Empty tensors where ``needs`` says no, and for indices. ``pack`` gathers patches.
     """
     a = Arguments(*args)
     tensors = [*a.pixel_values, a.weight, a.bias, a.norm_weight, a.norm_bias, a.prefix,
@@ -191,7 +234,7 @@ def backward(grad: Tensor, needs: Sequence[bool], *args: Any) -> list[Tensor]:
     with _plainly():
         grad = (grad if grad.dim() == 3 else grad[None]).contiguous()  # [S, M + N, D]
         if any(needs[:around]):
-            found[:around] = _of_products(a, grad, needs)
+            found[:around] = _of_products(a, grad, needs, pack)
         if needs[around]:
             found[around] = _prefixes(a, grad).float().sum(0)
         for position in addends(a):
@@ -203,7 +246,9 @@ def backward(grad: Tensor, needs: Sequence[bool], *args: Any) -> list[Tensor]:
             if position.weight is not None:
                 found[weight_at] = weight
     return [
-        grad.new_empty(0) if t is None or g is None or not needed else g.to(t.dtype).view(t.shape)
+        grad.new_empty(0)
+        if t is None or g is None or not needed
+        else g.to(t.dtype).reshape(t.shape)
         for g, t, needed in zip(found, tensors, needs, strict=True)
     ]
 
@@ -239,26 +284,29 @@ def _prefixes(a: Arguments, grad: Tensor) -> Tensor:
     return torch.stack(rows) if rows else grad.new_empty(0, a.extra, grad.shape[-1])
 
 
-def _of_products(a: Arguments, grad: Tensor, needs: Sequence[bool]) -> list[Tensor | None]:
+def _of_products(
+    a: Arguments, grad: Tensor, needs: Sequence[bool], pack: Pack
+) -> list[Tensor | None]:
     """Of pixels, weight, bias and the norm's weight and bias."""
     count = len(a.pixel_values)
     needs_pixels = any(needs[:count])
     needs_weight, needs_bias = needs[count : count + 2]
     dtype = computes_in(a.weight)
-    weight = a.matrix(dtype)
-    channels, depth = weight.shape
+    weight = _padded(a, dtype)
+    channels, pitch = weight.shape
+    depth = a.weight[:1].numel()
     sums = grad.new_zeros(3, channels, dtype=torch.float32)  # of bias, the norm's weight and bias
-    weight_grad = grad.new_zeros(channels, depth, dtype=torch.float32)
+    weight_grad = grad.new_zeros(channels, pitch, dtype=torch.float32)
     pixel_grad: list[Tensor] = []
     normed = a.norm != "none"
-    most = (PANEL if grad.is_cpu else PANEL_ON_GPU) // max(channels, depth, 1)
+    most = (PANEL if grad.is_cpu else PANEL_ON_GPU) // max(channels, pitch, 1)
     row = 0
     for rows in _patch_rows(a, grad):
         for begin, end in _parts(len(rows), most):
             g = rows[begin:end]
             panel = None
             if needs_weight or normed:
-                panel = a.pack(row + begin, row + end, dtype)
+                panel = pack(a, row + begin, row + end, dtype, pitch)
             if normed and panel is not None:
                 bias = None if a.bias is None else a.bias.to(dtype)
                 g = _through_norm(a, g.float(), products.linear(panel, weight, bias).float(), sums)
@@ -275,8 +323,9 @@ def _of_products(a: Arguments, grad: Tensor, needs: Sequence[bool]) -> list[Tens
         row += len(rows)
     pixels: list[Tensor | None] = [None] * count
     if needs_pixels:
-        pixels[:] = _folded(a, torch.cat(pixel_grad) if pixel_grad else weight[:0])
-    return [*pixels, weight_grad, *sums]
+        all_rows = torch.cat(pixel_grad) if pixel_grad else weight[:0]
+        pixels[:] = _folded(a, all_rows[:, :depth])
+    return [*pixels, weight_grad[:, :depth], *sums]
 
 
 def _through_norm(a: Arguments, grad: Tensor, y: Tensor, sums: Tensor) -> Tensor:
@@ -299,7 +348,7 @@ def _through_norm(a: Arguments, grad: Tensor, y: Tensor, sums: Tensor) -> Tensor
 def _folded(a: Arguments, rows: Tensor) -> list[Tensor]:
     """Gradients of patches ``[rows, K]`` as those of pixels; what was not read has none."""
     if a.flat:
-        return [rows.view(a.pixel_values[0].shape)]
+        return [rows.reshape(a.pixel_values[0].shape)]
     found = [torch.zeros_like(x, dtype=rows.dtype) for x in a.pixel_values]
     places = found if a.listed else list(found[0]) if a.image_sizes else found[:1]
     channels, *sizes = a.weight.shape[1:]
@@ -309,7 +358,7 @@ def _folded(a: Arguments, rows: Tensor) -> list[Tensor]:
     images = a.pixel_values[0].shape[0] if whole else 1
     parts = rows.split([images * math.prod(grid) for grid in grids])
     for to, part, grid in zip(places, parts, grids, strict=True):
-        patches = part.view(images, *grid, channels, *sizes)
+        patches = part.reshape(images, *grid, channels, *sizes)
         order = [0, dims + 1]  # image, channel, then each side's patch and pixel
         for i in range(dims):
             order += [1 + i, dims + 2 + i]

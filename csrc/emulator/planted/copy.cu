@@ -81,6 +81,23 @@ VLMOPS_PLANTED(copy_misaligned, 1, 16) {
   y[threadIdx.x] = row[threadIdx.x * 4 + 1];
 }
 
+// The second of two words of 4 bytes.
+VLMOPS_PLANTED(narrow_copy_misaligned, 1, 16) {
+  VLMOPS_SHARED(float, row, 66);
+  cp_async_8_or_zero(row + threadIdx.x * 4 + 1, x + threadIdx.x * 4, 8);
+  cp_async_commit();
+  cp_async_wait<0>();
+  y[threadIdx.x] = row[threadIdx.x * 4 + 1];
+}
+
+VLMOPS_PLANTED(narrow_copy_past_shared_end, 1, 16) {
+  VLMOPS_SHARED(float, row, 15);
+  cp_async_4_or_zero(row + threadIdx.x, x + threadIdx.x, 0);
+  cp_async_commit();
+  cp_async_wait<0>();
+  y[threadIdx.x] = row[threadIdx.x];
+}
+
 VLMOPS_PLANTED(copy_to_global, 1, 16) {
   cp_async_16(y + threadIdx.x * 4, x + threadIdx.x * 4);
   cp_async_commit();

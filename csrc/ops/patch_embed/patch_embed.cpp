@@ -1,6 +1,6 @@
 // The only file of patch embedding that knows torch: schemas, checks, Tensor -> Params,
-// registration. On a GPU the whole op is here; on the CPU its product is a call from Python
-// (vlmops/ops/patch_embed.py), and here is what comes before and after it.
+// registration. The op is put together in Python (vlmops/ops/patch_embed_panels.py), since its
+// products are torch's; here is what comes before and after them, and what one kernel does alone.
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -491,10 +491,10 @@ Tensor unpacked(const std::vector<Tensor>& pixel_values, const Tensor& weight,
               position_kinds, dtype});
 }
 
-// Patches [begin, end) of all, [end - begin, K].
+// Patches [begin, end) of all, [end - begin, pitch >= K], zeros behind K; pitch is a GPU's.
 Tensor pack(const std::vector<Tensor>& pixel_values, const Tensor& weight,
             const OptionalTensor& pixel_map, bool listed, bool channels_last,
-            const Sizes& image_sizes, int64_t begin, int64_t end, ScalarType dtype) {
+            const Sizes& image_sizes, int64_t begin, int64_t end, ScalarType dtype, int64_t pitch) {
   const Pixels x{pixel_values, weight, pixel_map, listed, channels_last, image_sizes};
   const Groups groups = groups_of(x);
   if (begin < 0 || end < begin || end > groups.rows)
@@ -502,10 +502,12 @@ Tensor pack(const std::vector<Tensor>& pixel_values, const Tensor& weight,
          begin, ", ", end);
   const int64_t depth = groups.all.empty() ? 0 : groups.all[0].depth;
   const DType to = dtype_of(dtype, "dtype");
-  Tensor panel = torch::stable::new_empty(weight, Sizes{end - begin, depth}, dtype);
+  const CudaKernels* const kernels = launchers_for(weight);
+  const int64_t columns = kernels == nullptr ? depth : std::max(pitch, depth);
+  Tensor panel = torch::stable::new_empty(weight, Sizes{end - begin, columns}, dtype);
   auto* data = static_cast<char*>(panel.mutable_data_ptr());
-  const int64_t row_bytes = depth * panel.element_size();
-  if (const CudaKernels* kernels = launchers_for(weight)) {
+  const int64_t row_bytes = columns * panel.element_size();
+  if (kernels != nullptr) {
     if (kernels->register_buffer != nullptr) {
       kernels->register_buffer(nullptr, 0, nullptr, false);
       for (const Tensor& t : pixel_values) allow(*kernels, t, "pixel_values", true);
@@ -516,7 +518,7 @@ Tensor pack(const std::vector<Tensor>& pixel_values, const Tensor& weight,
     if (is_on_gpu(weight)) guard.emplace(weight.device().index());
     each_part(groups, begin, end, [&](const Params& p, int64_t from, int64_t until, int64_t done) {
       check_launch(*kernels, "patch_embed_pack",
-                   kernels->patch_embed_pack(p, from, until, data + done * row_bytes, to,
+                   kernels->patch_embed_pack(p, from, until, data + done * row_bytes, columns, to,
                                              stream_of(weight)));
     });
     return panel;
@@ -548,6 +550,30 @@ void finish(Tensor out, const Tensor& product, int64_t begin,
   const DType type = dtype_of(product.scalar_type(), "product");
   const auto* data = static_cast<const char*>(product.const_data_ptr());
   const int64_t channels = weight.size(0), row_bytes = channels * product.element_size();
+  if (const CudaKernels* kernels = launchers_for(weight)) {
+    const Pixels x{pixel_values, weight, pixel_map, listed, channels_last, image_sizes};
+    const Surroundings o{weight, bias,        norm,      norm_weight,    norm_bias, norm_eps,
+                         prefix, prefix_last, positions, position_kinds, dtype};
+    allow_everything(*kernels, x, o, kept, out);
+    allow(*kernels, product, "the product", true);
+    std::optional<torch::stable::accelerator::DeviceGuard> guard;
+    if (is_on_gpu(weight)) guard.emplace(weight.device().index());
+    int64_t start = 0;
+    const int64_t end = begin + product.size(0);
+    for (const Params& p : groups.all) {
+      const int64_t rows = p.images * p.patches();
+      const int64_t from = std::max(begin, start), to = std::min(end, start + rows);
+      // The first part of each group brings its prefix.
+      if (from < to || (rows == 0 && begin == 0)) {
+        check_launch(*kernels, kOp,
+                     kernels->patch_embed_finish(p, from - start, to - start,
+                                                 data + (from - begin) * row_bytes, type,
+                                                 stream_of(weight)));
+      }
+      start += rows;
+    }
+    return;
+  }
   const CpuKernels& kernels = cpu_kernels();
   each_part(groups, begin, begin + product.size(0),
             [&](const Params& p, int64_t from, int64_t until, int64_t done) {
@@ -578,29 +604,27 @@ STABLE_TORCH_LIBRARY_FRAGMENT(vlmops, m) {
   // and weight of `positions`, in this order; empty where `needs` says so.
   m.def("patch_embed_backward(Tensor grad, bool[] needs, " VLMOPS_PATCH_EMBED_ARGUMENTS
         ") -> Tensor[]");
-  // The parts of the op on the CPU.
+  // The parts of the op on the CPU; `empty` and `pack` on a GPU too.
   m.def("patch_embed_launch(" VLMOPS_PATCH_EMBED_ARGUMENTS ") -> Tensor");
   m.def("patch_embed_empty(" VLMOPS_PATCH_EMBED_ARGUMENTS ") -> Tensor");
   m.def(
       "patch_embed_pack(Tensor[] pixel_values, Tensor weight, Tensor? pixel_map, bool listed, bool "
-      "channels_last, int[] image_sizes, int begin, int end, ScalarType dtype) -> Tensor");
+      "channels_last, int[] image_sizes, int begin, int end, ScalarType dtype, int pitch=0) -> "
+      "Tensor");
   m.def(
       "patch_embed_finish(Tensor(a!) out, Tensor product, int begin, " VLMOPS_PATCH_EMBED_ARGUMENTS
       ") -> ()");
   m.def("patch_embed_emulated(Tensor tensor) -> bool");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(vlmops, CPU, m) {
-  m.impl("patch_embed_launch",
-         TORCH_BOX(&vlmops::patch_embed::unpacked<vlmops::patch_embed::launch>));
-  m.impl("patch_embed_empty",
-         TORCH_BOX(&vlmops::patch_embed::unpacked<vlmops::patch_embed::empty>));
-  m.impl("patch_embed_pack", TORCH_BOX(&vlmops::patch_embed::pack));
-  m.impl("patch_embed_finish", TORCH_BOX(&vlmops::patch_embed::finish));
-  m.impl("patch_embed_emulated", TORCH_BOX(&vlmops::patch_embed::emulated));
-}
+#define VLMOPS_PATCH_EMBED_IMPL(m)                                                \
+  m.impl("patch_embed_launch",                                                    \
+         TORCH_BOX(&vlmops::patch_embed::unpacked<vlmops::patch_embed::launch>)); \
+  m.impl("patch_embed_empty",                                                     \
+         TORCH_BOX(&vlmops::patch_embed::unpacked<vlmops::patch_embed::empty>));  \
+  m.impl("patch_embed_pack", TORCH_BOX(&vlmops::patch_embed::pack));              \
+  m.impl("patch_embed_finish", TORCH_BOX(&vlmops::patch_embed::finish));          \
+  m.impl("patch_embed_emulated", TORCH_BOX(&vlmops::patch_embed::emulated))
 
-STABLE_TORCH_LIBRARY_IMPL(vlmops, CUDA, m) {
-  m.impl("patch_embed", TORCH_BOX(&vlmops::patch_embed::unpacked<vlmops::patch_embed::launch>));
-  m.impl("patch_embed_pack", TORCH_BOX(&vlmops::patch_embed::pack));
-}
+STABLE_TORCH_LIBRARY_IMPL(vlmops, CPU, m) { VLMOPS_PATCH_EMBED_IMPL(m); }
+STABLE_TORCH_LIBRARY_IMPL(vlmops, CUDA, m) { VLMOPS_PATCH_EMBED_IMPL(m); }

@@ -88,12 +88,21 @@ using CpuFinish = void (*)(const Params&, int64_t begin, int64_t end, const void
 using CpuPrefix = void (*)(const Params&, int64_t begin, int64_t end);
 
 // On a GPU, where all pointers of Params are the device's. They return 0 or an error's number.
-// run: everything. pack: as CpuPack.
+// run: everything, in one kernel but for a norm.
 using CudaRun = int (*)(const Params&, void* stream);
-using CudaPack = int (*)(const Params&, int64_t begin, int64_t end, void* panel, DType dtype,
-                         void* stream);
+
+// As CpuPack; rows of the panel have `pitch` elements, zeros behind the patch's K.
+using CudaPack = int (*)(const Params&, int64_t begin, int64_t end, void* panel, int64_t pitch,
+                         DType dtype, void* stream);
+
+// As CpuFinish; with begin 0 the prefix of all images too.
+using CudaFinish = int (*)(const Params&, int64_t begin, int64_t end, const void* product,
+                           DType dtype, void* stream);
 
 int run_cuda(const Params& p, void* stream);
-int pack_cuda(const Params& p, int64_t begin, int64_t end, void* panel, DType dtype, void* stream);
+int pack_cuda(const Params& p, int64_t begin, int64_t end, void* panel, int64_t pitch, DType dtype,
+              void* stream);
+int finish_cuda(const Params& p, int64_t begin, int64_t end, const void* product, DType dtype,
+                void* stream);
 
 }  // namespace vlmops::patch_embed

@@ -119,8 +119,7 @@ inline void pack_rows(const Params& p, int64_t begin, int64_t end, To* panel) {
                        g / width / p.grid[1] * p.grid_stride[0] + y * p.grid_stride[1] +
                        x * p.grid_stride[2];
     To* to = panel + (n - begin) * p.depth;
-    const int64_t run = p.size_stride[3] == 1 ? p.size[3] : 0;
-    switch (run) {
+    switch (p.size[3]) {
       case 14:
         pack_row<14>(p, from, count, to);
         break;
