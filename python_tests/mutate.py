@@ -197,7 +197,7 @@ TRITON_MUTATIONS = {"mrope": {
         "1.0 / tl.sqrt_rn(b_square / D + eps)\n            b_a",
         "1.0 / tl.sqrt_rn(b_square / (2 * R + 1) + eps)\n            b_a"),
     "norm: forget the rest's squares": (
-        "                b_square += tl.sum(b_c * b_c, axis=1)\n", ""),
+        "                b_square += _sum(b_c * b_c, axis=1)\n", ""),
     "norm backward: forget the mean": ("(b_a - b_xa * b_mean)", "b_a"),
     "norm backward: weights' gradients of the last token": ("b_sa += b_a", "b_sa = b_a"),
     "norm backward: k's sums for q's": ("(q_weight, sums[0]", "(q_weight, sums[1]"),

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -149,13 +150,18 @@ def test_triton_that_is_not_installed(monkeypatch):
         vlmops.mrope(*tensors(), backend="triton")
 
 
-def test_defaults_say_whether_they_were_measured():
+def test_defaults_say_whether_they_were_measured(monkeypatch):
     assert dispatch.default("mrope", "cpu")[:2] == ("cpu", True)
-    if HAS_TRITON:
-        backend, measured, why = dispatch.default("mrope", torch.device("cuda", 0))
-        assert backend in ("cuda", "triton")
-        assert not measured
-        assert "guess" in why
+    refused = {"cuda": None, "triton": None}
+    monkeypatch.setattr(dispatch, "unavailable", lambda op, name, device: refused[name])
+    backend, measured, why = dispatch.default("mrope", torch.device("cuda", 0))
+    assert (backend, measured) == ("cuda", True)
+    folder = Path(__file__).parent.parent / why.split()[-1]
+    assert list(folder.glob("*-mrope.json"))
+    refused["cuda"] = "no kernels"
+    backend, measured, why = dispatch.default("mrope", "cuda")
+    assert (backend, measured) == ("triton", False)
+    assert "guess" in why
 
 
 def run_with(value):

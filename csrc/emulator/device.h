@@ -160,7 +160,8 @@ inline unsigned __float_as_uint(float x) { return __builtin_bit_cast(unsigned, x
 inline double __longlong_as_double(long long x) { return __builtin_bit_cast(double, x); }
 inline long long __double_as_longlong(double x) { return __builtin_bit_cast(long long, x); }
 
-inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
+// Off by as much as CUDA allows: two units in the last place.
+inline float rsqrtf(float x) { return 1.0f / sqrtf(x) * (1.0f + 0x1p-22f); }
 inline double rsqrt(double x) { return 1.0 / sqrt(x); }
 inline float __expf(float x) { return expf(x); }
 inline float __fdividef(float x, float y) { return x / y; }

@@ -5,9 +5,10 @@ backward is a second one.
 
 Bytes: q and k are read once and written once; ids, frequencies and weights are noise. Qwen2-VL-7B,
 S = 4096, bfloat16: 4096 x (28 + 4) heads x 128 x 2 bytes x 2 = 67 MB. Floor: 15.6 us at the
-4.3 TB/s that a copy reaches on an H200, 22.4 us at an H100's 3.0. PREDICTED, never measured: 75 to
-85 % of that bandwidth from S = 1024 on; decode costs the launch, 3 us plus some 20 us of Python
-unless a CUDA graph replays it. Backward of the norm reads x too: 1.5 times the bytes.
+4.3 TB/s that a copy reaches on an H200; measured there (bench/results/h200) 21.1 us, and 72.4 us
+for S = 16384, 90 to 92 % of a copy of the same tensors. Decode takes 2.4 us in a CUDA graph and 122
+us when called from Python. Backward of the norm reads x too, 1.5 times the bytes: 81 us for
+Qwen3-VL-8B's 4096 tokens.
 
 Threads: a program has one token, computes its R cosines and sines once, and walks over tiles of
 heads of q, then of k, that are [heads, R] and hold 1024 pairs of channels: 8 of each half for each
@@ -101,6 +102,12 @@ def _turn(
         b_sine = tl.sum(tl.reshape(b_sine, [n_sines // (2 * BR), 2 * BR]), axis=0)
     b_cos, b_sin = tl.split(tl.reshape(b_sine, [BR, 2]))
     return b_cos, b_sin
+
+
+@triton.jit
+def _sum(b_x, axis: tl.constexpr):
+    """In float64: the order of a sum follows the layout, and so alignment and strides, unseen."""
+    return tl.sum(b_x.to(tl.float64), axis=axis).to(tl.float32)
 
 
 @triton.jit
@@ -204,11 +211,11 @@ def _rotate_rows(
         p_dst = p_y + o_h.to(tl.int64) * (s_y_h * VEC)
         b_a, b_b = _load_pairs(p_src, s_x_c, m_h, R, PAIRS, UNIT, BH, BR)
         if NORM:
-            b_square = tl.sum(b_a * b_a + b_b * b_b, axis=1)
+            b_square = _sum(b_a * b_a + b_b * b_b, axis=1)
             if 2 * R < D:
                 p_rest, m_rest = _rest(p_src, s_x_c, m_h, D, R, UNIT, BREST)
                 b_c = tl.load(p_rest, mask=m_rest, other=0.0).to(tl.float32)
-                b_square += tl.sum(b_c * b_c, axis=1)
+                b_square += _sum(b_c * b_c, axis=1)
             b_scale = 1.0 / tl.sqrt_rn(b_square / D + eps)
             b_a = b_a * b_scale[:, None] * b_wa[None, :]
             b_b = b_b * b_scale[:, None] * b_wb[None, :]
@@ -314,11 +321,11 @@ def _norm_backward_rows(
                 b_c = tl.load(p_rest, mask=m_rest, other=0.0).to(tl.float32)
             if NORM:
                 b_xa, b_xb = _load_pairs(p_in, s_x_c, m_h, R, PAIRS, UNIT, BH, BR)
-                b_square = tl.sum(b_xa * b_xa + b_xb * b_xb, axis=1)
+                b_square = _sum(b_xa * b_xa + b_xb * b_xb, axis=1)
                 if 2 * R < D:
                     p_rest, m_rest = _rest(p_in, s_x_c, m_h, D, R, UNIT, BREST)
                     b_xc = tl.load(p_rest, mask=m_rest, other=0.0).to(tl.float32)
-                    b_square += tl.sum(b_xc * b_xc, axis=1)
+                    b_square += _sum(b_xc * b_xc, axis=1)
                 b_scale = (1.0 / tl.sqrt_rn(b_square / D + eps))[:, None]
                 b_xa *= b_scale
                 b_xb *= b_scale
@@ -327,13 +334,13 @@ def _norm_backward_rows(
                     b_sb += b_b * b_xb
                 b_a *= b_wa[None, :]
                 b_b *= b_wb[None, :]
-                b_mean = tl.sum(b_a * b_xa + b_b * b_xb, axis=1)
+                b_mean = _sum(b_a * b_xa + b_b * b_xb, axis=1)
                 if 2 * R < D:
                     b_xc *= b_scale
                     if WEIGHT_GRAD:
                         b_sc += b_c * b_xc
                     b_c *= b_wc[None, :]
-                    b_mean += tl.sum(b_c * b_xc, axis=1)
+                    b_mean += _sum(b_c * b_xc, axis=1)
                 b_mean = (b_mean / D)[:, None]
                 b_a = b_scale * (b_a - b_xa * b_mean)
                 b_b = b_scale * (b_b - b_xb * b_mean)
@@ -354,9 +361,9 @@ def _norm_backward_rows(
             o_a = o_r
             o_b = o_a + R
         o_c = 2 * R + tl.arange(0, BREST)
-        tl.store(p_sum + o_a, tl.sum(b_sa, axis=0), mask=o_r < R)
-        tl.store(p_sum + o_b, tl.sum(b_sb, axis=0), mask=o_r < R)
-        tl.store(p_sum + o_c, tl.sum(b_sc, axis=0), mask=o_c < D)
+        tl.store(p_sum + o_a, _sum(b_sa, axis=0), mask=o_r < R)
+        tl.store(p_sum + o_b, _sum(b_sb, axis=0), mask=o_r < R)
+        tl.store(p_sum + o_c, _sum(b_sc, axis=0), mask=o_c < D)
 
 
 _X = [f"s_{x}_{d}" for x in ("qx", "kx") for d in "bthc"]

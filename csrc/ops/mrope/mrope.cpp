@@ -40,6 +40,10 @@ struct Frequencies {
 
 bool is_on_gpu(const Tensor& t) { return t.device().type() == torch::headeronly::DeviceType::CUDA; }
 
+[[noreturn]] void fail_frequencies(const Argument& a) {
+  fail(a.op, a.name, "expected a floating dtype, got ", describe(a.tensor.scalar_type()));
+}
+
 // inv_freq [R] as float32.
 void read_floats(const Argument& a, int64_t n, float* out) {
   // Each call into torch costs as much as ten elements.
@@ -58,7 +62,7 @@ void read_floats(const Argument& a, int64_t n, float* out) {
     case ScalarType::Half:
       return copy(static_cast<const torch::headeronly::Half*>(p));
     default:
-      fail(a.op, a.name, "expected a floating dtype, got ", describe(a.tensor.scalar_type()));
+      fail_frequencies(a);
   }
 }
 
@@ -178,7 +182,10 @@ Params check(const Options& o, const Argument& q, const Argument& k, const Argum
   const IntType axis_type = freq_axis.integer();
   if (is_on_gpu(q.tensor)) {  // values stay there: the kernel clamps axes
     const ScalarType dtype = inv_freq.tensor.scalar_type();
-    if (dtype != ScalarType::Double) inv_freq.floating();
+    if (dtype != ScalarType::Float && dtype != ScalarType::Double &&
+        dtype != ScalarType::BFloat16 && dtype != ScalarType::Half) {
+      fail_frequencies(inv_freq);
+    }
     frequencies.on_gpu[0] =
         torch::stable::contiguous(torch::stable::to(inv_freq.tensor, ScalarType::Float));
     frequencies.on_gpu[1] =

@@ -211,8 +211,16 @@ __device__ __forceinline__ float add_up(float x, int lanes) {
   return x;
 }
 
-__device__ __forceinline__ float per_channel(const Params& p) {
-  return __fdividef(1.0f, static_cast<float>(p.head_dim));
+// rsqrtf and a step of Newton's: by itself it is off by two units, which a token alone shows.
+__device__ __forceinline__ float reciprocal_root(float x) {
+  const float r = rsqrtf(x);
+  const float better = fmaf(0.5f * r, fmaf(-(x * r), r, 1.0f), r);
+  return x <= 0x1.fffffep127f ? better : r;  // 0 of infinity
+}
+
+__device__ __forceinline__ float norm_scale(const Params& p, float sum_of_squares,
+                                            float per_channel) {
+  return reciprocal_root(sum_of_squares * per_channel + p.norm_eps);
 }
 
 // Floats of shared memory. Packs of them are aligned, and 2V channels too many do no harm.
@@ -385,7 +393,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize, kBlocks)
   }
   __syncthreads();
 
-  const float channel_part = per_channel(p);
+  const float per_channel = 1.0f / static_cast<float>(p.head_dim);
   const auto rotate = [&](int unit, const Two<T, V>& x) {
     const bool is_k = unit >= q_units;
     const Rows& rows = p.rows[is_k];
@@ -396,8 +404,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize, kBlocks)
     if (normed || item.turns) {
       auto a = floats_of(x.a), b = floats_of(x.b);
       if (normed) {
-        const float mean = add_up(squares(a) + squares(b), lanes) * channel_part;
-        const float factor = rsqrtf(mean + p.norm_eps);
+        const float factor = norm_scale(p, add_up(squares(a) + squares(b), lanes), per_channel);
         const float* weight = memory + (is_k ? padded_dim(p) : 0);
         scale(a, factor, weight + item.first);
         scale(b, factor, weight + item.second);
@@ -458,7 +465,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize, kBlocks)
         const auto x = load_item<false>(src, Item<rotation, 1>(at, p), rows.src_stride[3]);
         sum += squares(floats_of(x.a)) + squares(floats_of(x.b));
       }
-      factor = rsqrtf(add_up(sum, kWarpSize) * per_channel(p) + p.norm_eps);
+      factor = norm_scale(p, add_up(sum, kWarpSize), 1.0f / static_cast<float>(p.head_dim));
     }
     for (int at = lane; at < items; at += kWarpSize) {
       const Item<rotation, 1> item(at, p);
@@ -535,7 +542,7 @@ __global__ void __launch_bounds__(kBackwardWarps* kWarpSize, kBackwardBlocks)
   const int first = is_k ? warp - q_warps : warp, stride = is_k ? warps - q_warps : q_warps;
   const bool normed = rows.norm_weight != nullptr;
   const float* const weight = shared.weight + (is_k ? padded_dim(p) : 0);
-  const float channel_part = per_channel(p);
+  const float per_channel = 1.0f / static_cast<float>(p.head_dim);
   const int tokens = static_cast<int>(p.batch * p.tokens);
   fill_weight(p, p.rows[0], shared.weight);
   fill_weight(p, p.rows[1], shared.weight + padded_dim(p));
@@ -573,8 +580,8 @@ __global__ void __launch_bounds__(kBackwardWarps* kWarpSize, kBackwardBlocks)
           float square = 0.0f, product = 0.0f;
           add_products(a, floats_of(x.a), weight + item.first, square, product);
           add_products(b, floats_of(x.b), weight + item.second, square, product);
-          const float r = rsqrtf(add_up(square, lanes) * channel_part + p.norm_eps);
-          const float k = r * r * (r * add_up(product, lanes) * channel_part);
+          const float r = norm_scale(p, add_up(square, lanes), per_channel);
+          const float k = r * r * (r * add_up(product, lanes) * per_channel);
           norm_gradient(a, floats_of(x.a), weight + item.first, sa.v, r, k);
           norm_gradient(b, floats_of(x.b), weight + item.second, sb.v, r, k);
         }
@@ -606,9 +613,9 @@ __global__ void __launch_bounds__(kBackwardWarps* kWarpSize, kBackwardBlocks)
     const int channel = i - (of_k ? static_cast<int>(p.head_dim) : 0);
     const int begin = (of_k ? q_warps : 0) * place.at_once;
     const int end = (of_k ? warps : q_warps) * place.at_once;
-    float sum = 0.0f;
+    double sum = 0.0;
     for (int at = begin; at < end; ++at) sum += shared.sums[at * row + channel];
-    partial[blockIdx.x * 2 * p.head_dim + i] = sum;
+    partial[blockIdx.x * 2 * p.head_dim + i] = static_cast<float>(sum);
   }
 }
 
@@ -666,8 +673,9 @@ __global__ void __launch_bounds__(kBackwardWarps* kWarpSize, kBackwardBlocks)
           add_products(a, floats_of(x.a), weight + item.first, square, product);
           add_products(b, floats_of(x.b), weight + item.second, square, product);
         }
-        r = rsqrtf(add_up(square, kWarpSize) * per_channel(p) + p.norm_eps);
-        k = r * r * (r * add_up(product, kWarpSize) * per_channel(p));
+        const float per_channel = 1.0f / static_cast<float>(p.head_dim);
+        r = norm_scale(p, add_up(square, kWarpSize), per_channel);
+        k = r * r * (r * add_up(product, kWarpSize) * per_channel);
       }
       for (int i = lane; i < items; i += kWarpSize) {
         const Item<rotation, 1> item(i, p);
@@ -687,10 +695,10 @@ __global__ void __launch_bounds__(kBackwardWarps* kWarpSize, kBackwardBlocks)
     const bool of_k = i >= p.head_dim;
     if (!p.rows[of_k].needs_weight_grad) continue;
     const int channel = i - (of_k ? static_cast<int>(p.head_dim) : 0);
-    float sum = 0.0f;
+    double sum = 0.0;
     for (int at = of_k ? q_warps : 0; at < (of_k ? warps : q_warps); ++at)
       sum += shared.sums[at * row + channel];
-    partial[blockIdx.x * 2 * p.head_dim + i] = sum;
+    partial[blockIdx.x * 2 * p.head_dim + i] = static_cast<float>(sum);
   }
 }
 
