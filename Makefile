@@ -36,7 +36,7 @@ test: setup
 	  python_tests/ops -k "not triton and not emulator"
 	# Compiles the emulator first: a minute of processor time.
 	.ci/suite emulator 240 $(BIN)/python -m pytest -q python_tests/emulator \
-	  python_tests/test_contract.py -k emulator
+	  python_tests/test_contract.py python_tests/ops -k emulator
 	# The interpreter takes a hundredth of a second a program.
 	OMP_NUM_THREADS=1 .ci/suite triton 240 $(BIN)/python -m pytest -q python_tests/test_contract.py \
 	  python_tests/ops -k triton

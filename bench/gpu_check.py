@@ -98,14 +98,14 @@ def steps(out: Path, dry_run: bool) -> list[Step]:
         selected = {"cuda": "cpu_portable and qwen2vl_s17", "triton": "triton and tiny_s1"}
         # Warnings differ from one torch to the next: they are read in the log here.
         suite = [python, "-m", "pytest", "-v", "-rf", "-W", "default", "-p", "no:cacheprovider"]
-        suite += ["--maxfail=30", "python_tests/test_contract.py"]
+        suite += ["--tb=short", "--maxfail=30", *workers(), "python_tests/test_contract.py"]
         suite += ["-k", selected[backend] if dry_run else backend]
         skip = without("triton") if backend == "triton" else lambda: None
         return Step(f"contract-{backend}", 100, suite, test_device, built, skip=skip)
 
-    def bench(name: str, seconds: float, *options: str) -> Step:
+    def bench(name: str, seconds: float, *options: str, op: str = "mrope") -> Step:
         path = out / f"{name}.json"
-        command = [python, "-m", "vlmops", "bench", "mrope", "--device", device, *options]
+        command = [python, "-m", "vlmops", "bench", op, "--device", device, *options]
         return Step(name, seconds, [*command, "--json", str(path)], needs=built, makes=path)
 
     def sanitizer(tool: str) -> Step:
@@ -113,13 +113,18 @@ def steps(out: Path, dry_run: bool) -> list[Step]:
         # torch's caching allocator would hide accesses beyond a tensor's end.
         env = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
         command = [program or "compute-sanitizer", "--tool", tool, "--error-exitcode", "9"]
+        # Races are looked for in every access to shared memory: reference and Triton take minutes.
+        watched = "calls" if tool == "racecheck" else "small"
         missing = "compute-sanitizer is not installed; it comes with the CUDA toolkit"
         skip = lambda: None if program else missing  # noqa: E731
-        return Step(f"sanitizer-{tool}", 40, [*command, *part("small")], env, built, skip=skip)
+        return Step(f"sanitizer-{tool}", 40, [*command, *part(watched)], env, built, skip=skip)
 
     quick = ["--quick", "--no-compile", "--dtype", "bfloat16"]
     shapes = ["decode_b1", "s1024"] if dry_run else ["decode_b1", "s4096", "s16384", "norm_s4096"]
     cases = [option for shape in shapes for option in ("--case", shape)]
+    patches = ["--quick"]
+    if dry_run:
+        patches += ["--no-compile", "--dtype", "float32", "--case", "siglip_so400m_384"]
     build = part("imports") if dry_run else [python, *BUILD]
     return [
         Step("environment", 30, part("environment")),
@@ -128,6 +133,7 @@ def steps(out: Path, dry_run: bool) -> list[Step]:
         Step("small", 40, part("small"), needs=built),
         contract("cuda"),
         bench("bench-headline", 60, *quick, *cases),
+        bench("bench-patch-embed", 100, *patches, op="patch_embed"),
         Step("patched", 60, part("patched"), needs=built, skip=without("transformers")),
         contract("triton"),
         *(sanitizer(tool) for tool in SANITIZERS[:2]),
@@ -143,6 +149,15 @@ def without(module: str) -> Callable[[], str | None]:
 
     missing = f"{module} is not installed; run 'pip install {module}'"
     return lambda: None if importlib.util.find_spec(module) else missing
+
+
+def workers() -> list[str]:
+    """Pytest's options for several processes; one that dies takes only the test it was at."""
+    import importlib.util
+
+    if not importlib.util.find_spec("xdist"):
+        return []
+    return ["-n", str(max(1, min(8, (os.cpu_count() or 1) // 2))), "--dist", "worksteal"]
 
 
 def find_sanitizer() -> str | None:
@@ -287,7 +302,10 @@ class Check:
 
 def counts(log: Path) -> str:
     """How many tests passed, failed and were skipped, also if pytest was stopped."""
-    words = re.findall(r"^\S+::.* (PASSED|FAILED|SKIPPED|ERROR)\b", log.read_text(), re.MULTILINE)
+    # With workers "[gw0] [ 1%] PASSED file::test", without "file::test PASSED [ 1%]".
+    words = re.findall(
+        r"^(?=\S+::|\[gw\d+\]).* (PASSED|FAILED|SKIPPED|ERROR)\b", log.read_text(), re.MULTILINE
+    )
     kinds = [f"{words.count(k)} {k.lower()}" for k in dict.fromkeys(words)]
     return f"{', '.join(kinds)}; " if kinds else ""
 
@@ -313,6 +331,9 @@ def verdict(
             break
     else:
         lines += ["", "NUMBERS     none were measured"]
+    path = out / "bench-patch-embed.json"
+    if path.exists() and outcomes.get("bench-patch-embed", Outcome("")).status in DONE:
+        lines += ["", *products(json.loads(path.read_text()))]
     statuses = [outcome.status for outcome in outcomes.values()]
     bad = sum(status in ("failed", "timed out", "not reached") for status in statuses)
     lines += ["", f"VERDICT     {bad or 'no'} of {len(steps)} steps did not pass, "
@@ -357,6 +378,20 @@ def numbers(report: Mapping[str, Any]) -> list[str]:
             lines.append(
                 f"{'met' if met else 'MISSED':12}{case:12}{variant:17}{name} {value:.4g} "
                 f"(target {sign} {target:g})"
+            )
+    return lines + [f"ERROR       {error}" for error in report.get("errors", ())]
+
+
+def products(report: Mapping[str, Any]) -> list[str]:
+    """Of an op that is mostly products: time against eager and the fastest bare product."""
+    lines = []
+    for row in report["rows"]:
+        if row["variant"].startswith("vlmops") and row.get("times_eager") is not None:
+            over = row.get("over_product")
+            lines.append(
+                f"{row['case']:20}{row['dtype']:10}{row['direction']:9}{row['variant']:15}"
+                f"{row['median_ms'] * 1e3:9.1f} us, {row['times_eager']:.2f}x eager"
+                + ("" if over is None else f", {over:.2f} x product")
             )
     return lines + [f"ERROR       {error}" for error in report.get("errors", ())]
 
@@ -438,6 +473,31 @@ def small(out: Path, dry_run: bool) -> int:
     return int(wrong > 0 or ran == 0)
 
 
+def calls(out: Path, dry_run: bool) -> int:
+    """The same cases on the compiled backend alone, with nothing else on the device."""
+    import torch
+
+    import vlmops
+
+    device, ran = torch.device("cpu" if dry_run else "cuda"), 0
+    for op in vlmops.ops.__all__:
+        spec = vlmops.ops.spec(op)
+        for case in spec.few:
+            torch.manual_seed(0)
+            made = case.make(torch.bfloat16, torch.device("cpu"))
+            args = {n: t.to(device) if isinstance(t, torch.Tensor) else t for n, t in made.items()}
+            names = spec.differentiable_in(args)
+            leaves = {n: args[n].detach().requires_grad_() for n in names}
+            outputs = spec.function(**{**args, **leaves}, backend=device.type)
+            upstream = [torch.ones(o.shape, dtype=o.dtype).to(device) for o in outputs]
+            torch.autograd.grad(outputs, list(leaves.values()), upstream)
+            ran += 1
+    if not dry_run:
+        torch.cuda.synchronize()
+    print(f"{ran} calls forward and backward")
+    return int(ran == 0)
+
+
 def patched(out: Path, dry_run: bool) -> int:
     """Tiny models of Hugging Face's, before and after `vlmops.patch`: logits and gradients."""
     sys.path.insert(0, str(ROOT / "python_tests"))
@@ -449,6 +509,7 @@ def patched(out: Path, dry_run: bool) -> int:
 
     device, wrong = torch.device("cpu" if dry_run else "cuda"), 0
     torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False  # on by default; 6e-5 of a convolution's gradient
     for family in ("qwen2_vl",) if dry_run else ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v"):
         model = tiny.build(family).to(device)
         batch = {k: v.to(device) for k, v in checks.batch_of(family, "several_images").items()}
@@ -481,6 +542,7 @@ PARTS: dict[str, Callable[[Path, bool], int]] = {
     "environment": environment,
     "imports": imports,
     "small": small,
+    "calls": calls,
     "patched": patched,
     "plots": plots,
 }

@@ -51,7 +51,7 @@ def command(*args: str) -> str:
 def short(symbol: str) -> str:
     """A kernel's name and template arguments, without parameters and namespaces."""
     name = command("c++filt", symbol).strip()
-    name = re.sub(r"\(vlmops::\w+::(\w+)\)", r"\1 ", name).removeprefix("void ")
+    name = re.sub(r"\(vlmops::\w+::(\w+)\)(?=\d)", r"\1 ", name).removeprefix("void ")
     return re.sub(r"vlmops::(\w+::)?", "", name[: name.rindex("(")])
 
 

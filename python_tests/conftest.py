@@ -36,6 +36,23 @@ def pytest_report_header():
     return [tested, f"vlmops: triton: {how}"]
 
 
+class _Told:
+    """On a GPU a crash or a time limit may come before the summary: failures are told at once."""
+
+    def __init__(self, config):
+        self.plugins = config.pluginmanager
+
+    def pytest_runtest_logreport(self, report):
+        terminal = self.plugins.get_plugin("terminalreporter")  # a worker of xdist has none
+        if report.failed and terminal is not None:
+            terminal.write(f"\n{report.nodeid}\n{report.longreprtext}\n", flush=True)
+
+
+def pytest_configure(config):
+    if ON_GPU:
+        config.pluginmanager.register(_Told(config))
+
+
 @pytest.fixture(autouse=True)
 def _poisoned_memory():
     # Reaches what C++ allocates through torch as well.

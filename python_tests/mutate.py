@@ -2,8 +2,9 @@
 
 Every mutation of csrc/ is made in a scratch copy, built there, and the contract suite is run with
 VLMOPS_LIBRARY pointing at it, up to its first failure; CUDA's kernels run on the emulator. Triton's
-are broken in a copy of their module that takes its place. Exits 1 if a mutation goes unnoticed or
-no longer applies. Not part of `make test`: run `make mutants` after changing a kernel or the suite.
+are broken in a copy of their module that takes its place, and so is what patches models. Exits 1 if
+a mutation goes unnoticed or no longer applies. Not part of `make test`: run `make mutants` after
+changing a kernel, a site or the suite.
 """
 
 import argparse
@@ -264,33 +265,41 @@ CUDA_MUTATIONS = {
     "flip a sign (pairs)": (
         "ops/mrope/mrope.cuh", "y * c.v[e] + x * s.v[e]", "y * c.v[e] - x * s.v[e]"),
     "use a neighbour's position": (
-        "ops/mrope/mrope.cuh", "token % p.tokens * p.id_stride[2]",
-        "(token + 1) % p.tokens * p.id_stride[2]"),
-    "use one axis for all": ("ops/mrope/mrope.cuh", "int64_t axis = p.freq_axis[j];",
-                             "int64_t axis = p.freq_axis[0];"),
+        "ops/mrope/mrope.cuh", "token.s * p.id_stride[2]",
+        "(token.s + 1) % p.tokens * p.id_stride[2]"),
+    "use one axis for all": ("ops/mrope/mrope.cuh", "axis = max(0, min(*axis_of, last));",
+                             "axis = 0;"),
     "use the first batch's strides": (
         "ops/mrope/mrope.cuh", "b * stride[0] + s * stride[1]", "s * stride[1]"),
     "do not copy the rest": (
-        "ops/mrope/mrope.cuh", "channel < d; channel += lanes * V) {\n    auto a",
-        "channel < d - V; channel += lanes * V) {\n    auto a"),
+        "ops/mrope/mrope.cuh", "else if (active && rows.src != rows.dst) {", "else if (false) {"),
+    "copy half of the rest's last item": (
+        "ops/mrope/mrope.cuh", "both = second < static_cast<int>(p.head_dim);", "both = turns;"),
     "skip the last head": (
-        "ops/mrope/mrope.cuh", "active = base + group < n * heads",
-        "active = base + group < n * heads - (heads > 1)"),
+        "ops/mrope/mrope.cuh", "active = place.mine && head + place.group < rows.heads",
+        "active = place.mine && head + place.group < rows.heads - (rows.heads > 1)"),
     "no barrier after the table": (
-        "ops/mrope/mrope.cuh", "fill_weights(p, shared);\n  __syncthreads();",
-        "fill_weights(p, shared);"),
-    "no order before writing in place": ("ops/mrope/mrope.cuh", "__syncwarp();", ""),
-    "norm without its offset": ("ops/mrope/mrope.cuh", "+ p.norm_offset;", ";"),
+        "ops/mrope/mrope.cuh", "  __syncthreads();\n\n  const float channel_part",
+        "\n  const float channel_part"),
+    "no barrier between tokens in backward": (
+        "ops/mrope/mrope.cuh",
+        "shared.table + current * table_size(p));\n    __syncthreads();",
+        "shared.table + current * table_size(p));"),
+    "one table for two tokens in backward": ("ops/mrope/mrope.cuh", "current ^= 1;", ""),
+    "norm without its offset": ("ops/mrope/mrope.cuh", "+ p.norm_offset :", ":"),
     "norm without epsilon": ("ops/mrope/mrope.cuh", " + p.norm_eps)", ")"),
     "gradient of the norm without its mean": (
-        "ops/mrope/mrope.cuh", "- normed * mean)", ")"),
+        "ops/mrope/mrope.cuh", "w.v[e] * scaled - x.v[e] * k", "w.v[e] * scaled"),
     "weight gradient without the last part": (
-        "ops/mrope/mrope.cuh", "part < parts; ++part) sum", "part < parts - 1; ++part) sum"),
+        "ops/mrope/mrope.cuh", "part < parts; part +=", "part < parts - 1; part +="),
+    "weight gradient of the last unit": (
+        "ops/mrope/mrope.cuh", "sums[e] += scaled * x.v[e];", "sums[e] = scaled * x.v[e];"),
+    "packs whose width depends on strides": (
+        "ops/mrope/mrope.cu", "divides(p, 4) && !(fits && has_norm(p))", "divides(p, 4)"),
     "packs where memory is not aligned": (
         "ops/mrope/mrope.cu", "% (v * sizeof(T)) == 0 && ", "% sizeof(T) == 0 && "),
-    "too few blocks": (
-        "ops/mrope/mrope.cu", "= round_up(p.batch * p.tokens, tokens)",
-        "= std::max<int64_t>(1, p.batch * p.tokens / tokens)"),
+    "units that no warp takes": (
+        "ops/mrope/mrope.cuh", "unit += kAhead * stride", "unit += 2 * kAhead * stride"),
     "one thread too few for a head's sum": (
         "ops/mrope/mrope.cuh", "distance = lanes / 2", "distance = lanes / 4"),
     "patches of the line below": (
@@ -350,19 +359,77 @@ CUDA_MUTATIONS = {
         "first_channel, multiply);"),
 }  # fmt: skip
 
+# Under the name of a module in vlmops, the file at a path.
 RUN_WITH = """
-import importlib.util, os, sys
-os.environ["TRITON_INTERPRET"] = "1"
-path, op, *arguments = sys.argv[1:]
-name = f"vlmops.ops.{op}_triton"
+import importlib.util, sys
+name, path = sys.argv[1:3]
+package, _, stem = name.rpartition(".")
 spec = importlib.util.spec_from_file_location(name, path)
 sys.modules[name] = module = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
-import vlmops.ops
-setattr(vlmops.ops, f"{op}_triton", module)
+setattr(importlib.import_module(package), stem, module)
 import pytest
-sys.exit(pytest.main(arguments))
+sys.exit(pytest.main(sys.argv[3:]))
 """
+
+# name -> (module, text, replacement)
+SITE = "vlmops.hf.sites.patch_embed"
+AROUND = "vlmops.hf.embeddings"
+LAYERS = "vlmops.hf.plain"
+SITE_MUTATIONS = {
+    "unchanged": (SITE, "_CHANNELS = 16", "_CHANNELS = 16"),
+    "patches that overlap": (SITE, "and module.stride == module.kernel_size", ""),
+    "patches of one pixel": (SITE, "and math.prod(module.kernel_size) > 1", ""),
+    "padding": (SITE, 'and (module.padding == "valid" or not any(module.padding))', ""),
+    "dilation": (SITE, "and not any(side != 1 for side in module.dilation)", ""),
+    "groups": (SITE, "and module.groups == 1", ""),
+    "padded unfolding": (SITE, 'and sides["padding"] == (0, 0)', ""),
+    "tokens copied": (SITE, "unflatten(2, grid)", "unflatten(2, grid).contiguous()"),
+    "autocast ignored": (SITE, "if torch.is_autocast_enabled(x.device.type):", "if False:"),
+    "mixed dtypes": (SITE, "len({t.dtype for t in given}) > 1", "False"),
+    "channels not compared": (SITE, " or x.shape[1] != weight.shape[1]", ""),
+    "images below a patch": (SITE, "if any(n < p for n", "if False and any(n < p for n"),
+    "ready patches gathered": (SITE, "if sides == patch and x.is_contiguous():", "if False:"),
+    "parts of an unfolding not asked": (
+        SITE, "if plain.bypassable(unfold, nn.Unfold) and plain.bypassable(linear, nn.Linear):",
+        "if True:"),
+    "a linear layer counted twice": (SITE, "absorbs=(found.linear,)", "absorbs=()"),
+    "no numeric check": (SITE, "if not error <= _TOLERANCE:", "if False:"),
+    "shapes not checked": (SITE, "if ours.shape != exact.shape or", "if"),
+    "16-bit products measured where they are float32": (SITE, ".to(computes_in(weight))", ""),
+    "hooks refused by nobody": (LAYERS, "return any(getattr(module, name) for name in _HOOKS)",
+                                "return False"),
+    "traced": (LAYERS, " or torch.jit.is_tracing()", ""),
+    "subclasses of tensors": (LAYERS, "type(tensor) not in _TENSORS or ", ""),
+    "functorch": (LAYERS, "torch._C._functorch.maybe_current_level() is None and ", ""),
+    "forward mode": (LAYERS, " and forward_ad._current_level < 0", ""),
+    "devices without a kernel": (LAYERS, "if dispatch.refuses(op, device) is not None:",
+                                 "if False:"),
+    "dropout": (AROUND, "if isinstance(child, nn.Dropout) and child.training and child.p > 0:",
+                "if False:"),
+    "positions of another size": (AROUND, " or layout.size not in (None, size)", ""),
+    "pixels cast by nobody": (
+        AROUND, "if pixels.dtype != dtype and not layout.casts:", "if False:"),
+    "arguments ignored": (AROUND, " and _is_plain(known, args, kwargs)", ""),
+    "autocast ignored around": (
+        AROUND, "if torch.is_autocast_enabled(pixels.device.type):", "if False:"),
+    "prefix always first": (AROUND, "prefix_last=layout.prefix_last", "prefix_last=False"),
+    "norm with another epsilon": (AROUND, "norm_eps=layout.eps", "norm_eps=1e-6"),
+    "ids not looked up": (
+        AROUND, "None if layout.ids is None else getattr(module, layout.ids).reshape(-1, 1)",
+        "None"),
+    "sums of another dtype": (
+        AROUND, "if any(t.dtype != dtype for t in (*weights, *table)):", "if False:"),
+    "short tables": (AROUND, "elif len(rows) < tokens or", "elif"),
+    "guesses not proved": (
+        AROUND, "if not error <= _TOLERANCE * max(", "if False and not error <= _TOLERANCE * max("),
+    "options of tables": (
+        AROUND, "if reason is not None or any(special[2:]) or special[:2] != (None, None):",
+        "if reason is not None:"),
+    "hooks inside": (AROUND, "if plain.watched(child):", "if False:"),
+    "studied by shapes alone": (AROUND, "repr(described), ", ""),
+}  # fmt: skip
+SITE_TESTS = [str(path) for path in sorted((ROOT / "python_tests/hf").glob("test_patch_embed*.py"))]
 
 
 def build(source, build_dir):
@@ -466,26 +533,43 @@ def triton(op=None):
                 copy.write_text(mutated(ROOT / f"vlmops/ops/{of_op}_triton.py", name, old, new))
                 start = time.monotonic()
                 failure = first_failure(
-                    ["-c", RUN_WITH, str(copy), of_op],
+                    ["-c", RUN_WITH, f"vlmops.ops.{of_op}_triton", str(copy)],
                     TESTS[::-1],
                     "-k",
                     f"{of_op} and triton and not opcheck",
+                    TRITON_INTERPRET="1",
                 )
                 if not report(f"triton: {of_op}: {name}", failure, time.monotonic() - start):
                     unnoticed.append(name)
     return unnoticed
 
 
+def sites(op=None):
+    """Names of the mutations of what patches models that went unnoticed; all are patch_embed's."""
+    unnoticed = []
+    if op not in (None, "patch_embed"):
+        return unnoticed
+    with tempfile.TemporaryDirectory() as scratch:
+        copy = Path(scratch) / "mutated.py"
+        for name, (module, old, new) in SITE_MUTATIONS.items():
+            copy.write_text(mutated(ROOT / f"{module.replace('.', '/')}.py", name, old, new))
+            start = time.monotonic()
+            failure = first_failure(["-c", RUN_WITH, module, str(copy)], SITE_TESTS)
+            if not report(f"site: {name}", failure, time.monotonic() - start):
+                unnoticed.append(name)
+    return unnoticed
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", choices=["compiled", "cuda", "triton"])
+    parser.add_argument("--only", choices=["compiled", "cuda", "triton", "sites"])
     parser.add_argument("--op", help="mutations of this op's files alone")
     args = parser.parse_args()
     if args.op is not None:
         for table in (MUTATIONS, CUDA_MUTATIONS):
             for name in [n for n, (file, *_) in table.items() if f"ops/{args.op}/" not in file]:
                 del table[name]
-    runs = {"compiled": compiled, "cuda": cuda, "triton": triton}
+    runs = {"compiled": compiled, "cuda": cuda, "triton": triton, "sites": sites}
     unnoticed = [
         name for kind, run in runs.items() if args.only in (None, kind) for name in run(args.op)
     ]

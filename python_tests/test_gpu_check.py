@@ -93,6 +93,27 @@ def test_a_step_without_its_result_has_failed(check, step, tmp_path):
     assert (code, found) == (1, {"bench": "failed"})
 
 
+def test_tests_are_counted_with_workers_and_without(check, tmp_path):
+    log = tmp_path / "log"
+    log.write_text(
+        "t.py::test_a[x y] PASSED [ 1%]\nt.py::test_b FAILED [ 2%]\n"
+        "[gw1] [  3%] PASSED t.py::test_c \nother PASSED\n"
+    )
+    assert check.counts(log) == "2 passed, 1 failed; "
+
+
+def test_contract_runs_in_processes_where_xdist_is_installed(check, monkeypatch, tmp_path):
+    def command():
+        steps = check.steps(tmp_path, dry_run=False)
+        return next(list(s.command) for s in steps if s.name == "contract-cuda")
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert "-n" not in command()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(check.os, "cpu_count", lambda: 6)
+    assert command()[command().index("-n") + 1] == "3"
+
+
 def test_numbers_meet_targets_or_miss_them(check):
     def row(case, variant, **more):
         head = {"case": case, "variant": variant, "dtype": "bfloat16", "direction": "forward"}

@@ -21,6 +21,8 @@
 #include <cuda_fp16.h>
 
 #include <cstdint>
+#include <cstring>
+#include <type_traits>
 
 #include "common/types.h"
 
@@ -245,6 +247,103 @@ __device__ __forceinline__ float16 from_float<float16>(float x) {
 template <>
 __device__ __forceinline__ bfloat16 from_float<bfloat16>(float x) {
   return {static_cast<__nv_bfloat16_raw>(__float2bfloat16_rn(x)).x};
+}
+
+// N elements as the 32-bit words that registers hold: an array of 16-bit ones would be taken apart
+// and put together again, element by element.
+template <class T, int N>
+struct Words {
+  static_assert(sizeof(T) * N % 4 == 0);
+  static constexpr int kCount = static_cast<int>(sizeof(T)) * N / 4;
+  uint32_t w[kCount];
+};
+
+// By one access, of 8 or 16 bytes.
+template <int N, class T>
+__device__ __forceinline__ Words<T, N> load_words(const T* p) {
+  using Word = typename PackWord<static_cast<int>(sizeof(T)) * N>::type;
+  VLMOPS_CHECK_ALIGNED(p, sizeof(Word));
+  const Word word = *reinterpret_cast<const Word*>(p);
+  if constexpr (sizeof(Word) == 8) {
+    return {{word.x, word.y}};
+  } else {
+    return {{word.x, word.y, word.z, word.w}};
+  }
+}
+
+template <class T, int N>
+__device__ __forceinline__ void store_words(T* p, const Words<T, N>& x) {
+  using Word = typename PackWord<static_cast<int>(sizeof(T)) * N>::type;
+  VLMOPS_CHECK_ALIGNED(p, sizeof(Word));
+  if constexpr (sizeof(Word) == 8) {
+    *reinterpret_cast<Word*>(p) = {x.w[0], x.w[1]};
+  } else {
+    *reinterpret_cast<Word*>(p) = {x.w[0], x.w[1], x.w[2], x.w[3]};
+  }
+}
+
+// Element by element, `stride` apart.
+template <int N, class T>
+__device__ __forceinline__ Words<T, N> gather_words(const T* p, int64_t stride) {
+  Words<T, N> x;
+#pragma unroll
+  for (int i = 0; i < Words<T, N>::kCount; ++i) {
+    if constexpr (sizeof(T) == 4) {
+      x.w[i] = __float_as_uint(p[i * stride]);
+    } else {
+      x.w[i] = p[2 * i * stride].bits | static_cast<uint32_t>(p[(2 * i + 1) * stride].bits) << 16;
+    }
+  }
+  return x;
+}
+
+template <class T, int N>
+__device__ __forceinline__ void scatter_words(T* p, int64_t stride, const Words<T, N>& x) {
+#pragma unroll
+  for (int i = 0; i < Words<T, N>::kCount; ++i) {
+    if constexpr (sizeof(T) == 4) {
+      p[i * stride] = __uint_as_float(x.w[i]);
+    } else {
+      p[2 * i * stride] = {static_cast<uint16_t>(x.w[i])};
+      p[(2 * i + 1) * stride] = {static_cast<uint16_t>(x.w[i] >> 16)};
+    }
+  }
+}
+
+template <class T, int N>
+__device__ __forceinline__ void widen(const Words<T, N>& words, float (&x)[N]) {
+#pragma unroll
+  for (int i = 0; i < Words<T, N>::kCount; ++i) {
+    const uint32_t word = words.w[i];
+    if constexpr (std::is_same_v<T, float>) {
+      x[i] = __uint_as_float(word);
+    } else if constexpr (std::is_same_v<T, bfloat16>) {
+      x[2 * i] = __uint_as_float(word << 16);
+      x[2 * i + 1] = __uint_as_float(word & 0xffff0000u);
+    } else {
+      x[2 * i] = to_float(float16{static_cast<uint16_t>(word)});
+      x[2 * i + 1] = to_float(float16{static_cast<uint16_t>(word >> 16)});
+    }
+  }
+}
+
+// To nearest even; NaN stays NaN.
+template <class T, int N>
+__device__ __forceinline__ Words<T, N> narrow(const float (&x)[N]) {
+  Words<T, N> words;
+#pragma unroll
+  for (int i = 0; i < Words<T, N>::kCount; ++i) {
+    if constexpr (std::is_same_v<T, float>) {
+      words.w[i] = __float_as_uint(x[i]);
+    } else if constexpr (std::is_same_v<T, bfloat16>) {
+      const __nv_bfloat162 two = __floats2bfloat162_rn(x[2 * i], x[2 * i + 1]);
+      memcpy(&words.w[i], &two, sizeof(two));
+    } else {
+      const __half2 two = __floats2half2_rn(x[2 * i], x[2 * i + 1]);
+      memcpy(&words.w[i], &two, sizeof(two));
+    }
+  }
+  return words;
 }
 
 }  // namespace vlmops

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch._dynamo.testing
+from emulator.build import emulated
 from testbed import TESTED_ISAS
 from torch import nn
 from torch.autograd import forward_ad
@@ -552,3 +553,37 @@ def test_library_that_does_not_load_is_said_on_first_use(tmp_path):
     assert child.stdout.strip() == "imported"
     assert "does not load into torch" in child.stderr
     assert "reinstall" in child.stderr
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("head_dim", "frequencies"), [(128, 64), (88, 22), (72, 16)])
+def test_bits_do_not_depend_on_strides_emulator(dtype, head_dim, frequencies):
+    """Compiled, a gradient arrives with other strides than in eager mode; sums must not show it."""
+    shapes = [(2, 3, 5, head_dim), (2, 2, 5, head_dim)]
+    q, k, grad_q, grad_k = (torch.randn(s).to(dtype) for s in shapes * 2)
+    weights = torch.randn(2, head_dim).to(dtype).unbind()
+    positions = (
+        torch.randint(5000, (3, 2, 5)),
+        10000.0 ** -(torch.arange(frequencies) / frequencies),
+        torch.arange(frequencies) % 3,
+    )
+
+    def results(relaid):
+        tensors = [relaid(t).requires_grad_() for t in (q, k)]
+        leaves = [*tensors, *(w.clone().requires_grad_() for w in weights)]
+        norms = {"q_norm_weight": leaves[2], "k_norm_weight": leaves[3]}
+        outputs = vlmops.mrope(*leaves[:2], *positions, **norms)
+        grads = torch.autograd.grad(outputs, leaves, [relaid(grad_q), relaid(grad_k)])
+        return [t.detach().contiguous().view(torch.uint8) for t in (*outputs, *grads)]
+
+    def scattered(t):
+        return torch.stack((t, t), -1)[..., 0]
+
+    def unaligned(t):
+        return torch.cat((t.flatten()[:1], t.flatten()))[1:].view(t.shape)
+
+    with emulated("checked"):
+        expected = results(torch.clone)
+        for relaid in (scattered, unaligned, lambda t: t.transpose(1, 2).clone().transpose(1, 2)):
+            for got, e in zip(results(relaid), expected, strict=True):
+                assert torch.equal(got, e)

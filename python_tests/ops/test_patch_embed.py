@@ -5,6 +5,7 @@ First, `reference` is what transformers computes, class by class."""
 import pytest
 import torch
 import transformers as tr
+from emulator.build import emulated
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 from transformers.models.blip import modeling_blip
@@ -25,7 +26,9 @@ from transformers.models.vit import modeling_vit
 
 import vlmops
 from vlmops.ops import patch_embed_panels as panels
+from vlmops.ops.compare import largest_error, mismatch
 from vlmops.ops.patch_embed import Position, reference
+from vlmops.ops.patch_embed_spec import SPEC
 
 D, P = 24, 4
 SMALL = {"hidden_size": D, "patch_size": P, "image_size": 16, "num_attention_heads": 2}
@@ -433,3 +436,28 @@ def test_the_other_backends_and_what_is_no_position():
         vlmops.patch_embed(x, w, positions=[Position(drawn(4, D))] * 5)
     with pytest.raises(RuntimeError, match=r"image_sizes: expected a height and a width for each"):
         vlmops.patch_embed(x, w, image_sizes=[])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("case", SPEC.cases, ids=lambda case: case.name)
+def test_panels_on_the_emulated_gpu(case, dtype, monkeypatch):
+    """What a GPU does with large inputs: a kernel that packs, a product, one that finishes."""
+    monkeypatch.setattr(panels, "LARGE_ON_GPU", 0)
+    monkeypatch.setattr(panels, "PANEL_ON_GPU", 2**11)
+    args = case.make(dtype, torch.device("cpu"))
+    exact = SPEC.reference(**args)[0]
+    yardstick = SPEC.yardstick_for(args)(**args)[0]
+    with emulated("checked"):
+        found = SPEC.function(**args)[0]
+    assert mismatch(found, exact, yardstick.dtype, largest_error(yardstick, exact)) is None
+
+
+def test_rows_of_panels_on_a_gpu_are_padded_with_zeros():
+    x, w = drawn(2, 3, 10, 15).bfloat16(), drawn(D, 3, 5, 5).bfloat16()
+    args = panels.Arguments([x], w, [], [])
+    expected = args.pack(3, 11, torch.bfloat16)
+    with emulated("checked"):
+        found = args.pack(3, 11, torch.bfloat16, 80)
+    assert found.shape == (8, 80)
+    assert torch.equal(found[:, :75], expected)
+    assert found[:, 75:].eq(0).all()

@@ -70,7 +70,7 @@ def study(attention: Any, apply: Apply, packed: bool) -> Study:
         apply: The function.
         packed: See `rehearsal.run`.
     """
-    kinds = {name: kind for name, m in attention.named_children() if (kind := _rms_norm(m))}
+    kinds = {name: kind for name, m in attention.named_children() if (kind := rms_norm(m))}
     try:
         made = rehearsal.twin(attention)
         for value, name in enumerate(kinds, start=1):
@@ -133,7 +133,7 @@ def _arrivals(attention: Any, apply: Apply, packed: bool) -> list[tuple[float | 
     return calls
 
 
-def _rms_norm(module: nn.Module) -> tuple[float, float] | None:
+def rms_norm(module: nn.Module) -> tuple[float, float] | None:
     """(eps, offset) of a module that is an RMSNorm over its weight's length."""
     parameters = dict(module.named_parameters())
     weight = parameters.get("weight")

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.autograd import forward_ad
 
+from vlmops import dispatch
 from vlmops.hf.rebind import original_class
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""What kernels compute in."""
+_TENSORS = (Tensor, nn.Parameter, FakeTensor, FunctionalTensor)
+"""Whose values are all there is to them; the last two while a model is exported."""
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
@@ -56,5 +66,26 @@ def bypassable(module: Any, *kinds: type[nn.Module]) -> bool:
         (type(module) in kinds or original_class(module) in kinds)
         and not watched(module)
         and "forward" not in module.__dict__
-        and all(type(tensor) in (nn.Parameter, Tensor) for tensor in tensors(module))
+        and all(type(tensor) in _TENSORS for tensor in tensors(module))
     )
+
+
+def runs(op: str, tensors: Sequence[Tensor]) -> bool:
+    """Whether an op may take these tensors now, instead of the model's own code.
+
+    Not if they are traced, transformed by functorch or differentiated forward, are subclasses or
+    sparse, or lie where no backend of the op runs.
+    """
+    device = tensors[0].device
+    if device.type not in ("cpu", "cuda") or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+        return False
+    for tensor in tensors:
+        if type(tensor) not in _TENSORS or tensor.device != device:
+            return False
+        if tensor.dtype not in DTYPES or tensor.layout is not torch.strided:
+            return False
+    if dispatch.refuses(op, device) is not None:  # the model moved after it was patched
+        return False
+    if torch.compiler.is_compiling():
+        return True
+    return torch._C._functorch.maybe_current_level() is None and forward_ad._current_level < 0

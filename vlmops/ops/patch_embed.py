@@ -285,9 +285,9 @@ def pixel_map_of(
             "vlmops.patch_embed: rescale_factor: expected a number other than 0, got "
             f"{rescale_factor}"
         )
-    if device.type == "cuda" and not torch.compiler.is_compiling():
-        if torch.utils._python_dispatch._get_current_dispatch_mode() is None:
-            return _map_on_gpu(raw, channels, device, mean, std, rescale_factor)
+    real = torch.utils._python_dispatch._get_current_dispatch_mode() is None
+    if device.type == "cuda" and real and not torch.compiler.is_compiling():
+        return _map_on_gpu(raw, channels, device, mean, std, rescale_factor)
     return _pixel_map(raw, channels, mean, std, rescale_factor).to(device)
 
 

@@ -369,6 +369,7 @@ Tensor norm_backward_rows(const NormBackward& b, int64_t head_axis, Rows& rows) 
   rows = rows_of(grad, b.needs_grad ? out : grad, head_axis);
   if (!b.needs_grad && !(b.weight.has_value() && b.needs_weight_grad)) rows.heads = 0;
   set_norm(rows, b.grad, b.weight_name, b.weight);
+  rows.needs_grad = b.needs_grad;
   if (!b.weight.has_value()) return out;
   if (!b.x.has_value())
     fail(b.grad.op, b.name, "expected a tensor, since ", b.weight_name, " is given, got None");
@@ -381,7 +382,6 @@ Tensor norm_backward_rows(const NormBackward& b, int64_t head_axis, Rows& rows) 
   }
   rows.x = b.x->const_data_ptr();
   arrange(*b.x, head_axis, rows.x_stride);
-  rows.needs_grad = b.needs_grad;
   rows.needs_weight_grad = b.needs_weight_grad;
   return out;
 }
@@ -411,8 +411,8 @@ Tensor weight_gradient(const NormBackward& b, const double* sum) {
 
 // The gradients of the weights of q and k, in their dtypes; of both norms in one launch.
 void launch_norm_backward_cuda(const CudaKernels& kernels, const Params& p,
-                               const NormBackward& of_q, const NormBackward& of_k,
-                               Tensor (&weight_grad)[2]) {
+                               const int64_t (&heads)[2], const NormBackward& of_q,
+                               const NormBackward& of_k, Tensor (&weight_grad)[2]) {
   const Tensor& grad = of_q.grad.tensor;
   std::optional<torch::stable::accelerator::DeviceGuard> guard;
   if (is_on_gpu(grad)) guard.emplace(grad.device().index());
@@ -431,8 +431,8 @@ void launch_norm_backward_cuda(const CudaKernels& kernels, const Params& p,
   }
   check_launch(
       kernels, of_q.grad.op,
-      kernels.mrope_norm_backward(p, parts, static_cast<float*>(partial.mutable_data_ptr()), sums,
-                                  stream_of(grad)));
+      kernels.mrope_norm_backward(p, heads, parts, static_cast<float*>(partial.mutable_data_ptr()),
+                                  sums, stream_of(grad)));
   for (int i = 0; i < 2; ++i) {
     if (of[i]->weight.has_value())
       weight_grad[i] = torch::stable::to(weight_grad[i], of[i]->weight->scalar_type());
@@ -460,16 +460,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_backward(
   check_ids(p, ids);
   Tensor q_out = norm_backward_rows(of_q, head_axis, p.rows[0]);
   Tensor k_out = norm_backward_rows(of_k, head_axis, p.rows[1]);
+  const int64_t heads[2] = {grad_q.size(head_axis), grad_k.size(head_axis)};
   if (const CudaKernels* kernels = launchers_for(grad_q)) {
     allow_all(*kernels, p, ids, {&grad_q, &grad_k}, {&q_out, &k_out});
     if (q.has_value()) allow(*kernels, *q, "q", true);
     if (k.has_value()) allow(*kernels, *k, "k", true);
     Tensor weight_grad[2] = {grad_q, grad_k};
-    launch_norm_backward_cuda(*kernels, p, of_q, of_k, weight_grad);
+    launch_norm_backward_cuda(*kernels, p, heads, of_q, of_k, weight_grad);
     return {q_out, k_out, weight_grad[0], weight_grad[1]};
   }
-  const std::vector<double> sums =
-      launch_norm_backward_cpu(p, grad_q.size(head_axis) + grad_k.size(head_axis));
+  const std::vector<double> sums = launch_norm_backward_cpu(p, heads[0] + heads[1]);
   return {q_out, k_out, weight_gradient(of_q, sums.data()),
           weight_gradient(of_k, sums.data() + p.head_dim)};
 }

@@ -1,12 +1,14 @@
 // Launches of M-RoPE on NVIDIA GPUs: Params and a stream in, an error's number out. No torch.
 #include <algorithm>
+#include <limits>
 
 #include "ops/mrope/mrope.cuh"
 
 namespace vlmops::mrope {
 namespace {
 
-constexpr size_t kSumsBytes = 24 << 10;  // of shared memory, for the sums of the norm's backward
+constexpr size_t kSharedBytes = 48 << 10;  // what a block may have without being asked for
+constexpr int kWarpsToFill = 32;           // a multiprocessor: with fewer, tokens are shared out
 
 int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to; }
 
@@ -18,7 +20,6 @@ bool packs(const Params& p, int v) {
     for (int i = 0; i < 3; ++i) good = good && stride[i] % v == 0;
     return good;
   };
-  if (p.frequencies % v != 0 || p.head_dim % v != 0) return false;
   for (const Rows& rows : p.rows) {
     if (rows.heads == 0) continue;
     if (!fits(rows.src, rows.src_stride) || !fits(rows.dst, rows.dst_stride)) return false;
@@ -27,67 +28,137 @@ bool packs(const Params& p, int v) {
   return true;
 }
 
-// Threads to a head: a power of two that covers its items, a warp at most.
-int lanes_for(const Params& p, int v) {
-  const int64_t items = std::max(p.frequencies, p.head_dim - 2 * p.frequencies) / v;
+// Whether items of two packs of V make up a head and fit a warp.
+bool divides(const Params& p, int v) {
+  return p.frequencies % v == 0 && p.head_dim % v == 0 && p.head_dim <= 2 * v * kWarpSize;
+}
+
+bool has_norm(const Params& p) {
+  return p.rows[0].norm_weight != nullptr || p.rows[1].norm_weight != nullptr;
+}
+
+// Lanes to a head of so many items: sums are made over powers of two.
+int lanes_for(int items, bool norm) {
+  if (!norm) return std::max(items, 1);
   int lanes = 1;
-  while (lanes < items && lanes < kWarpSize) lanes *= 2;
+  while (lanes < items) lanes *= 2;
   return lanes;
 }
 
-// As many tokens as leave every multiprocessor eight blocks.
-int tokens_for(const Params& p) {
-  const int64_t blocks = 8 * std::max(1, multiprocessors());
-  return static_cast<int>(std::clamp<int64_t>(p.batch * p.tokens / blocks, 1, kMaxTokens));
-}
+// Grid and block for so many units of a token: four to a warp, or one where tokens are few, and
+// then several blocks to a token.
+struct Launch {
+  dim3 grid, block;
+  Launch(const Params& p, int64_t units) {
+    const int64_t tokens = p.batch * p.tokens,
+                  slots = std::max(1, multiprocessors()) * kWarpsToFill;
+    const bool few = tokens * round_up(units, 2) < slots;
+    const int64_t warps = std::clamp<int64_t>(few ? units : round_up(units, 4), 1, kMaxWarps);
+    const int64_t shares = few ? round_up(units, warps) : 1;
+    grid = dim3(static_cast<unsigned>(tokens),
+                static_cast<unsigned>(std::min<int64_t>(shares, 65535)));
+    block = dim3(static_cast<unsigned>(warps * kWarpSize));
+  }
+};
 
-template <class T, Rotation rotation, int V>
+template <class T, Rotation rotation, int V, bool kWide>
 int rotate_with(const Params& p, void* stream) {
-  const bool norm = p.rows[0].norm_weight != nullptr || p.rows[1].norm_weight != nullptr;
-  const int tokens = tokens_for(p);
-  const int64_t blocks = round_up(p.batch * p.tokens, tokens);
+  const bool norm = has_norm(p);
+  const int lanes = lanes_for(Item<rotation, V>::count(p), norm), at_once = kWarpSize / lanes;
+  const Launch on(p,
+                  Place::units(p.rows[0].heads, at_once) + Place::units(p.rows[1].heads, at_once));
   const auto kernel =
-      norm ? mrope_kernel<T, rotation, V, true> : mrope_kernel<T, rotation, V, false>;
-  return launch(kernel, dim3(static_cast<unsigned>(blocks)), dim3(kThreads),
-                Shared::bytes(p, tokens, norm, 0), stream, p, tokens, lanes_for(p, V));
+      norm ? mrope_kernel<T, rotation, V, kWide, true> : mrope_kernel<T, rotation, V, kWide, false>;
+  const size_t floats = table_size(p) + (norm ? 2 * padded_dim(p) : 0);
+  return launch(kernel, on.grid, on.block, floats * sizeof(float), stream, p, lanes);
 }
 
-template <class T, Rotation rotation, int V>
-int norm_backward_with(const Params& p, int parts, float* partial, void* stream) {
-  const int lanes = lanes_for(p, V);
-  int threads = kThreads;
-  while (threads > kWarpSize &&
-         threads / lanes * Shared::pad(p.head_dim) * sizeof(float) > kSumsBytes)
-    threads /= 2;
-  return launch(mrope_norm_backward_kernel<T, rotation, V>, dim3(parts, 2), dim3(threads),
-                Shared::bytes(p, 1, true, threads / lanes), stream, p, 1, lanes, partial);
+template <class T, Rotation rotation>
+int rotate_any(const Params& p, void* stream) {
+  const bool norm = has_norm(p);
+  const Launch on(p, p.rows[0].heads + p.rows[1].heads);
+  const auto kernel =
+      norm ? mrope_any_kernel<T, rotation, true> : mrope_any_kernel<T, rotation, false>;
+  const size_t floats = table_size(p) + (norm ? 2 * padded_dim(p) : 0);
+  return launch(kernel, on.grid, on.block, floats * sizeof(float), stream, p);
 }
 
-// Calls f.run<T, rotation, V>() for what p asks for.
-template <class T, class F>
+struct Backward {
+  int64_t heads[2];  // of q, k, needed or not
+  int parts;
+  float* partial;
+};
+
+// Warps of a block for units of q and of k: as few as make no warp take more turns.
+struct Warps {
+  int q, k;
+  Warps(int64_t q_units, int64_t k_units, int most) : q(1), k(1) {
+    int64_t best = std::numeric_limits<int64_t>::max();
+    for (int n = 2; n <= most; ++n) {
+      for (int of_q = 1; of_q < n; ++of_q) {
+        const int64_t turns =
+            std::max(round_up(std::max<int64_t>(q_units, 1), of_q), round_up(k_units, n - of_q));
+        if (turns >= best) continue;
+        best = turns;
+        q = of_q;
+        k = n - of_q;
+      }
+    }
+  }
+  dim3 block() const { return dim3((q + k) * kWarpSize); }
+};
+
+template <class T, Rotation rotation, int V, bool kWide>
+int norm_backward_with(const Params& p, const Backward& b, void* stream) {
+  const int lanes = lanes_for(Item<rotation, V>::count(p), true), at_once = kWarpSize / lanes;
+  const Warps warps(Place::units(b.heads[0], at_once), Place::units(b.heads[1], at_once),
+                    kBackwardWarps);
+  return launch(mrope_norm_backward_kernel<T, rotation, V, kWide>, dim3(b.parts), warps.block(),
+                Shared::bytes(p, (warps.q + warps.k) * at_once, 2), stream, p, lanes, warps.q,
+                b.partial);
+}
+
+template <class T, Rotation rotation>
+int norm_backward_any(const Params& p, const Backward& b, void* stream) {
+  int most = kBackwardWarps;
+  while (most > 2 && Shared::bytes(p, most, 1) > kSharedBytes) --most;
+  const Warps warps(b.heads[0], b.heads[1], most);
+  return launch(mrope_norm_backward_any_kernel<T, rotation>, dim3(b.parts), warps.block(),
+                Shared::bytes(p, warps.q + warps.k, 1), stream, p, warps.q, b.partial);
+}
+
+// Calls f.run<T, rotation, V, kWide>() or f.any<T, rotation>() for what p asks for. With a norm V
+// must not depend on strides: sums would.
+template <class T, Rotation rotation, class F>
 int by_layout(const Params& p, const F& f) {
   constexpr int wide = kPack<T>;
-  const bool half = p.rotation == Rotation::kHalf;
-  if (packs<T>(p, wide))
-    return half ? f.template run<T, Rotation::kHalf, wide>()
-                : f.template run<T, Rotation::kPairs, wide>();
+  const bool fits = divides(p, wide);
+  if (fits && packs<T>(p, wide)) return f.template run<T, rotation, wide, true>();
   if constexpr (wide == 8) {
-    if (packs<T>(p, 4))
-      return half ? f.template run<T, Rotation::kHalf, 4>()
-                  : f.template run<T, Rotation::kPairs, 4>();
+    if (divides(p, 4) && !(fits && has_norm(p))) {
+      if (packs<T>(p, 4)) return f.template run<T, rotation, 4, true>();
+      if (!fits) return f.template run<T, rotation, 4, false>();
+    }
   }
-  return half ? f.template run<T, Rotation::kHalf, 1>() : f.template run<T, Rotation::kPairs, 1>();
+  if (fits) return f.template run<T, rotation, wide, false>();
+  return f.template any<T, rotation>();
+}
+
+template <class T, class F>
+int by_rotation(const Params& p, const F& f) {
+  return p.rotation == Rotation::kHalf ? by_layout<T, Rotation::kHalf>(p, f)
+                                       : by_layout<T, Rotation::kPairs>(p, f);
 }
 
 template <class F>
 int by_dtype(const Params& p, const F& f) {
   switch (p.dtype) {
     case DType::kFloat32:
-      return by_layout<float>(p, f);
+      return by_rotation<float>(p, f);
     case DType::kBFloat16:
-      return by_layout<bfloat16>(p, f);
+      return by_rotation<bfloat16>(p, f);
     case DType::kFloat16:
-      return by_layout<float16>(p, f);
+      return by_rotation<float16>(p, f);
   }
   return 0;
 }
@@ -95,22 +166,37 @@ int by_dtype(const Params& p, const F& f) {
 struct Rotate {
   const Params& p;
   void* stream;
-  template <class T, Rotation rotation, int V>
+  template <class T, Rotation rotation, int V, bool kWide>
   int run() const {
-    return rotate_with<T, rotation, V>(p, stream);
+    return rotate_with<T, rotation, V, kWide>(p, stream);
+  }
+  template <class T, Rotation rotation>
+  int any() const {
+    return rotate_any<T, rotation>(p, stream);
   }
 };
 
 struct NormBackward {
   const Params& p;
-  int parts;
-  float* partial;
+  const Backward& backward;
   void* stream;
-  template <class T, Rotation rotation, int V>
+  template <class T, Rotation rotation, int V, bool kWide>
   int run() const {
-    return norm_backward_with<T, rotation, V>(p, parts, partial, stream);
+    return norm_backward_with<T, rotation, V, kWide>(p, backward, stream);
+  }
+  template <class T, Rotation rotation>
+  int any() const {
+    return norm_backward_any<T, rotation>(p, backward, stream);
   }
 };
+
+// Kernels count tokens and heads of a token in 32 bits; elements in 64.
+bool fits_int(const Params& p) {
+  const int64_t most = int64_t{1} << 31;
+  return p.batch * p.tokens < most && p.rows[0].heads + p.rows[1].heads < most / (4 * kWarpSize);
+}
+
+constexpr int kInvalidValue = 1;  // cudaErrorInvalidValue
 
 bool nothing_to_do(const Params& p) {
   return p.batch * p.tokens == 0 || (p.rows[0].heads + p.rows[1].heads) * p.head_dim == 0;
@@ -119,21 +205,26 @@ bool nothing_to_do(const Params& p) {
 }  // namespace
 
 int run_cuda(const Params& p, void* stream) {
-  return nothing_to_do(p) ? 0 : by_dtype(p, Rotate{p, stream});
+  if (nothing_to_do(p)) return 0;
+  return fits_int(p) ? by_dtype(p, Rotate{p, stream}) : kInvalidValue;
 }
 
 int norm_backward_parts_cuda(const Params& p) {
-  const int64_t most = 4 * std::max(1, multiprocessors());
+  const int64_t blocks = architecture() >= 100 ? kBackwardBlocks - 1 : kBackwardBlocks;
+  const int64_t most = blocks * std::max(1, multiprocessors());
   return static_cast<int>(std::clamp<int64_t>(p.batch * p.tokens, 1, most));
 }
 
-int run_norm_backward_cuda(const Params& p, int parts, float* partial,
+int run_norm_backward_cuda(const Params& p, const int64_t (&heads)[2], int parts, float* partial,
                            float* const (&weight_grad)[2], void* stream) {
+  if (!fits_int(p)) return kInvalidValue;
   // With no tokens the sums are written all the same: zeros.
-  const int status = by_dtype(p, NormBackward{p, parts, partial, stream});
+  const Backward backward = {{heads[0], heads[1]}, parts, partial};
+  const int status = by_dtype(p, NormBackward{p, backward, stream});
   if (status != 0 || p.head_dim == 0) return status;
-  const auto blocks = static_cast<unsigned>(round_up(2 * p.head_dim, kThreads));
-  return launch(mrope_weight_grad_kernel, dim3(blocks), dim3(kThreads), 0, stream, p,
+  if (weight_grad[0] == nullptr && weight_grad[1] == nullptr) return 0;
+  const auto columns = static_cast<unsigned>(round_up(p.head_dim, kWarpSize));
+  return launch(mrope_weight_grad_kernel, dim3(columns, 2), dim3(kWarpSize, kSlices), 0, stream, p,
                 static_cast<const float*>(partial), parts, weight_grad[0], weight_grad[1]);
 }
 

@@ -64,13 +64,15 @@ using CudaKernel = int (*)(const Params&, void* stream);
 // Blocks along the tokens in backward where there is a norm, each of which leaves [2, D] sums.
 using CudaNormBackwardParts = int (*)(const Params&);
 
-// partial [parts, 2, D] is scratch; weight_grad[i] [D] is q's, k's, or null where nobody needs it.
-using CudaNormBackward = int (*)(const Params&, int parts, float* partial,
-                                 float* const (&weight_grad)[2], void* stream);
+// `heads` are those of q and k, needed or not: what a gradient is must not depend on what is
+// needed. partial [parts, 2, D] is scratch; weight_grad[i] [D] is q's, k's, or null where nobody
+// needs it.
+using CudaNormBackward = int (*)(const Params&, const int64_t (&heads)[2], int parts,
+                                 float* partial, float* const (&weight_grad)[2], void* stream);
 
 int run_cuda(const Params& p, void* stream);
 int norm_backward_parts_cuda(const Params& p);
-int run_norm_backward_cuda(const Params& p, int parts, float* partial,
+int run_norm_backward_cuda(const Params& p, const int64_t (&heads)[2], int parts, float* partial,
                            float* const (&weight_grad)[2], void* stream);
 
 }  // namespace vlmops::mrope

@@ -144,14 +144,13 @@ int run_product(const Params& p, const Plan& plan, void* stream) {
 }
 
 // Rows of a product, or of the output where there is none, into tokens.
-int run_finish(const Params& p, const Plan& plan, int64_t begin, int64_t end, const Rows& product,
-               void* stream) {
-  const bool prefix = begin == 0 && product.data != nullptr;
-  const int64_t warps = end - begin + (prefix ? p.images * p.prefix_tokens : 0);
+int run_finish(const Params& p, const Plan& plan, int64_t begin, int64_t end, const Rows& rows,
+               bool own, int64_t prefixes, void* stream) {
+  const int64_t warps = end - begin + prefixes;
   if (warps == 0) return 0;
   const auto blocks = static_cast<unsigned>(divide_up(warps, kRowThreads / kWarpSize));
   return launch(patch_embed_finish_kernel, dim3(blocks), dim3(kRowThreads), 0, stream, p, plan,
-                begin, end, product);
+                begin, end, rows, own, prefixes);
 }
 
 template <class Word>
@@ -186,7 +185,8 @@ int run_cuda(const Params& p, void* stream) {
   const Plan plan = plan_of(p);
   const int status = run_product(p, plan, stream);
   if (status != 0 || p.norm == Norm::kNone) return status;
-  return run_finish(p, plan, 0, p.images * p.patches(), Rows{}, stream);
+  return run_finish(p, plan, 0, p.images * p.patches(), {p.out, p.out_dtype, plan.wide_out}, true,
+                    0, stream);
 }
 
 int pack_cuda(const Params& p, int64_t begin, int64_t end, void* panel, int64_t pitch, DType dtype,
@@ -212,7 +212,9 @@ int pack_cuda(const Params& p, int64_t begin, int64_t end, void* panel, int64_t 
 int finish_cuda(const Params& p, int64_t begin, int64_t end, const void* product, DType dtype,
                 void* stream) {
   if (p.images * p.tokens() * p.channels == 0) return 0;
-  return run_finish(p, plan_of(p), begin, end, {product, dtype, wide(p, product, dtype)}, stream);
+  const Rows rows{product, dtype, wide(p, product, dtype)};
+  const int64_t prefixes = begin == 0 ? p.images * p.prefix_tokens : 0;
+  return run_finish(p, plan_of(p), begin, end, rows, false, prefixes, stream);
 }
 
 }  // namespace vlmops::patch_embed

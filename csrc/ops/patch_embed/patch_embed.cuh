@@ -938,25 +938,22 @@ struct Rows {
   bool wide;
 };
 
-__device__ __forceinline__ void moments(const Params& p, const Rows& rows, int64_t start,
-                                        float& mean, float& scale) {
-  const auto sum = [&](bool squared) {
-    float total = 0.0f;
-    for (int64_t c = threadIdx.x % kWarpSize * kChannels; c < p.channels;
-         c += kWarpSize * kChannels) {
-      const Span span(p, c);
-      const Channels x = load_channels(rows.data, rows.dtype, start + c, span.count, rows.wide);
+// The mean over a row of x - mean, or of its square; of all lanes of a warp.
+template <bool kSquared>
+__device__ __forceinline__ float moment(const Params& p, const Rows& rows, int64_t start,
+                                        float mean) {
+  float total = 0.0f;
+  for (int64_t c = threadIdx.x % kWarpSize * kChannels; c < p.channels;
+       c += kWarpSize * kChannels) {
+    const Span span(p, c);
+    const Channels x = load_channels(rows.data, rows.dtype, start + c, span.count, rows.wide);
 #pragma unroll
-      for (int e = 0; e < kChannels; ++e) {
-        const float off = e < span.count ? x.v[e] - mean : 0.0f;
-        total += squared ? off * off : off;
-      }
+    for (int e = 0; e < kChannels; ++e) {
+      const float off = e < span.count ? x.v[e] - mean : 0.0f;
+      total += kSquared ? off * off : off;
     }
-    return warp_sum(total) / static_cast<float>(p.channels);
-  };
-  mean = 0.0f;
-  if (p.norm == Norm::kLayer) mean = sum(false);
-  scale = 1.0f / sqrtf(sum(true) + p.norm_eps);
+  }
+  return warp_sum(total) / static_cast<float>(p.channels);
 }
 
 __device__ __forceinline__ void normalise(Channels& y, const Params& p, const Plan& plan,
@@ -973,27 +970,24 @@ __device__ __forceinline__ void normalise(Channels& y, const Params& p, const Pl
   for (int e = 0; e < kChannels; ++e) y.v[e] = (y.v[e] - mean) * scale * weight.v[e] + bias.v[e];
 }
 
-// Patches [begin, end) from rows of a product [end - begin, D], or, where it is null, from their
-// own tokens: norm, positions, rounding. A warp to a token; what a norm reads again comes out of
-// L1. Warps beyond them write the prefix.
+// Patches [begin, end) from rows [end - begin, D] of a product, or from their own tokens: norm,
+// positions, rounding. A warp to a token; what a norm reads again comes out of
+// L1. Warps beyond them write as many prefix tokens.
 __global__ void __launch_bounds__(kRowThreads)
     patch_embed_finish_kernel(const VLMOPS_GRID_CONSTANT Params p,
                               const VLMOPS_GRID_CONSTANT Plan plan, int64_t begin, int64_t end,
-                              const VLMOPS_GRID_CONSTANT Rows product) {
+                              const VLMOPS_GRID_CONSTANT Rows rows, bool own, int64_t prefixes) {
   const int64_t row = begin + static_cast<int64_t>(blockIdx.x) * (kRowThreads / kWarpSize) +
                       threadIdx.x / kWarpSize;
   if (row >= end) {
-    const int64_t prefix = row - end;
-    if (begin == 0 && product.data != nullptr && prefix < p.images * p.prefix_tokens)
-      write_prefix(p, plan, prefix);
+    if (row - end < prefixes) write_prefix(p, plan, row - end);
     return;
   }
   const Place at = place_of(p, row);
-  const bool own = product.data == nullptr;
-  const Rows rows = own ? Rows{p.out, p.out_dtype, plan.wide_out} : product;
   const int64_t start = own ? at.out : (row - begin) * p.channels;
-  float mean = 0.0f, scale = 1.0f;
-  if (p.norm != Norm::kNone) moments(p, rows, start, mean, scale);
+  const float mean = p.norm == Norm::kLayer ? moment<false>(p, rows, start, 0.0f) : 0.0f;
+  const float scale =
+      p.norm == Norm::kNone ? 1.0f : 1.0f / sqrtf(moment<true>(p, rows, start, mean) + p.norm_eps);
   for (int64_t c = threadIdx.x % kWarpSize * kChannels; c < p.channels;
        c += kWarpSize * kChannels) {
     const Span span(p, c);

@@ -18,17 +18,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
+from torch.nn.utils import skip_init  # draws no random numbers
 
 from vlmops import dispatch
-from vlmops.hf import plain
+from vlmops.hf import embeddings, plain
+from vlmops.hf.embeddings import Layout
 from vlmops.hf.rebind import changed, original_class, subclass
 from vlmops.hf.sites import AlreadyPatched, Place, Refused, Site
 from vlmops.ops.linear_tuning import tune
 from vlmops.ops.patch_embed import patch_embed
 from vlmops.ops.patch_embed_panels import computes_in
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _CONVOLUTIONS: tuple[Any, ...] = (nn.Conv2d, nn.Conv3d)
 _CHANNELS = 16  # of what the numeric check makes of patches
 _SECONDS = 0.5  # at most for timing products
@@ -44,31 +44,53 @@ class _Unfolding:
     linear: str
 
 
+@dataclasses.dataclass(frozen=True)
+class _Embeddings:
+    """A module around a convolution, whose forward is replaced too."""
+
+    module: nn.Module
+    layout: Layout
+    convolution: nn.Module
+
+
 def find(model: nn.Module) -> Iterator[Place | Refused | AlreadyPatched]:
-    """Every convolution whose stride is its kernel, and every unfolding in front of a product."""
+    """Every convolution whose stride is its kernel, with what surrounds it; every unfolding."""
     places = []
     for path, module in model.named_modules():
         details: Any = module if _is_patchify(module) else _unfolding(module)
         if details is None:
             continue
         place = Place(path, type(module).__name__, 1, details)
-        if original_class(module):
+        outer = embeddings.around(model, path) if details is module else None
+        if outer is not None and original_class(outer[1]):
+            yield AlreadyPatched(_around(place, *outer))
+        elif original_class(module):
             yield AlreadyPatched(place)
-            continue
-        reason = _refusal(details)
-        if reason is not None:
+        elif (reason := _refusal(details)) is not None:
             yield Refused(place, reason)
-            continue
-        places.append(place)
-    tune(map(_measurable, (_layer(p.details).weight for p in places)), _SECONDS)
+        elif outer is None:
+            places.append(place)
+        else:
+            layout = embeddings.study(outer[1], path.removeprefix(outer[0]).lstrip("."))
+            if isinstance(layout, str):
+                note = f"patches alone, not {type(outer[1]).__name__}: {layout}"
+                places.append(dataclasses.replace(place, note=note))
+            else:
+                found = _Embeddings(outer[1], layout, module)
+                places.append(_around(place, *outer, details=found, note=layout.note))
+    tune((_measurable(_layer(p.details).weight) for p in places), _SECONDS)
     yield from places
+
+
+def _around(place: Place, path: str, module: nn.Module, **more: Any) -> Place:
+    return dataclasses.replace(place, path=path, module=type(module).__name__, **more)
 
 
 def _layer(details: Any) -> Any:
     """What has the weights."""
     if isinstance(details, _Unfolding):
         return getattr(details.module, details.linear)
-    return details
+    return details.convolution if isinstance(details, _Embeddings) else details
 
 
 def _measurable(weight: Tensor) -> Tensor:
@@ -128,7 +150,7 @@ def _refusal(details: Any) -> str | None:
     if reason is not None:
         return reason
     for tensor in plain.tensors(layer):
-        if tensor.dtype not in _DTYPES or tensor.layout is not torch.strided:
+        if tensor.dtype not in plain.DTYPES or tensor.layout is not torch.strided:
             return f"no kernel for weights of {tensor.dtype}, {tensor.layout}"
     return dispatch.refuses("patch_embed", layer.weight.device)
 
@@ -138,7 +160,11 @@ def adapt(place: Place) -> dict[nn.Module, type[nn.Module]]:
     details = place.details
     if isinstance(details, _Unfolding):
         return {details.module: _unfolding_class(details)}
-    return {details: _convolution_class(type(details))}
+    convolution = _layer(details)
+    classes = {convolution: _convolution_class(type(convolution))}
+    if isinstance(details, _Embeddings):
+        classes[details.module] = embeddings.patched_class(details.module, details.layout)
+    return classes
 
 
 def _convolution_class(original: Any) -> type[nn.Module]:
@@ -187,7 +213,7 @@ def _embedded(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
     subclasses of tensors, other dtypes and devices.
     """
     given = [x, weight] if bias is None else [x, weight, bias]
-    if not _can_run(given):
+    if not plain.runs("patch_embed", given):
         return None
     if torch.is_autocast_enabled(x.device.type):  # as convolutions and products do
         dtype = torch.get_autocast_dtype(x.device.type)
@@ -207,29 +233,14 @@ def _embedded(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
     return patch_embed(x, weight, bias)
 
 
-def _can_run(given: list[Tensor]) -> bool:
-    """Whether the op may take these tensors now."""
-    device = given[0].device
-    if device.type not in ("cpu", "cuda") or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
-        return False
-    for tensor in given:
-        if type(tensor) not in (Tensor, nn.Parameter) or tensor.device != device:
-            return False
-        if tensor.dtype not in _DTYPES or tensor.layout is not torch.strided:
-            return False
-    if dispatch.refuses("patch_embed", device) is not None:  # it moved after it was patched
-        return False
-    if torch.compiler.is_compiling():
-        return True
-    return torch._C._functorch.maybe_current_level() is None and forward_ad._current_level < 0
-
-
 _checked: dict[Hashable, str | None] = {}
 
 
 def check(place: Place) -> str | None:
     """Runs the replacement against the model's own code; once per kind, patch and dtype."""
-    details, layer = place.details, _layer(place.details)
+    layer = _layer(place.details)
+    # What surrounds it has been compared when it was found.
+    details = layer if isinstance(place.details, _Embeddings) else place.details
     patched = adapt(place)[details.module if isinstance(details, _Unfolding) else details]
     key = (
         patched,
@@ -259,10 +270,10 @@ def _difference(details: Any, patched: Any) -> str | None:
     channels = depth // math.prod(patch)
     if isinstance(details, _Unfolding):
         twin: Any = copy.copy(details.module)
-        linear = nn.Linear(depth, _CHANNELS, bias)
+        linear = skip_init(nn.Linear, depth, _CHANNELS, bias)
         twin.__dict__["_modules"] = {**details.module._modules, details.linear: linear}
     else:
-        twin = type(details)(channels, _CHANNELS, patch, patch, bias=bias)
+        twin = skip_init(type(details), channels, _CHANNELS, patch, patch, bias=bias)
     draw = torch.Generator().manual_seed(0)
     for parameter in twin.parameters():
         parameter.copy_(torch.randn(parameter.shape, generator=draw).to(dtype))

@@ -2,7 +2,7 @@
 
 from vlmops.hf.targets import patches
 
-_EMBEDDINGS = "vision_model.embeddings.patch_embedding"
+_EMBEDDINGS = "vision_model.embeddings"
 
 EXPECTED = dict.fromkeys(
     ("blip", "blip-2", "instructblip", "instructblipvideo"), (patches(_EMBEDDINGS),)

@@ -13,7 +13,7 @@ def _rotating(config: Any) -> int:
 EXPECTED = dict.fromkeys(
     ("aya_vision", "cohere2_vision"),
     (
-        patches("model.vision_tower.embeddings.patch_embedding"),
+        patches("model.vision_tower.embeddings"),
         Expected("mrope", "model.language_model", _rotating),
     ),
 )

@@ -3,5 +3,5 @@
 from vlmops.hf.targets import patches, text
 
 EXPECTED = dict.fromkeys(
-    ("gemma3", "paligemma"), (patches("model.vision_tower.embeddings.patch_embedding"), text())
+    ("gemma3", "paligemma"), (patches("model.vision_tower.embeddings"), text())
 )

@@ -2,7 +2,7 @@
 
 from vlmops.hf.targets import patches, text
 
-_TOWER = patches("model.vision_model.embeddings.patch_embedding")
+_TOWER = patches("model.vision_model.embeddings")
 
 EXPECTED = {
     "idefics": (_TOWER, text("model.*.*.*")),  # a rotary module in each attention module

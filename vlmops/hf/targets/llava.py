@@ -19,15 +19,13 @@ def _with(path: str, *model_types: str) -> Expected:
 
 
 _TOWERS = (
-    _with(
-        "model.vision_tower.embeddings.patch_embedding", "clip_vision_model", "siglip_vision_model"
-    ),
+    _with("model.vision_tower.embeddings", "clip_vision_model", "siglip_vision_model"),
     _with("model.vision_tower.patch_conv", "pixtral"),
 )
 
 EXPECTED = {
     "internvl": (
-        _with("model.vision_tower.embeddings.patch_embeddings.projection", "internvl_vision"),
+        _with("model.vision_tower.embeddings", "internvl_vision"),
         text(),
     ),
     "llava": (*_TOWERS, _PIXTRAL, text()),
@@ -41,8 +39,8 @@ EXPECTED = {
         text(),
     ),
     "video_llava": (
-        _with("model.image_tower.embeddings.patch_embedding", "clip_vision_model"),
-        _with("model.video_tower.embeddings.patch_embedding", "clip_vision_model"),
+        _with("model.image_tower.embeddings", "clip_vision_model"),
+        _with("model.video_tower.embeddings", "clip_vision_model"),
         text(),
     ),
     "vipllava": (*_TOWERS, text()),

@@ -3,7 +3,7 @@
 from vlmops.hf.targets import patches, text
 
 EXPECTED = {
-    "aria": (patches("model.vision_tower.embeddings.patch_embedding"), text()),
-    "janus": (patches("model.vision_model.embeddings.patch_embedding"), text()),
-    "ovis2": (patches("model.vision_tower.transformer.embeddings.patch_embedding"), text()),
+    "aria": (patches("model.vision_tower.embeddings"), text()),
+    "janus": (patches("model.vision_model.embeddings"), text()),
+    "ovis2": (patches("model.vision_tower.transformer.embeddings"), text()),
 }

@@ -4,7 +4,7 @@ from vlmops.hf.targets import patches, text
 
 EXPECTED = {
     "phi4_multimodal": (
-        patches("model.embed_tokens_extend.image_embed.img_processor.embeddings.patch_embedding"),
+        patches("model.embed_tokens_extend.image_embed.img_processor.embeddings"),
         text("model"),
     )
 }
