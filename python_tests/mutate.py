@@ -302,6 +302,61 @@ CUDA_MUTATIONS = {
         "ops/mrope/mrope.cuh", "unit += kAhead * stride", "unit += 2 * kAhead * stride"),
     "one thread too few for a head's sum": (
         "ops/mrope/mrope.cuh", "distance = lanes / 2", "distance = lanes / 4"),
+    "patches of the line below": (
+        "ops/patch_embed/patch_embed.cuh", "line % lines * p.grid_stride[1]",
+        "line / lines * p.grid_stride[1]"),
+    "the first channel's pixels for all": (
+        "ops/patch_embed/patch_embed.cuh", "channel * p.size_stride[0] + plane", "plane"),
+    "forget temporal patches": (
+        "ops/patch_embed/patch_embed.cuh", "plane % frames * p.size_stride[1] +\n", "\n"),
+    "the first channel's map for all": (
+        "ops/patch_embed/patch_embed.cuh", "p.map + channel * p.map_columns", "p.map"),
+    "the map of 0 behind K": (
+        "ops/patch_embed/patch_embed.cuh", "from_float<T>(offset[e] == kOutside",
+        "from_float<T>(false"),
+    "pixels behind K are not zero": (
+        "ops/patch_embed/patch_embed.cuh", "column[i] == kOutside ? 0 : kBytes", "kBytes"),
+    "the weight behind K is not zero": (
+        "ops/patch_embed/patch_embed.cuh", "inside ? kBytes : 0;\n    if (last",
+        "kBytes;\n    if (last"),
+    "read below the weight": (
+        "ops/patch_embed/patch_embed.cuh", "(first + r < last ? first + r : last) * pitch",
+        "(first + r) * pitch"),
+    "one tile in flight too many": (
+        "ops/patch_embed/patch_embed.cuh", "if (stages == 2)\n    cp_async_wait<0>();",
+        "if (stages == 2)\n    cp_async_wait<1>();"),
+    "no barrier between tiles": (
+        "ops/patch_embed/patch_embed.cuh", "wait_for_stage(stages);\n    __syncthreads();",
+        "wait_for_stage(stages);"),
+    "no barrier before the slab": (
+        "ops/patch_embed/patch_embed.cuh", "cp_async_wait<0>();\n  __syncthreads();",
+        "cp_async_wait<0>();"),
+    "no barrier after the slab": (
+        "ops/patch_embed/patch_embed.cuh", "fill_places<Tile>(p, place, first_row, threadIdx.x);\n"
+        "  __syncthreads();", "fill_places<Tile>(p, place, first_row, threadIdx.x);"),
+    "another order of half slabs": (
+        "ops/patch_embed/patch_embed.cuh", "y.v[e] = flip ? other[e] : one[e];",
+        "y.v[e] = one[e];"),
+    "chunks of a row exchanged twice": (
+        "ops/patch_embed/patch_embed.cuh", "(byte / 16 ^ (row & 7)) * 16",
+        "(byte / 16 ^ (row & 15)) * 16"),
+    "write beyond the last patch": (
+        "ops/patch_embed/patch_embed.cuh", "inside[i] = i * kStride < left;", "inside[i] = true;"),
+    "positions of the first tap alone": (
+        "ops/patch_embed/patch_embed.cuh", "tap < q.taps; ++tap", "tap < 1; ++tap"),
+    "the first sequence's rows of a table": (
+        "ops/patch_embed/patch_embed.cuh", "sequence[i] * q.index_stride[0] + token", "token"),
+    "patches counted with the prefix": (
+        "ops/patch_embed/patch_embed.cuh", "q.patches_only ? p.first_patch",
+        "false ? p.first_patch"),
+    "a prefix of the first image alone": (
+        "ops/patch_embed/patch_embed.cu", "divide_up(p.images * p.prefix_tokens, Tile::kThreads",
+        "divide_up(p.prefix_tokens, Tile::kThreads"),
+    "copies wider than runs": (
+        "ops/patch_embed/patch_embed.cu", "p.size[3] * bytes % unit == 0", "true"),
+    "forget the last part of a float32 sum": (
+        "ops/patch_embed/patch_embed.cuh", "first_channel, multiply);\n  add_part();",
+        "first_channel, multiply);"),
 }  # fmt: skip
 
 # Under the name of a module in vlmops, the file at a path.
