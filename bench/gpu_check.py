@@ -101,7 +101,7 @@ def steps(out: Path, dry_run: bool) -> list[Step]:
         suite += ["--tb=short", "--maxfail=30", *workers(), "python_tests/test_contract.py"]
         suite += ["-k", selected[backend] if dry_run else backend]
         skip = without("triton") if backend == "triton" else lambda: None
-        return Step(f"contract-{backend}", 100, suite, test_device, built, skip=skip)
+        return Step(f"contract-{backend}", 150, suite, test_device, built, skip=skip)
 
     def bench(name: str, seconds: float, *options: str, op: str = "mrope") -> Step:
         path = out / f"{name}.json"
@@ -122,15 +122,15 @@ def steps(out: Path, dry_run: bool) -> list[Step]:
     quick = ["--quick", "--no-compile", "--dtype", "bfloat16"]
     shapes = ["decode_b1", "s1024"] if dry_run else ["decode_b1", "s4096", "s16384", "norm_s4096"]
     cases = [option for shape in shapes for option in ("--case", shape)]
-    patches = ["--quick"]
+    patches = ["--quick", "--dtype", "bfloat16"]
     if dry_run:
-        patches += ["--no-compile", "--dtype", "float32", "--case", "siglip_so400m_384"]
+        patches += ["--no-compile", "--case", "siglip_so400m_384"]
     build = part("imports") if dry_run else [python, *BUILD]
     return [
         Step("environment", 30, part("environment")),
         Step("build", 150, build),
         Step("build-cpu-half", 90, [python, *BUILD[:-4]], instead_of="build"),
-        Step("small", 40, part("small"), needs=built),
+        Step("small", 80, part("small"), needs=built),
         contract("cuda"),
         bench("bench-headline", 60, *quick, *cases),
         bench("bench-patch-embed", 100, *patches, op="patch_embed"),

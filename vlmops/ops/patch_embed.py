@@ -435,7 +435,7 @@ def _normalised(
     std: Sequence[float] | None,
 ) -> Tensor:
     def of_channels(values: Sequence[float]) -> Tensor:
-        return torch.tensor(values, dtype=x.dtype).view(-1, *[1] * (x.dim() - 1))
+        return torch.tensor(values, dtype=x.dtype, device=x.device).view(-1, *[1] * (x.dim() - 1))
 
     if rescale_factor is not None:
         x = x * rescale_factor

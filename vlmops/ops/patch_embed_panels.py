@@ -27,7 +27,7 @@ PANEL = 2**19
 PANEL_ON_GPU = 2**26
 """The same on a GPU."""
 LARGE_ON_GPU = 2**20
-"""Elements of a result from which on a GPU works in panels."""
+"""Elements of a result from which on a GPU works in panels (an H200, bench/results/h200)."""
 _PITCH = 8
 """Elements of 16 bits that rows of a panel are a multiple of: cuBLAS wants 16 bytes."""
 
@@ -184,9 +184,10 @@ def forward(*args: Any) -> Tensor:
 def goes_in_panels(a: Arguments) -> bool:
     """Whether a GPU takes the platform's product, between two kernels that pack and finish.
 
-    Else one kernel does everything: what is small waits for launches.
+    Else one kernel does everything: what is small waits for launches. Nothing has been checked yet.
     """
-    return math.prod(a.shape()) >= LARGE_ON_GPU
+    pixels = sum(x.numel() for x in a.pixel_values)
+    return pixels * a.weight.shape[0] >= LARGE_ON_GPU * a.weight[:1].numel()
 
 
 def _padded(a: Arguments, dtype: torch.dtype) -> Tensor:

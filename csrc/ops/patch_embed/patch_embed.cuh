@@ -33,10 +33,11 @@
 //   product                84     111        119        27        148       12
 //   eager                 479     663        917       701      3,928      366
 // What lost: offsets looked up in 64 bits for every copy of 4 bytes, and tokens finished in
-// unrolled code (161 for CLIP: instructions, not bytes); tiles of 128 x 64 (168 beside that); wgmma
-// (branch patch-embed-wgmma), whose multiplying warps wait for the copying ones half of their time
-// and spend two fifths at the end of tiles. Large sizes go through panels and cuBLAS, whose rows
-// are padded (vlmops/ops/patch_embed_panels.py).
+// unrolled code (161 for CLIP: instructions, not bytes); tiles of 128 x 64 (168 beside that);
+// wgmma, whose multiplying warps wait for the copying ones half of their time and spend two fifths
+// at the end of tiles. It lost too to what large sizes do: pack panels whose rows are padded,
+// cuBLAS, finish (vlmops/ops/patch_embed_panels.py): 54 for CLIP, 76 for SigLIP, 17 for Pixtral, L2
+// warm.
 #pragma once
 
 #include "common/gpu.cuh"
