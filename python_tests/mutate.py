@@ -279,8 +279,8 @@ CUDA_MUTATIONS = {
         "ops/mrope/mrope.cuh", "active = place.mine && head + place.group < rows.heads",
         "active = place.mine && head + place.group < rows.heads - (rows.heads > 1)"),
     "no barrier after the table": (
-        "ops/mrope/mrope.cuh", "  __syncthreads();\n\n  const float channel_part",
-        "\n  const float channel_part"),
+        "ops/mrope/mrope.cuh", "  __syncthreads();\n\n  const float per_channel",
+        "\n  const float per_channel"),
     "no barrier between tokens in backward": (
         "ops/mrope/mrope.cuh",
         "shared.table + current * table_size(p));\n    __syncthreads();",

@@ -1,5 +1,6 @@
 """What is special to M-RoPE; the contract's clauses are in test_contract.py."""
 
+import functools
 import itertools
 import os
 import subprocess
@@ -561,7 +562,7 @@ def test_bits_do_not_depend_on_strides_emulator(dtype, head_dim, frequencies):
     """Compiled, a gradient arrives with other strides than in eager mode; sums must not show it."""
     shapes = [(2, 3, 5, head_dim), (2, 2, 5, head_dim)]
     q, k, grad_q, grad_k = (torch.randn(s).to(dtype) for s in shapes * 2)
-    weights = torch.randn(2, head_dim).to(dtype).unbind()
+    weights = torch.randn(2, head_dim).unbind()  # and so are their gradients: every bit shows
     positions = (
         torch.randint(5000, (3, 2, 5)),
         10000.0 ** -(torch.arange(frequencies) / frequencies),
@@ -579,11 +580,15 @@ def test_bits_do_not_depend_on_strides_emulator(dtype, head_dim, frequencies):
     def scattered(t):
         return torch.stack((t, t), -1)[..., 0]
 
-    def unaligned(t):
-        return torch.cat((t.flatten()[:1], t.flatten()))[1:].view(t.shape)
+    def unaligned(t, by=1):
+        return torch.cat((t.flatten()[:by], t.flatten()))[by:].view(t.shape)
+
+    def between_heads(t):
+        return t.transpose(1, 2).clone().transpose(1, 2)
 
     with emulated("checked"):
         expected = results(torch.clone)
-        for relaid in (scattered, unaligned, lambda t: t.transpose(1, 2).clone().transpose(1, 2)):
+        half_aligned = functools.partial(unaligned, by=4)  # to 8 of 16 bytes
+        for relaid in (scattered, unaligned, half_aligned, between_heads):
             for got, e in zip(results(relaid), expected, strict=True):
                 assert torch.equal(got, e)
