@@ -311,20 +311,12 @@ CUDA_MUTATIONS = {
         "ops/patch_embed/patch_embed.cuh", "plane % frames * p.size_stride[1] +\n", "\n"),
     "the first channel's map for all": (
         "ops/patch_embed/patch_embed.cuh", "p.map + channel * p.map_columns", "p.map"),
-    "the map of 0 behind K": (
-        "ops/patch_embed/patch_embed.cuh", "from_float<T>(offset[e] == kOutside",
-        "from_float<T>(false"),
-    "pixels behind K are not zero": (
-        "ops/patch_embed/patch_embed.cuh", "column[i] == kOutside ? 0 : kBytes", "kBytes"),
-    "the weight behind K is not zero": (
-        "ops/patch_embed/patch_embed.cuh", "inside ? kBytes : 0;\n    if (last",
-        "kBytes;\n    if (last"),
     "read below the weight": (
         "ops/patch_embed/patch_embed.cuh", "(first + r < last ? first + r : last) * pitch",
         "(first + r) * pitch"),
     "one tile in flight too many": (
-        "ops/patch_embed/patch_embed.cuh", "if (stages == 2)\n    cp_async_wait<0>();",
-        "if (stages == 2)\n    cp_async_wait<1>();"),
+        "ops/patch_embed/patch_embed.cuh", "else if (stages == 3)\n    cp_async_wait<1>();",
+        "else if (stages == 3)\n    cp_async_wait<2>();"),
     "no barrier between tiles": (
         "ops/patch_embed/patch_embed.cuh", "wait_for_stage(stages);\n    __syncthreads();",
         "wait_for_stage(stages);"),

@@ -75,6 +75,7 @@ struct MmaTile {
   static constexpr int kWarpRows = kWarpRows_, kWarpColumns = kWarpColumns_;
   static constexpr int kRowBytes = 128, kPitch = 128, kDepth = kRowBytes / sizeof(T);
   static constexpr int kSteps = kDepth / 16;  // of mma
+  static constexpr int kUnrolled = kSteps;
   static constexpr int kThreads = kRows / kWarpRows * (kColumns / kWarpColumns) * kWarpSize;
   static constexpr int kBlocks = kBlocks_;              // on one multiprocessor
   static constexpr int kSlabPitch = kWarpColumns + 8;   // floats
@@ -91,7 +92,8 @@ struct FmaTile {
   using T = float;
   static constexpr int kRows = kRows_, kColumns = kColumns_;
   static constexpr int kRowBytes = 64, kPitch = 80, kDepth = 16;
-  static constexpr int kSteps = 4;  // of 4 products
+  static constexpr int kSteps = 4;     // of 4 products
+  static constexpr int kUnrolled = 1;  // of steps; more spills on sm_120
   static constexpr int kThreads = kRows * kColumns / 64;
   static constexpr int kBlocks = kBlocks_;
   static constexpr int kSlabPitch = kColumns + 8;
@@ -110,9 +112,8 @@ struct Place {
 
 __device__ __forceinline__ Place place_of(const Params& p, int64_t row) {
   const int64_t patches = p.patches();
-  const bool narrow = p.images * patches <= 0xffffffff;
-  const int64_t image =
-      narrow ? static_cast<uint32_t>(row) / static_cast<uint32_t>(patches) : row / patches;
+  // 32 bits: no memory holds the tokens of 2^32 patches, and a division of 64 bits is a call.
+  const int64_t image = static_cast<uint32_t>(row) / static_cast<uint32_t>(patches);
   const int64_t patch = row - image * patches;
   const int64_t token = image * p.tokens() + (p.prefix_last ? 0 : p.prefix_tokens) + patch;
   return {token * p.channels, static_cast<int>(image), static_cast<int>(patch)};
@@ -507,7 +508,9 @@ __device__ __forceinline__ Channels load_bias(const Params& p, const Plan& plan,
 
 // Prefix token `row` of all images', by one warp.
 __device__ __forceinline__ void write_prefix(const Params& p, const Plan& plan, int64_t row) {
-  const int64_t image = row / p.prefix_tokens, i = row % p.prefix_tokens;
+  const auto tokens = static_cast<uint32_t>(p.prefix_tokens);
+  const int64_t image = static_cast<uint32_t>(row) / tokens,
+                i = static_cast<uint32_t>(row) % tokens;
   const int64_t token = p.prefix_last ? p.patches() + i : i;
   for (int64_t c = threadIdx.x % kWarpSize * kChannels; c < p.channels;
        c += kWarpSize * kChannels) {
@@ -610,7 +613,7 @@ __device__ __forceinline__ void multiply_copied(const Params& p, const Plan& pla
     __syncthreads();
     start(tile + stages - 1, next);
     const char* const pixels = memory + current * kStageBytes<Tile>;
-#pragma unroll
+#pragma unroll Tile::kUnrolled
     for (int step = 0; step < Tile::kSteps; ++step)
       multiply(pixels, pixels + Tile::kRows * Tile::kPitch, step);
     current = current + 1 == stages ? 0 : current + 1;
