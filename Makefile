@@ -31,19 +31,19 @@ demo: setup
 
 # Suite and seconds that it may take on two slow cores; .ci/suite says what it took.
 test: setup
-	.ci/suite lint 120 $(MAKE) --no-print-directory lint
-	.ci/suite contract 240 $(BIN)/python -m pytest -q python_tests/test_contract.py \
+	.ci/suite lint 150 $(MAKE) --no-print-directory lint
+	.ci/suite contract 480 $(BIN)/python -m pytest -q python_tests/test_contract.py \
 	  python_tests/ops -k "not triton and not emulator"
 	# Compiles the emulator first: a minute of processor time.
-	.ci/suite emulator 240 $(BIN)/python -m pytest -q python_tests/emulator \
+	.ci/suite emulator 420 $(BIN)/python -m pytest -q python_tests/emulator \
 	  python_tests/test_contract.py python_tests/ops -k emulator
 	# The interpreter takes a hundredth of a second a program.
-	OMP_NUM_THREADS=1 .ci/suite triton 240 $(BIN)/python -m pytest -q python_tests/test_contract.py \
+	OMP_NUM_THREADS=1 .ci/suite triton 420 $(BIN)/python -m pytest -q python_tests/test_contract.py \
 	  python_tests/ops -k triton
 	.ci/suite nvcc 120 $(BIN)/python bench/gpu_static.py --arch 90
 	# One thread: the models are tiny, a second one only waits.
 	OMP_NUM_THREADS=1 .ci/suite hf 360 $(BIN)/python -m pytest -q python_tests/hf
-	.ci/suite tools 240 $(BIN)/python -m pytest -q --ignore=python_tests/ops \
+	.ci/suite tools 420 $(BIN)/python -m pytest -q --ignore=python_tests/ops \
 	  --ignore=python_tests/hf --ignore=python_tests/emulator --ignore=python_tests/test_contract.py
 
 # Patching with the oldest transformers that vlmops supports and with the newest, each in an

@@ -91,8 +91,8 @@ class Default(NamedTuple):
 _MEASURED = {
     "mrope": "on an H200 within 3 us of Triton's kernels or quicker, in a norm's backward by 27 to "
     "60 %, and a call costs 90 us less: bench/results/h200",
-    "patch_embed": "on an H200 0.6 to 0.9 of the time of Triton's kernel from 2 million elements of "
-    "the result on, and up to twice it for single small images: bench/results/h200",
+    "patch_embed": "on an H200 0.6 to 0.9 of the time of Triton's kernel from 2 million elements "
+    "of the result on, and up to twice it for single small images: bench/results/h200",
 }
 """Ops whose CUDA and Triton kernels were timed against each other, and what came of it."""
 
