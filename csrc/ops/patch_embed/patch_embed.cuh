@@ -975,8 +975,8 @@ __device__ __forceinline__ void normalise(Channels& y, const Params& p, const Pl
 }
 
 // Patches [begin, end) from rows [end - begin, D] of a product, or from their own tokens: norm,
-// positions, rounding. A warp to a token; what a norm reads again comes out of L1. Warps beyond them
-// write as many prefix tokens. With the 8, ptxas takes 64 registers where it would spill.
+// positions, rounding. A warp to a token; what a norm reads again comes out of L1. Warps beyond
+// them write as many prefix tokens. With the 8, ptxas takes 64 registers where it would spill.
 __global__ void __launch_bounds__(kRowThreads, 8)
     patch_embed_finish_kernel(const VLMOPS_GRID_CONSTANT Params p,
                               const VLMOPS_GRID_CONSTANT Plan plan, int64_t begin, int64_t end,
