@@ -17,20 +17,20 @@ GetStream get_stream = nullptr;
 std::string missing = "vlmops/_library.py has not looked for it";
 std::atomic<const CudaKernels*> emulator{nullptr};
 
-bool on_cuda(const Tensor& tensor) {
+}  // namespace
+
+bool is_on_gpu(const Tensor& tensor) {
   return tensor.device().type() == torch::headeronly::DeviceType::CUDA;
 }
 
-}  // namespace
-
 const CudaKernels* launchers_for(const Tensor& tensor) {
-  if (!on_cuda(tensor)) return emulator.load(std::memory_order_relaxed);
+  if (!is_on_gpu(tensor)) return emulator.load(std::memory_order_relaxed);
   if (cuda == nullptr) throw std::runtime_error("vlmops: no CUDA kernels: " + missing);
   return cuda;
 }
 
 void* stream_of(const Tensor& tensor) {
-  if (!on_cuda(tensor)) return nullptr;
+  if (!is_on_gpu(tensor)) return nullptr;
   void* stream = nullptr;
   if (get_stream(static_cast<int32_t>(tensor.device().index()), &stream) != 0)
     throw std::runtime_error("vlmops: torch did not tell its current CUDA stream");

@@ -7,6 +7,8 @@
 
 namespace vlmops {
 
+bool is_on_gpu(const torch::stable::Tensor& tensor);
+
 // What launches on this tensor's device, or null for the CPU's own kernels. Throws
 // std::runtime_error for a CUDA tensor if the CUDA half is not loaded, with the reason.
 const CudaKernels* launchers_for(const torch::stable::Tensor& tensor);

@@ -627,9 +627,7 @@ def _fake(*args: Any) -> Tensor:
 
 
 def _fake_backward(grad: Tensor, needs: Sequence[bool], *args: Any) -> list[Tensor]:
-    a = Arguments(*args)
-    tensors: list[Tensor | None] = [*a.pixel_values, a.weight, a.bias, a.norm_weight, a.norm_bias,
-                                    a.prefix, *a.positions]  # fmt: skip
+    tensors = Arguments(*args).differentiable
     return [
         t.new_empty(t.shape) if t is not None and needed and t.is_floating_point()
         else grad.new_empty(0)

@@ -63,6 +63,12 @@ class Arguments(NamedTuple):
         flat_rank = self.pixel_values[0].dim() if self.flat else 0
         return self.listed or len(self.image_sizes) > 0 or flat_rank == 2
 
+    @property
+    def differentiable(self) -> list[Tensor | None]:
+        """What may get gradients, in the order of the backward op; indices get none."""
+        return [*self.pixel_values, self.weight, self.bias, self.norm_weight, self.norm_bias,
+                self.prefix, *self.positions]  # fmt: skip
+
     def grids(self) -> list[tuple[int, ...]]:
         """Patches along (frames,) rows and columns of each image; of one if all are alike."""
         if self.flat:
@@ -208,8 +214,10 @@ def _is_alone(a: Arguments) -> bool:
 
 def _is_matrix(a: Arguments) -> bool:
     """Whether patches come as they are multiplied."""
-    x = a.pixel_values[0] if a.flat else a.weight
-    return a.flat and x.dtype == a.weight.dtype and a.pixel_map is None and x.numel() > 0
+    if not a.flat or a.pixel_map is not None:
+        return False
+    x = a.pixel_values[0]
+    return x.dtype == a.weight.dtype and x.numel() > 0
 
 
 def _product_of(a: Arguments, on_gpu: bool) -> Tensor:
@@ -228,8 +236,7 @@ def backward(
     Empty tensors where ``needs`` says no, and for indices. ``pack`` gathers patches.
     """
     a = Arguments(*args)
-    tensors = [*a.pixel_values, a.weight, a.bias, a.norm_weight, a.norm_bias, a.prefix,
-               *a.positions]  # fmt: skip
+    tensors = a.differentiable
     found: list[Tensor | None] = [None] * len(tensors)
     around = len(a.pixel_values) + 4  # where what is not part of the product begins
     with _plainly():

@@ -13,6 +13,7 @@
 
 #include "binding/check.h"
 #include "binding/cuda.h"
+#include "binding/parallel.h"
 #include "common/cpu_kernels.h"
 
 namespace vlmops::mrope {
@@ -37,8 +38,6 @@ struct Frequencies {
   int32_t freq_axis[kMaxFrequencies];
   OptionalTensor on_gpu[2];
 };
-
-bool is_on_gpu(const Tensor& t) { return t.device().type() == torch::headeronly::DeviceType::CUDA; }
 
 [[noreturn]] void fail_frequencies(const Argument& a) {
   fail(a.op, a.name, "expected a floating dtype, got ", describe(a.tensor.scalar_type()));
@@ -226,11 +225,6 @@ void check_ids(const Params& p, const Argument& position_ids) {
       }
     }
   }
-}
-
-// About 32k elements are 5 us of work, the price of waking a thread.
-int64_t grain(int64_t elements_per_token) {
-  return std::max<int64_t>(1, 32768 / elements_per_token);
 }
 
 // Tells the emulator of everything that a kernel may touch.

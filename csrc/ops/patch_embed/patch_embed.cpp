@@ -13,6 +13,7 @@
 
 #include "binding/check.h"
 #include "binding/cuda.h"
+#include "binding/parallel.h"
 #include "common/cpu_kernels.h"
 
 namespace vlmops::patch_embed {
@@ -22,8 +23,6 @@ using OptionalTensor = std::optional<Tensor>;
 using Sizes = std::vector<int64_t>;
 
 constexpr const char* kOp = "patch_embed";
-
-bool is_on_gpu(const Tensor& t) { return t.device().type() == torch::headeronly::DeviceType::CUDA; }
 
 // Pixels and what says how to read them.
 struct Pixels {
@@ -436,10 +435,6 @@ void each_part(const Groups& groups, int64_t begin, int64_t end, const F& f) {
     if (from < to) f(p, from - start, to - start, from - begin);
     start += rows;
   }
-}
-
-int64_t grain(int64_t elements) {
-  return std::max<int64_t>(1, 32768 / std::max<int64_t>(elements, 1));
 }
 
 void allow_everything(const CudaKernels& kernels, const Pixels& x, const Surroundings& o,
