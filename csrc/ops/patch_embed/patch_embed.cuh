@@ -1002,15 +1002,6 @@ __global__ void __launch_bounds__(kRowThreads, 8)
   }
 }
 
-// Where the block's patches from `first` on begin, up to `end`; how many those are.
-__device__ __forceinline__ int fill_rows(const Params& p, const char** row, int64_t first,
-                                         int64_t end) {
-  const int rows = end - first < kPackRows ? static_cast<int>(end - first) : kPackRows;
-  if (threadIdx.x < rows) row[threadIdx.x] = patch_pixels(p, place_of(p, first + threadIdx.x));
-  __syncthreads();
-  return rows;
-}
-
 // Rows [begin, end) of the patch matrix, `pitch` elements each, zeros behind K. A block has
 // kPackRows of them, a thread column after column. T is what pixels are rounded to, Panel what the
 // panel holds.
@@ -1019,8 +1010,11 @@ __global__ void __launch_bounds__(kRowThreads)
     patch_embed_pack_kernel(const VLMOPS_GRID_CONSTANT Params p, int64_t begin, int64_t end,
                             Panel* panel, int64_t pitch) {
   VLMOPS_SHARED(const char*, row, kPackRows);
-  const int64_t first = static_cast<int64_t>(blockIdx.x) * kPackRows;
-  const int rows = fill_rows(p, row, begin + first, end);
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * kPackRows, left = end - begin - first;
+  const int rows = left < kPackRows ? static_cast<int>(left) : kPackRows;
+  if (threadIdx.x < rows)
+    row[threadIdx.x] = patch_pixels(p, place_of(p, begin + first + threadIdx.x));
+  __syncthreads();
   for (int64_t k = threadIdx.x; k < pitch; k += kRowThreads) {
     const Column column = column_of(p, k);
     Panel* const to = panel + first * pitch + k;
@@ -1044,8 +1038,11 @@ __global__ void __launch_bounds__(kRowThreads)
     patch_embed_copy_kernel(const VLMOPS_GRID_CONSTANT Params p, int64_t begin, int64_t end,
                             Word* panel, int64_t pitch) {
   VLMOPS_SHARED(const char*, row, kPackRows);
-  const int64_t first = static_cast<int64_t>(blockIdx.x) * kPackRows;
-  const int rows = fill_rows(p, row, begin + first, end);
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * kPackRows, left = end - begin - first;
+  const int rows = left < kPackRows ? static_cast<int>(left) : kPackRows;
+  if (threadIdx.x < rows)
+    row[threadIdx.x] = patch_pixels(p, place_of(p, begin + first + threadIdx.x));
+  __syncthreads();
   const int elements = static_cast<int>(sizeof(Word)) / pixel_bytes(p.pixel);
   const int64_t words = pitch / elements;  // of a row
   for (int64_t w = threadIdx.x; w < words; w += kRowThreads) {
