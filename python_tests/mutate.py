@@ -113,9 +113,10 @@ MUTATIONS = {
         "ops/patch_embed/patch_embed_cpu.h", "y = g / width % p.grid[1];",
         "y = (g / width + p.grid[1] - 1) % p.grid[1];"),
     "patches: one channel for all": (
-        "ops/patch_embed/patch_embed_cpu.h", "from + c * p.size_stride[0]", "from"),
+        "ops/patch_embed/patch_embed_cpu.h", "row = from + c * p.size_stride[0]", "row = from"),
     "patches: the first frame for all": (
-        "ops/patch_embed/patch_embed_cpu.h", " + t * p.size_stride[1]", ""),
+        "ops/patch_embed/patch_embed_cpu.h",
+        "from + c * p.size_stride[0] + t * p.size_stride[1]", "from + c * p.size_stride[0]"),
     "patches: frames of the grid alike": (
         "ops/patch_embed/patch_embed_cpu.h",
         "g / width / p.grid[1] * p.grid_stride[0]", "0 * p.grid_stride[0]"),
@@ -126,6 +127,24 @@ MUTATIONS = {
         "for (; i < n - 1; ++i) f(Lanes<1>(), i);"),
     "patches: the first channel's map for all": (
         "ops/patch_embed/patch_embed_cpu.h", "p.map + c * p.map_columns", "p.map"),
+    "pixels' gradients: one channel for all": (
+        "ops/patch_embed/patch_embed_cpu.h", "row = to + c * p.size_stride[0]", "row = to"),
+    "pixels' gradients: pixels lie side by side": (
+        "ops/patch_embed/patch_embed_cpu.h", "} else if (step != 1) {", "} else if (false) {"),
+    "pixels' gradients: without the slope": (
+        "ops/patch_embed/patch_embed_cpu.h", "load<1>(run + i)[0] * slope", "load<1>(run + i)[0]"),
+    "pixels' gradients: the first channel's slope for all": (
+        "ops/patch_embed/patch_embed_cpu.h", "p.map[c * p.map_columns]", "p.map[0]"),
+    "sums of rows: the last block is lost": (
+        "ops/patch_embed/patch_embed_cpu.h", "(r + 1) % kRows == 0 || r + 1 == rows",
+        "(r + 1) % kRows == 0"),
+    "tokens: a sum of two whatever else there is": (
+        "ops/patch_embed/patch_embed_cpu.h", "p.norm != Norm::kNone || p.position_count != 1",
+        "p.position_count != 1"),
+    "tokens: a sum of two without regard to weights": (
+        "ops/patch_embed/patch_embed_cpu.h", "q.weight == nullptr && q.dtype", "q.dtype"),
+    "tokens: a sum of two with one tap of many": (
+        "ops/patch_embed/patch_embed_cpu.h", "q.taps == 1 && q.weight", "q.weight"),
     "patches: without the intercept": (
         "ops/patch_embed/patch_embed_cpu.h", " * map[0] + map[1]", " * map[0]"),
     "patches: the image before": (

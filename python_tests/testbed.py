@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+from pathlib import Path
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 # Where the contract suite runs: the CPU, or cuda (bench/gpu_check.sh).
@@ -10,6 +11,7 @@ ON_GPU = TEST_DEVICE == "cuda"
 if HAS_TRITON and not ON_GPU:  # before anything imports a kernel
     os.environ["TRITON_INTERPRET"] = "1"
 
+import pytest  # noqa: E402
 import torch  # noqa: E402
 
 import vlmops  # noqa: E402
@@ -25,3 +27,26 @@ NOT_ON_A_GPU = {
     "values": "the host reads no value back, so a call is not refused for the values of a tensor",
 }
 """Every rule by which the contract leaves something out on a GPU, where nothing else is."""
+
+reads_proc = pytest.mark.skipif(
+    not Path("/proc/self/clear_refs").exists(), reason="reads Linux's /proc"
+)
+
+
+def _peak_rss():
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024
+
+
+def extra_memory(function):
+    """Growth of the peak resident size, and the largest single allocation, while function runs."""
+    function()  # threads and libraries have theirs
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+    before = _peak_rss()
+    with torch.autograd.profiler.profile(profile_memory=True, use_kineto=True) as profile:
+        result = function()
+    grown = _peak_rss() - before
+    del result
+    events = profile.kineto_results.events()
+    sizes = [e.nbytes() for e in events if e.name() == "[memory]"]
+    return grown, max(sizes, default=0)

@@ -13,7 +13,9 @@ namespace vlmops {
 
 extern const CpuKernels VLMOPS_CONCAT(kernels_, VLMOPS_ISA);
 const CpuKernels VLMOPS_CONCAT(kernels_, VLMOPS_ISA) = {
-    VLMOPS_STRING(VLMOPS_ISA), &mrope::run,          &mrope::run_backward,
-    &patch_embed::pack,        &patch_embed::finish, &patch_embed::write_prefix};
+    VLMOPS_STRING(VLMOPS_ISA), &mrope::run,
+    &mrope::run_backward,      &patch_embed::pack,
+    &patch_embed::finish,      &patch_embed::write_prefix,
+    &patch_embed::unpack,      &patch_embed::column_sums};
 
 }  // namespace vlmops

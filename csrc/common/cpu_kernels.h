@@ -13,6 +13,8 @@ struct CpuKernels {
   patch_embed::CpuPack patch_embed_pack;
   patch_embed::CpuFinish patch_embed_finish;
   patch_embed::CpuPrefix patch_embed_prefix;
+  patch_embed::CpuUnpack patch_embed_unpack;
+  patch_embed::CpuColumnSums patch_embed_column_sums;
 };
 
 // The table in force: the best that this machine runs, capped by VLMOPS_CPU_ISA. Throws

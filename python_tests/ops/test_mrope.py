@@ -5,13 +5,12 @@ import itertools
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torch._dynamo.testing
 from emulator.build import emulated
-from testbed import TESTED_ISAS
+from testbed import TESTED_ISAS, extra_memory, reads_proc
 from torch import nn
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -173,39 +172,20 @@ def test_position_ids_beyond_2_to_31_elements():
     assert torch.equal(far, near)
 
 
-def _peak_rss():
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("VmHWM:")[1].split()[0]) * 1024
-
-
-def _extra_memory(function):
-    """Growth of the peak resident size, and the largest single allocation, while function runs."""
-    function()  # threads and libraries have theirs
-    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-    before = _peak_rss()
-    with torch.autograd.profiler.profile(profile_memory=True, use_kineto=True) as profile:
-        result = function()
-    grown = _peak_rss() - before
-    del result
-    events = profile.kineto_results.events()
-    sizes = [e.nbytes() for e in events if e.name() == "[memory]"]
-    return grown, max(sizes, default=0)
-
-
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads Linux's /proc")
+@reads_proc
 @pytest.mark.parametrize(("dtype", "shape"), [(torch.float32, "s4096"), (torch.bfloat16, "s16384")])
 def test_no_memory_beyond_the_outputs(dtype, shape):
     torch.use_deterministic_algorithms(False)
     args = SPEC.bench[shape].make(dtype, CPU)  # large enough that malloc keeps nothing back
     sizes = [args[n].numel() * args[n].element_size() for n in ("q", "k")]
     slack = 2**20  # code pages, the profiler
-    grown, largest = _extra_memory(lambda: vlmops.mrope(**args))
+    grown, largest = extra_memory(lambda: vlmops.mrope(**args))
     assert largest == max(sizes)
     assert grown < sum(sizes) + slack
-    grown, largest = _extra_memory(lambda: vlmops.mrope_(**args))
+    grown, largest = extra_memory(lambda: vlmops.mrope_(**args))
     assert largest == 0
     assert grown < slack
-    eager_grown, _ = _extra_memory(lambda: SPEC.eager_for(args)(**args))
+    eager_grown, _ = extra_memory(lambda: SPEC.eager_for(args)(**args))
     assert eager_grown > 2 * sum(sizes)  # the measurement sees what eager allocates
 
 

@@ -2,10 +2,12 @@
 
 First, `reference` is what transformers computes, class by class."""
 
+import numpy
 import pytest
 import torch
 import transformers as tr
 from emulator.build import emulated
+from testbed import extra_memory, reads_proc
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 from transformers.models.blip import modeling_blip
@@ -322,19 +324,20 @@ def test_raw_pixels_are_what_the_processor_makes_of_them_to_the_bit(dtype):
     assert torch.equal(found[0].T, processed[0].flatten(1).to(dtype))
 
 
-def test_no_matrix_of_patches_is_stored():
-    """A panel at most, whatever the number of images."""
-    w = drawn(64, 3, 14, 14)
-    sizes = {}
-    for images in (4, 40):
-        x = drawn(images, 3, 112, 112)
-        with torch.profiler.profile(profile_memory=True) as profile:
-            tokens = vlmops.patch_embed(x, w)
-        held = [event.cpu_memory_usage for event in profile.events()]
-        sizes[images] = max(held), tokens.numel() * 4
-    for largest, result in sizes.values():
-        assert largest <= max(result, 4 * 2**19) + 4096
-    assert sizes[40][0] < 40 * 64 * 588 * 4
+@reads_proc
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_matrix_of_patches_is_stored(dtype):
+    """Two panels at most, one of patches and one of their product."""
+    torch.use_deterministic_algorithms(False)
+    x, w = drawn(40, 3, 224, 224, dtype=dtype), drawn(64, 3, 14, 14, dtype=dtype)
+    panel = panels.PANEL * 4  # float32 where the CPU has no bfloat16
+    patches = 40 * 256 * 588 * x.element_size()
+    for cls in (None, drawn(64, dtype=dtype)):
+        tokens = vlmops.patch_embed(x, w, prefix=cls)
+        result = tokens.numel() * tokens.element_size()
+        grown, largest = extra_memory(lambda c=cls: vlmops.patch_embed(x, w, prefix=c))
+        assert largest <= panel + 4096 < patches
+        assert grown <= result + 2 * panel + 2**20
 
 
 def test_pixels_beyond_2_to_the_31():
@@ -390,17 +393,54 @@ def test_panels_of_any_size_give_the_same(monkeypatch):
         close(got, expected)
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "clip",
+        "llama4_last",
+        "mllama_tiles",
+        "siglip",
+        "tile_by_patch",
+        "pixtral_list",
+        "uint8",
+    ],
+)
+def test_products_are_added_to_what_is_written_first(monkeypatch, name):
+    """Large images in 16 bits; here small ones too, and whether or not the CPU is good at it."""
+    case = next(c for c in SPEC.cases if c.name == name)
+    args = case.make(torch.bfloat16, torch.device("cpu"))
+    expected = SPEC.function(**args)[0].float()
+    monkeypatch.setattr(panels.products, "multiplies", lambda dtype: True)
+    monkeypatch.setattr(panels, "FILLED_FROM", 1)
+    finished = []
+    finish = torch.ops.vlmops.patch_embed_finish
+    monkeypatch.setattr(
+        torch.ops.vlmops, "patch_embed_finish", lambda *a: finished.append(a) or finish(*a)
+    )
+    found = SPEC.function(**args)[0].float()
+    assert len(finished) == 1
+    assert finished[0][1].stride(0) == 0
+    torch.testing.assert_close(found, expected, atol=2**-6, rtol=2**-6)
+
+
+def test_long_sums_lose_no_digits():
+    rows = torch.full((2**15, 600), 0.1)
+    exact = rows[:, 0].double().sum()
+    in_turn = numpy.cumsum(rows[:, 0].numpy(), dtype=numpy.float32)[-1]
+    assert abs(in_turn / exact - 1) > 2**-16
+    found = torch.ops.vlmops.patch_embed_column_sums(rows)
+    assert (found / exact - 1).abs().max() < 2**-19
+
+
 @pytest.mark.parametrize("native", [True, False])
 def test_16_bits_are_multiplied_in_float32_where_the_cpu_has_no_other(monkeypatch, native):
-    dtypes = []
-    ways = panels.products.for_panels
+    packed = []
+    pack = panels.Arguments.pack
     monkeypatch.setattr(panels.products, "multiplies", lambda dtype: native)
-    monkeypatch.setattr(
-        panels.products, "for_panels", lambda dtype, n, k: dtypes.append(dtype) or ways(dtype, n, k)
-    )
+    monkeypatch.setattr(panels.Arguments, "pack", lambda *a: packed.append(pack(*a)) or packed[-1])
     x, w = drawn(1, 3, 8, 8).bfloat16(), drawn(D, 3, P, P).bfloat16()
     found = vlmops.patch_embed(x, w)
-    assert dtypes == [torch.bfloat16 if native else torch.float32]
+    assert [panel.dtype for panel in packed] == [torch.bfloat16 if native else torch.float32]
     close(found, reference(x, w).bfloat16(), 0.02)
 
 

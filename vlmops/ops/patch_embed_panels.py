@@ -22,8 +22,10 @@ from vlmops.ops import linear as products
 INDEX, WEIGHT, PATCHES_ONLY = 1, 2, 4
 """Bits of position_kinds, as in patch_embed.cpp."""
 
-PANEL = 2**19
-"""Elements of a panel of patches, or of its product, on the CPU."""
+PANEL = 2**20
+"""Elements of a panel of patches, or of its product, on the CPU: 2 or 4 MB."""
+FILLED_FROM = 512
+"""Patches of an image from which on its product is added to what has been written."""
 PANEL_ON_GPU = 2**26
 """The same on a GPU."""
 LARGE_ON_GPU = 2**20
@@ -85,6 +87,10 @@ class Arguments(NamedTuple):
     def patches(self) -> list[int]:
         """Of each image of a packed sequence; else of one."""
         return [math.prod(grid) for grid in self.grids()]
+
+    def rows(self) -> int:
+        """Patches of all sequences."""
+        return (1 if self.packed else self.pixel_values[0].shape[0]) * sum(self.patches())
 
     @property
     def extra(self) -> int:
@@ -174,17 +180,52 @@ def forward(*args: Any) -> Tensor:
             return _product_of(a, on_gpu).view(out.shape)
         weight, bias = _padded(a, dtype), None if a.bias is None else a.bias.to(dtype)
         channels, pitch = weight.shape
-        multiply = functional.linear if on_gpu else products.for_panels(dtype, channels, pitch)
-        rows = (1 if a.packed else out.shape[0]) * sum(a.patches())
+        rows = a.rows()
         most = (PANEL_ON_GPU if on_gpu else PANEL) // max(channels, pitch, 1)
+        if not on_gpu and _takes_sums(a, dtype):
+            return _added(a, args, out, weight, most)
+        multiply = functional.linear if on_gpu else products.for_panels(dtype, channels, pitch)
         for begin, end in _parts(rows, most):
             product = multiply(a.pack(begin, end, dtype, pitch), weight, bias)
             if on_gpu and alone and end - begin == rows:
                 return product.view(out.shape)
+            if not on_gpu and end - begin == rows and _is_shaped(product, out, a):
+                out = product.view(out.shape)  # finished where it is
             torch.ops.vlmops.patch_embed_finish(out, product, begin, *args)
         if rows == 0:
             torch.ops.vlmops.patch_embed_finish(out, weight.new_empty(0, channels), 0, *args)
         return out
+
+
+def _is_shaped(product: Tensor, out: Tensor, a: Arguments) -> bool:
+    """Whether the product can become the result."""
+    return product.dtype == out.dtype and product.numel() == out.numel()
+
+
+def _takes_sums(a: Arguments, dtype: torch.dtype) -> bool:
+    """Whether products can be added to tokens that hold everything else.
+
+    That saves writing them elsewhere, in 16 bits; in float32 ``addmm`` is MKL's.
+    """
+    alike = dtype != torch.float32 and dtype == (a.dtype or a.weight.dtype)
+    large = a.prefix is None or min(a.patches(), default=0) >= FILLED_FROM
+    return alike and a.norm == "none" and large
+
+
+def _added(a: Arguments, args: Sequence[Any], out: Tensor, weight: Tensor, most: int) -> Tensor:
+    """Of products and what has been written before them, both in the dtype of the result."""
+    channels = weight.shape[0]
+    bias = weight.new_zeros(channels) if a.bias is None else a.bias
+    tokens = out if out.dim() == 3 else out[None]
+    parts = _patch_rows(a, tokens)
+    torch.ops.vlmops.patch_embed_finish(out, bias.expand(sum(map(len, parts)), -1), 0, *args)
+    row = 0
+    for rows in parts:
+        for begin, end in _parts(len(rows), most):
+            panel = a.pack(row + begin, row + end, weight.dtype)
+            rows[begin:end].addmm_(panel, weight.t())
+        row += len(rows)
+    return out
 
 
 def goes_in_panels(a: Arguments) -> bool:
@@ -304,8 +345,8 @@ def _of_products(
     channels, pitch = weight.shape
     depth = a.weight[:1].numel()
     sums = grad.new_zeros(3, channels, dtype=torch.float32)  # of bias, the norm's weight and bias
-    weight_grad = grad.new_zeros(channels, pitch, dtype=torch.float32)
-    pixel_grad: list[Tensor] = []
+    weight_grad = None
+    of_pixels = _PixelGrads(a) if needs_pixels else None
     normed = a.norm != "none"
     most = (PANEL if grad.is_cpu else PANEL_ON_GPU) // max(channels, pitch, 1)
     row = 0
@@ -319,21 +360,65 @@ def _of_products(
                 bias = None if a.bias is None else a.bias.to(dtype)
                 g = _through_norm(a, g.float(), products.linear(panel, weight, bias).float(), sums)
             if needs_bias:
-                sums[0] += g.float().sum(0)
+                sums[0] += _sum_of_rows(g)
             g = g.to(dtype)
             if needs_weight and panel is not None:
-                if dtype == torch.float32:
-                    weight_grad.addmm_(g.t(), panel)
-                else:
-                    weight_grad += g.t() @ panel
-            if needs_pixels:
-                pixel_grad.append(g @ weight)
+                weight_grad = _with_product(weight_grad, g.t(), panel)
+            if of_pixels is not None:
+                of_pixels.take(g @ weight, row + begin)
         row += len(rows)
-    pixels: list[Tensor | None] = [None] * count
-    if needs_pixels:
-        all_rows = torch.cat(pixel_grad) if pixel_grad else weight[:0]
-        pixels[:] = _folded(a, all_rows[:, :depth])
+    pixels = [None] * count if of_pixels is None else of_pixels.found()
+    if weight_grad is None:
+        weight_grad = weight.new_zeros(channels, pitch)
     return [*pixels, weight_grad[:, :depth], *sums]
+
+
+def _with_product(total: Tensor | None, x: Tensor, y: Tensor) -> Tensor:
+    """``total + x @ y``; in float32 if there is something to add."""
+    if total is None:
+        return x @ y
+    if x.dtype == torch.float32:
+        return total.addmm_(x, y)
+    return total.float().add_(x @ y)
+
+
+def _sum_of_rows(rows: Tensor) -> Tensor:
+    """``[N, D]``, channels side by side, to ``[D]``; float32."""
+    if not rows.is_cpu:
+        return rows.float().sum(0)
+    found: Tensor = torch.ops.vlmops.patch_embed_column_sums(rows)
+    return found
+
+
+class _PixelGrads:
+    """The gradients of pixels, which those of patches ``[rows, K]`` are folded into."""
+
+    def __init__(self, a: Arguments):
+        self.a = a
+        self.parts: list[Tensor] = []  # on a GPU
+        self.whole: list[Tensor] | None = None
+        if a.weight.is_cpu:
+            covered = sum(x.numel() for x in a.pixel_values) == a.rows() * a.weight[:1].numel()
+            new = torch.empty_like if covered else torch.zeros_like  # what is not read gets none
+            self.whole = [new(x) for x in a.pixel_values]
+
+    def take(self, patches: Tensor, begin: int) -> None:
+        """Those of patches from ``begin`` on."""
+        if self.whole is None:
+            self.parts.append(patches)
+            return
+        a = self.a
+        torch.ops.vlmops.patch_embed_unpack(
+            self.whole, patches, begin, a.weight, a.pixel_map, a.listed, a.channels_last,
+            a.image_sizes,
+        )  # fmt: skip
+
+    def found(self) -> list[Tensor]:
+        if self.whole is not None:
+            return self.whole
+        a, depth = self.a, self.a.weight[:1].numel()
+        rows = torch.cat(self.parts) if self.parts else a.weight.new_empty(0, depth)
+        return _folded(a, rows[:, :depth])
 
 
 def _through_norm(a: Arguments, grad: Tensor, y: Tensor, sums: Tensor) -> Tensor:
@@ -391,6 +476,10 @@ def _of_position(
     if position.patches_only and a.extra:
         grad = torch.cat(_patch_rows(a, grad)).view(len(grad), -1, grad.shape[-1])
     table, index, weight = position.table, position.index, position.weight
+    if index is None and weight is None:
+        tokens, channels = grad.shape[1:]
+        rows = grad[0] if len(grad) == 1 else _sum_of_rows(grad.flatten(1)).view(tokens, channels)
+        return functional.pad(rows, (0, 0, 0, len(table) - tokens)), None
     # A plain sum over as many tokens as meet in a row needs more than float32.
     grad = grad.double() if grad.is_cpu and index is not None else grad.float()
     sequences, tokens, channels = grad.shape

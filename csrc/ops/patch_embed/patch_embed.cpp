@@ -528,7 +528,7 @@ Tensor pack(const std::vector<Tensor>& pixel_values, const Tensor& weight,
 }
 
 // Writes the tokens of patches [begin, begin + rows of the product), and the prefix if begin is 0.
-// product [rows, D], bias included.
+// product [rows, D], bias included; on the CPU its rows may be one, and it may be `out`.
 void finish(Tensor out, const Tensor& product, int64_t begin,
             const std::vector<Tensor>& pixel_values, const Tensor& weight,
             const std::vector<Tensor>& positions, const Sizes& position_kinds,
@@ -544,7 +544,8 @@ void finish(Tensor out, const Tensor& product, int64_t begin,
   point_to(groups, out);
   const DType type = dtype_of(product.scalar_type(), "product");
   const auto* data = static_cast<const char*>(product.const_data_ptr());
-  const int64_t channels = weight.size(0), row_bytes = channels * product.element_size();
+  const int64_t channels = weight.size(0), stride = product.stride(0);
+  const int64_t row_bytes = stride * product.element_size();
   if (const CudaKernels* kernels = launchers_for(weight)) {
     const Pixels x{pixel_values, weight, pixel_map, listed, channels_last, image_sizes};
     const Surroundings o{weight, bias,        norm,      norm_weight,    norm_bias, norm_eps,
@@ -574,12 +575,51 @@ void finish(Tensor out, const Tensor& product, int64_t begin,
             [&](const Params& p, int64_t from, int64_t until, int64_t done) {
               torch::stable::parallel_for(
                   from, until, grain(channels), [&](int64_t first, int64_t last) {
-                    kernels.patch_embed_finish(p, first, last,
-                                               data + (done + first - from) * row_bytes, type);
+                    kernels.patch_embed_finish(
+                        p, first, last, data + (done + first - from) * row_bytes, stride, type);
                   });
             });
   if (begin != 0 || !prefix.has_value()) return;
   for (const Params& p : groups.all) kernels.patch_embed_prefix(p, 0, p.images);
+}
+
+// The gradients of patches [begin, begin + rows of the panel), [rows, K], to where their pixels
+// are. On the CPU.
+void unpack(const std::vector<Tensor>& pixel_grads, const Tensor& panel, int64_t begin,
+            const Tensor& weight, const OptionalTensor& pixel_map, bool listed, bool channels_last,
+            const Sizes& image_sizes) {
+  const Groups groups =
+      groups_of({pixel_grads, weight, pixel_map, listed, channels_last, image_sizes});
+  const int64_t end = begin + panel.size(0), stride = panel.stride(0);
+  if (begin < 0 || end > groups.rows)
+    fail("patch_embed_unpack", "panel", "expected a part of ", groups.rows, " patches, got ", begin,
+         ", ", end);
+  const DType dtype = Argument{"patch_embed_unpack", "panel", panel}.floating();
+  const auto* data = static_cast<const char*>(panel.const_data_ptr());
+  const int64_t row_bytes = stride * panel.element_size();
+  const auto kernel = cpu_kernels().patch_embed_unpack;
+  each_part(groups, begin, end, [&](const Params& p, int64_t from, int64_t until, int64_t done) {
+    torch::stable::parallel_for(from, until, grain(p.depth), [&](int64_t first, int64_t last) {
+      kernel(p, first, last, data + (done + first - from) * row_bytes, stride, dtype);
+    });
+  });
+}
+
+// rows [N, D], channels side by side; float32 [D]. On the CPU.
+Tensor column_sums(const Tensor& rows) {
+  const Argument matrix{"patch_embed_column_sums", "rows", rows};
+  const DType dtype = matrix.floating();
+  if (rows.dim() != 2 || rows.stride(1) != 1)
+    fail(matrix.op, matrix.name, "expected [N, D], channels side by side, got shape ",
+         describe(rows.sizes()));
+  Tensor sums = torch::stable::new_empty(rows, Sizes{rows.size(1)}, ScalarType::Float);
+  auto* to = static_cast<float*>(sums.mutable_data_ptr());
+  const void* from = rows.const_data_ptr();
+  const auto kernel = cpu_kernels().patch_embed_column_sums;
+  torch::stable::parallel_for(0, rows.size(1), grain(rows.size(0)), [&](int64_t b, int64_t e) {
+    kernel(from, dtype, rows.size(0), rows.stride(0), b, e, to);
+  });
+  return sums;
 }
 
 bool emulated(const Tensor& tensor) { return launchers_for(tensor) != nullptr; }
@@ -609,6 +649,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(vlmops, m) {
   m.def(
       "patch_embed_finish(Tensor(a!) out, Tensor product, int begin, " VLMOPS_PATCH_EMBED_ARGUMENTS
       ") -> ()");
+  m.def(
+      "patch_embed_unpack(Tensor(a!)[] pixel_grads, Tensor panel, int begin, Tensor weight, "
+      "Tensor? "
+      "pixel_map, bool listed, bool channels_last, int[] image_sizes) -> ()");
+  m.def("patch_embed_column_sums(Tensor rows) -> Tensor");
   m.def("patch_embed_emulated(Tensor tensor) -> bool");
 }
 
@@ -621,5 +666,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(vlmops, m) {
   m.impl("patch_embed_finish", TORCH_BOX(&vlmops::patch_embed::finish));          \
   m.impl("patch_embed_emulated", TORCH_BOX(&vlmops::patch_embed::emulated))
 
-STABLE_TORCH_LIBRARY_IMPL(vlmops, CPU, m) { VLMOPS_PATCH_EMBED_IMPL(m); }
+STABLE_TORCH_LIBRARY_IMPL(vlmops, CPU, m) {
+  VLMOPS_PATCH_EMBED_IMPL(m);
+  m.impl("patch_embed_unpack", TORCH_BOX(&vlmops::patch_embed::unpack));
+  m.impl("patch_embed_column_sums", TORCH_BOX(&vlmops::patch_embed::column_sums));
+}
 STABLE_TORCH_LIBRARY_IMPL(vlmops, CUDA, m) { VLMOPS_PATCH_EMBED_IMPL(m); }

@@ -79,10 +79,19 @@ struct Params : Images {
 // Rows [begin, end) of the B * N patches, image-major, into panel [end - begin, K].
 using CpuPack = void (*)(const Params&, int64_t begin, int64_t end, void* panel, DType dtype);
 
-// Their product with the weight, bias included, product [end - begin, D], into their tokens: norm,
-// positions, rounding.
+// Their product with the weight, bias included, product [end - begin, D] with rows `stride` apart,
+// into their tokens: norm, positions, rounding. Product and tokens may be the same memory.
 using CpuFinish = void (*)(const Params&, int64_t begin, int64_t end, const void* product,
-                           DType dtype);
+                           int64_t stride, DType dtype);
+
+// The way back: rows [begin, end) of the gradients of patches, [end - begin, K] with rows `stride`
+// apart, into those of pixels, which lie where Params says that pixels are; times the map's slope.
+using CpuUnpack = void (*)(const Params&, int64_t begin, int64_t end, const void* panel,
+                           int64_t stride, DType dtype);
+
+// Columns [begin, end) of the sums over `rows` rows of a matrix, rows `stride` apart.
+using CpuColumnSums = void (*)(const void* matrix, DType dtype, int64_t rows, int64_t stride,
+                               int64_t begin, int64_t end, float* sums);
 
 // The prefix of images [begin, end), with its positions.
 using CpuPrefix = void (*)(const Params&, int64_t begin, int64_t end);

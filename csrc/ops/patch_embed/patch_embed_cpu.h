@@ -73,8 +73,9 @@ VLMOPS_INLINE void copy_run(const From* from, int64_t stride, To* to, int64_t n)
 }
 
 // The same through the map of their channel.
-template <class From, class To>
-inline void map_run(const From* from, int64_t stride, To* to, int64_t n, const float* map) {
+template <int kRun, class From, class To>
+VLMOPS_INLINE void map_run(const From* from, int64_t stride, To* to, int64_t n, const float* map) {
+  if constexpr (kRun != 0) n = kRun;
   for (int64_t i = 0; i < n; ++i) {
     float x;
     if constexpr (__is_same(From, uint8_t)) {
@@ -99,7 +100,11 @@ inline void pack_row(const Params& p, const From* from, int64_t count, To* panel
           const From* run = row + x * p.grid_stride[2];
           To* to = panel + x * p.depth + k;
           if (map != nullptr) {
-            map_run(run, p.size_stride[3], to, p.size[3], map);
+            if (p.size_stride[3] == 1) {
+              map_run<kRun>(run, 1, to, p.size[3], map);
+            } else {
+              map_run<kRun>(run, p.size_stride[3], to, p.size[3], map);
+            }
           } else {
             copy_run<kRun>(run, p.size_stride[3], to, p.size[3]);
           }
@@ -109,28 +114,35 @@ inline void pack_row(const Params& p, const From* from, int64_t count, To* panel
   }
 }
 
-template <class From, class To>
-inline void pack_rows(const Params& p, int64_t begin, int64_t end, To* panel) {
+// f(patches that follow each other in a row of the grid, the first's pixels, its row) for rows
+// [begin, end).
+template <class F>
+VLMOPS_INLINE void by_grid_rows(const Params& p, int64_t begin, int64_t end, const F& f) {
   const int64_t patches = p.patches(), width = p.grid[2];
   for (int64_t n = begin; n < end;) {
     const int64_t g = n % patches, x = g % width, y = g / width % p.grid[1];
     const int64_t count = end - n < width - x ? end - n : width - x;
-    const From* from = static_cast<const From*>(p.pixels) + n / patches * p.image_stride +
-                       g / width / p.grid[1] * p.grid_stride[0] + y * p.grid_stride[1] +
-                       x * p.grid_stride[2];
-    To* to = panel + (n - begin) * p.depth;
-    switch (p.size[3]) {
-      case 14:
-        pack_row<14>(p, from, count, to);
-        break;
-      case 16:
-        pack_row<16>(p, from, count, to);
-        break;
-      default:
-        pack_row<0>(p, from, count, to);
-    }
+    const int64_t pixel = n / patches * p.image_stride + g / width / p.grid[1] * p.grid_stride[0] +
+                          y * p.grid_stride[1] + x * p.grid_stride[2];
+    f(count, pixel, n - begin);
     n += count;
   }
+}
+
+template <class From, class To>
+inline void pack_rows(const Params& p, int64_t begin, int64_t end, To* panel) {
+  by_grid_rows(p, begin, end, [&](int64_t count, int64_t pixel, int64_t row) {
+    const From* from = static_cast<const From*>(p.pixels) + pixel;
+    To* to = panel + row * p.depth;
+    switch (p.size[3]) {
+      case 14:
+        return pack_row<14>(p, from, count, to);
+      case 16:
+        return pack_row<16>(p, from, count, to);
+      default:
+        return pack_row<0>(p, from, count, to);
+    }
+  });
 }
 
 void pack(const Params& p, int64_t begin, int64_t end, void* panel, DType dtype) {
@@ -149,6 +161,115 @@ void pack(const Params& p, int64_t begin, int64_t end, void* panel, DType dtype)
   });
 }
 
+// `count` patches that follow each other in a row of the grid, as pack_row reads them.
+template <int kRun, class From, class To>
+inline void unpack_row(const Params& p, const From* panel, int64_t stride, int64_t count, To* to) {
+  const int64_t n = kRun != 0 ? kRun : p.size[3], step = p.size_stride[3];
+  int64_t k = 0;
+  for (int64_t c = 0; c < p.size[0]; ++c) {
+    const float slope = p.map == nullptr ? 1.0f : p.map[c * p.map_columns];
+    for (int64_t t = 0; t < p.size[1]; ++t) {
+      for (int64_t y = 0; y < p.size[2]; ++y, k += n) {
+        To* row = to + c * p.size_stride[0] + t * p.size_stride[1] + y * p.size_stride[2];
+        for (int64_t x = 0; x < count; ++x) {
+          const From* run = panel + x * stride + k;
+          To* pixels = row + x * p.grid_stride[2];
+          if (p.map != nullptr) {
+            for (int64_t i = 0; i < n; ++i)
+              pixels[i * step] = rounded<To>(load<1>(run + i)[0] * slope);
+          } else if (step != 1) {
+            for (int64_t i = 0; i < n; ++i) pixels[i * step] = rounded<To>(run[i]);
+          } else {
+            copy_run<kRun>(run, 1, pixels, n);
+          }
+        }
+      }
+    }
+  }
+}
+
+template <class To, class From>
+inline void unpack_rows(const Params& p, int64_t begin, int64_t end, const From* panel,
+                        int64_t stride) {
+  by_grid_rows(p, begin, end, [&](int64_t count, int64_t pixel, int64_t row) {
+    To* to = static_cast<To*>(const_cast<void*>(p.pixels)) + pixel;
+    const From* from = panel + row * stride;
+    switch (p.size[3]) {
+      case 14:
+        return unpack_row<14>(p, from, stride, count, to);
+      case 16:
+        return unpack_row<16>(p, from, stride, count, to);
+      default:
+        return unpack_row<0>(p, from, stride, count, to);
+    }
+  });
+}
+
+void unpack(const Params& p, int64_t begin, int64_t end, const void* panel, int64_t stride,
+            DType dtype) {
+  with_type(dtype, [&](auto* from) {
+    const auto* typed = static_cast<decltype(from)>(const_cast<void*>(panel));
+    switch (p.pixel) {
+      case Pixel::kFloat32:
+        return unpack_rows<float>(p, begin, end, typed, stride);
+      case Pixel::kBFloat16:
+        return unpack_rows<bfloat16>(p, begin, end, typed, stride);
+      case Pixel::kFloat16:
+        return unpack_rows<float16>(p, begin, end, typed, stride);
+      case Pixel::kUInt8:  // has no gradient
+        return;
+    }
+  });
+}
+
+// sum[i] += weight * row[i]
+template <class T>
+inline void add_row(float* sum, const T* row, float weight, int64_t n) {
+  by_vectors(n, [&](auto lanes, int64_t i) VLMOPS_INLINED {
+    constexpr int width = decltype(lanes)::value;
+    store<width>(sum + i, load<width>(sum + i) + weight * load<width>(row + i));
+  });
+}
+
+// Sums of 64 rows, and of 64 of those: a plain float32 sum over all rows of a video loses digits.
+void column_sums(const void* matrix, DType dtype, int64_t rows, int64_t stride, int64_t begin,
+                 int64_t end, float* sums) {
+  constexpr int64_t kRows = 64, kColumns = 512;
+  with_type(dtype, [&](auto* type) {
+    const auto* typed = static_cast<decltype(type)>(const_cast<void*>(matrix));
+    for (int64_t c = begin; c < end; c += kColumns) {
+      const int64_t n = end - c < kColumns ? end - c : kColumns;
+      alignas(64) float block[kColumns] = {}, blocks[kColumns] = {}, all[kColumns] = {};
+      for (int64_t r = 0; r < rows; ++r) {
+        add_row(block, typed + r * stride + c, 1.0f, n);
+        if ((r + 1) % kRows == 0 || r + 1 == rows) {
+          add_row(blocks, block, 1.0f, n);
+          __builtin_memset(block, 0, sizeof block);
+        }
+        if ((r + 1) % (kRows * kRows) == 0 || r + 1 == rows) {
+          add_row(all, blocks, 1.0f, n);
+          __builtin_memset(blocks, 0, sizeof blocks);
+        }
+      }
+      __builtin_memcpy(sums + c, all, n * sizeof(float));
+    }
+  });
+}
+
+// Of a token of the image, or of its patch, among those that a position counts.
+inline int64_t place_of(const Params& p, const Position& q, int64_t token, int64_t patch) {
+  return q.patches_only ? p.first_patch + patch : p.first_token + token;
+}
+
+// The row of its table that it adds.
+inline int64_t row_at(const Params& p, const Position& q, int64_t image, int64_t token,
+                      int64_t patch, int64_t tap) {
+  const int64_t at = place_of(p, q, token, patch);
+  if (q.index == nullptr) return at;
+  return load_int(q.index, q.index_type,
+                  image * q.index_stride[0] + at * q.index_stride[1] + tap * q.index_stride[2]);
+}
+
 inline float weight_at(const Position& q, int64_t sequence, int64_t token, int64_t tap) {
   if (q.weight == nullptr) return 1.0f;
   const int64_t at =
@@ -164,29 +285,15 @@ inline float weight_at(const Position& q, int64_t sequence, int64_t token, int64
   return 0.0f;
 }
 
-// sum[i] += weight * row[i]
-template <class T>
-inline void add_row(float* sum, const T* row, float weight, int64_t n) {
-  by_vectors(n, [&](auto lanes, int64_t i) VLMOPS_INLINED {
-    constexpr int width = decltype(lanes)::value;
-    store<width>(sum + i, load<width>(sum + i) + weight * load<width>(row + i));
-  });
-}
-
 // Channels [first, first + n) of what is added to a token, or to a patch alone.
 inline void add_positions(const Params& p, float* sum, int64_t image, int64_t token, int64_t patch,
                           int64_t first, int64_t n) {
   for (int i = 0; i < p.position_count; ++i) {
     const Position& q = p.positions[i];
     if (q.patches_only && patch < 0) continue;
-    const int64_t at = q.patches_only ? p.first_patch + patch : p.first_token + token;
     for (int64_t tap = 0; tap < q.taps; ++tap) {
-      const int64_t row = q.index == nullptr
-                              ? at
-                              : load_int(q.index, q.index_type,
-                                         image * q.index_stride[0] + at * q.index_stride[1] +
-                                             tap * q.index_stride[2]);
-      const float weight = weight_at(q, image, at, tap);
+      const int64_t row = row_at(p, q, image, token, patch, tap);
+      const float weight = weight_at(q, image, place_of(p, q, token, patch), tap);
       with_type(q.dtype, [&](auto* type) {
         const auto* table = static_cast<const decltype(type)>(const_cast<void*>(q.table));
         add_row(sum, table + row * q.row_stride + first, weight, n);
@@ -262,12 +369,37 @@ inline void normalise(const Params& p, Scale scale, float* sum, int64_t first, i
   }
 }
 
+// One table of the tokens' dtype and nothing else to do, as in most towers: no detour over L1.
 template <class T>
-inline void finish_rows(const Params& p, int64_t begin, int64_t end, const T* product) {
+inline bool is_plain_sum(const Params& p) {
+  if (p.norm != Norm::kNone || p.position_count != 1) return false;
+  const Position& q = p.positions[0];
+  constexpr DType type = __is_same(T, float)      ? DType::kFloat32
+                         : __is_same(T, bfloat16) ? DType::kBFloat16
+                                                  : DType::kFloat16;
+  return q.taps == 1 && q.weight == nullptr && q.dtype == type && p.out_dtype == type;
+}
+
+// product: rows of p.channels, `stride` apart; stride 0: one row for all.
+template <class T>
+inline void finish_rows(const Params& p, int64_t begin, int64_t end, const T* product,
+                        int64_t stride) {
   const int64_t patches = p.patches(), before = p.prefix_last ? 0 : p.prefix_tokens;
+  const bool plain = is_plain_sum<T>(p);
   for (int64_t n = begin; n < end; ++n) {
     const int64_t image = n / patches, patch = n % patches, token = before + patch;
-    const T* row = product + (n - begin) * p.channels;
+    const T* row = product + (n - begin) * stride;
+    if (plain) {
+      const T* addend =
+          static_cast<const T*>(p.positions[0].table) +
+          row_at(p, p.positions[0], image, token, patch, 0) * p.positions[0].row_stride;
+      T* to = static_cast<T*>(p.out) + (image * p.tokens() + token) * p.channels;
+      by_vectors(p.channels, [&](auto lanes, int64_t i) VLMOPS_INLINED {
+        constexpr int width = decltype(lanes)::value;
+        store<width>(to + i, load<width>(row + i) + load<width>(addend + i));
+      });
+      continue;
+    }
     Scale scale{};
     if (p.norm != Norm::kNone) scale = statistics(p, row);
     for (int64_t first = 0; first < p.channels; first += kMaxRow) {
@@ -281,9 +413,10 @@ inline void finish_rows(const Params& p, int64_t begin, int64_t end, const T* pr
   }
 }
 
-void finish(const Params& p, int64_t begin, int64_t end, const void* product, DType dtype) {
+void finish(const Params& p, int64_t begin, int64_t end, const void* product, int64_t stride,
+            DType dtype) {
   with_type(dtype, [&](auto* type) {
-    finish_rows(p, begin, end, static_cast<decltype(type)>(const_cast<void*>(product)));
+    finish_rows(p, begin, end, static_cast<decltype(type)>(const_cast<void*>(product)), stride);
   });
 }
 
