@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from vlmops.hf import plain
 from vlmops.hf.norms import rms_norm
-from vlmops.hf.rebind import changed, subclass
+from vlmops.hf.pixels import PixelMap, Raw, attributes, is_raw, normalised, require_normalised
+from vlmops.hf.rebind import changed, original_class, subclass
 from vlmops.ops.patch_embed import Norm, Position, patch_embed
 
 _TOLERANCE = 1e-4  # of values around 1, in float32; agreement is about 1e-6
@@ -344,9 +345,9 @@ def _computed(twin: Any, convolution: str) -> Layout:
     return Layout(convolution, tables[0], computes_ids=True)
 
 
-def patched_class(module: Any, layout: Layout) -> type[nn.Module]:
+def patched_class(module: Any, layout: Layout, raw: PixelMap | None = None) -> type[nn.Module]:
     """The class of a module whose forward writes tokens in one pass."""
-    original: Any = type(module)
+    original: Any = original_class(module) or type(module)
     parts = tuple(
         (name, type(child)) for name, child in module.named_modules()
         if name and name != layout.convolution
@@ -361,15 +362,31 @@ def patched_class(module: Any, layout: Layout) -> type[nn.Module]:
         def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
             pixels = args[0] if args else kwargs.get(first)
             tokens = None
+            if raw is not None:
+                require_normalised(pixels)
             if _undisturbed(self, layout, parts) and _is_plain(known, args, kwargs):
-                tokens = _embedded(self, layout, original, pixels, args, kwargs)
-            return original.forward(self, *args, **kwargs) if tokens is None else tokens
+                tokens = _embedded(self, layout, original, pixels, args, kwargs, raw)
+            if tokens is not None:
+                return tokens
+            if raw is not None and is_raw(pixels):
+                pixels = normalised(raw, pixels, _part(self, layout.convolution).weight)
+                if args:
+                    args = (pixels, *args[1:])
+                else:
+                    kwargs[first] = pixels
+            return original.forward(self, *args, **kwargs)
 
         forward.__signature__ = inspect.signature(original.forward)  # type: ignore[attr-defined]
         return forward
 
-    key = ("patch_embed", layout, parts, original.forward)
-    return subclass(original, key, make_forward)
+    key = ("patch_embed", layout, parts, original.forward, raw)
+    raw_too = Raw(
+        lambda module, pixels: patched_class(module, layout, pixels),
+        layout.convolution,
+        lambda module: int(_part(module, layout.convolution).in_channels),
+    )
+    more = attributes(raw, raw_too)
+    return subclass(original, key, make_forward, **more)
 
 
 def _undisturbed(module: Any, layout: Layout, parts: tuple[tuple[str, Any], ...]) -> bool:
@@ -404,7 +421,13 @@ def _is_plain(known: dict[str, tuple[Any, ...]], args: Any, kwargs: dict[str, An
 
 
 def _embedded(
-    module: Any, layout: Layout, original: Any, pixels: Any, args: Any, kwargs: Any
+    module: Any,
+    layout: Layout,
+    original: Any,
+    pixels: Any,
+    args: Any,
+    kwargs: Any,
+    raw: PixelMap | None,
 ) -> Tensor | None:
     """Tokens, or None where the module's own code has to run."""
     conv = _part(module, layout.convolution)
@@ -414,14 +437,18 @@ def _embedded(
     weights = [t for t in (conv.weight, conv.bias, prefix) if t is not None]
     weights += [] if norm is None else plain.tensors(norm)
     table = [] if rows is None else [rows]
-    if not isinstance(pixels, Tensor) or not plain.runs("patch_embed", [pixels, *weights, *table]):
+    if not isinstance(pixels, Tensor):
+        return None
+    pixel_map = raw.on(pixels.device) if raw is not None and is_raw(pixels) else None
+    floats = [*weights, *table] if pixel_map is not None else [pixels, *weights, *table]
+    if not plain.runs("patch_embed", floats, pixels):
         return None
     if torch.is_autocast_enabled(pixels.device.type):
         return None
     dtype = conv.weight.dtype
     if any(t.dtype != dtype for t in (*weights, *table)):
         return None  # sums would have another dtype
-    if pixels.dtype != dtype and not layout.casts:
+    if pixels.dtype != dtype and not layout.casts and pixel_map is None:
         return None
     if pixels.dim() != 4 or pixels.shape[1] != conv.in_channels:
         return None
@@ -443,6 +470,7 @@ def _embedded(
         pixels,
         conv.weight,
         conv.bias,
+        pixel_map=pixel_map,
         norm=layout.kind,
         norm_weight=None if norm is None else norm.weight,
         norm_bias=None if norm is None else getattr(norm, "bias", None),

@@ -10,6 +10,8 @@ import torch
 from torch import nn
 
 from vlmops import _library
+from vlmops.hf import processor as processors
+from vlmops.hf.pixels import adapted
 from vlmops.hf.rebind import original_class, was_patched
 from vlmops.hf.report import PatchReport, Row, Status
 from vlmops.hf.sites import AlreadyPatched, LeftAlone, Refused, Site, all_sites
@@ -18,7 +20,12 @@ from vlmops.hf.targets import Expected, expected_places
 _MINIMUM_TRANSFORMERS = (5, 17)
 
 
-def patch(model: nn.Module, ops: Sequence[str] | None = None, verify: bool = True) -> PatchReport:
+def patch(
+    model: nn.Module,
+    ops: Sequence[str] | None = None,
+    verify: bool = True,
+    processor: Any = None,
+) -> PatchReport:
     """Replaces what a Hugging Face model does slowly by vlmops' kernels, in this model alone.
 
     Weights, ``state_dict``, outputs and gradients stay what they were; another model of the same
@@ -30,13 +37,20 @@ def patch(model: nn.Module, ops: Sequence[str] | None = None, verify: bool = Tru
         ops: Names of ops, e.g. ``["mrope"]``; None for all of them.
         verify: Compare every replacement with the model's own code on a tiny input, and leave
             alone what differs.
+        processor: The model's processor, or its image processor. Called from now on, it returns
+            uint8 pixels, a quarter of the bytes, and the model normalises them by the numbers that
+            the processor would have computed. It serves this model alone until `unpatch`: others
+            would take raw pixels for normalised ones. Calls that do anything but what the processor
+            does by default, and pixels that it pads once they are normalised, come as float32, as
+            before. What cannot be done so is refused in the report.
 
     Returns:
         What was replaced, by which kernel, and what was left alone and why; printable.
 
     Raises:
-        TypeError: model is not a torch.nn.Module, or ops is a string.
-        ValueError: ops names an unknown op, or one that has no site in this model.
+        TypeError: model is not a torch.nn.Module, ops is a string, or processor none of images.
+        ValueError: ops names an unknown op, or one that has no site in this model, or leaves out
+            ``"patch_embed"``, which a processor needs.
         ImportError: transformers is missing or older than 5.17, or the library is not loaded.
 
     Example:
@@ -48,11 +62,11 @@ def patch(model: nn.Module, ops: Sequence[str] | None = None, verify: bool = Tru
         >>> vlmops.patch(model, ops=["mrope"]).counts
         {'mrope': 2}
     """
-    return _patch(model, ops, verify)[0]
+    return _patch(model, ops, verify, processor)[0]
 
 
 def unpatch(model: nn.Module) -> int:
-    """Gives every module that `patch` changed its own class back.
+    """Gives every module that `patch` changed its own class back, and the processor its.
 
     Args:
         model: A patched model, or a copy of one.
@@ -65,12 +79,16 @@ def unpatch(model: nn.Module) -> int:
         RuntimeError: another library has wrapped what `patch` put there; nothing is restored.
     """
     _require_module(model)
-    return _restore([m for m in model.modules() if was_patched(m)])
+    changed = [m for m in model.modules() if was_patched(m)]
+    return _restore([(module, original_class(module)) for module in changed])
 
 
 @contextlib.contextmanager
 def patched(
-    model: nn.Module, ops: Sequence[str] | None = None, verify: bool = True
+    model: nn.Module,
+    ops: Sequence[str] | None = None,
+    verify: bool = True,
+    processor: Any = None,
 ) -> Iterator[PatchReport]:
     """`patch` for the length of a ``with`` block; what was patched before stays patched.
 
@@ -79,28 +97,40 @@ def patched(
     Raises:
         As `patch`.
     """
-    report, changed = _patch(model, ops, verify)
+    report, changed = _patch(model, ops, verify, processor)
     try:
         yield report
     finally:
         _restore(changed)
 
 
+Change = tuple[nn.Module, Any]
+"""A module, and the class that it had before."""
+
+
 def _patch(
-    model: nn.Module, ops: Sequence[str] | None, verify: bool
-) -> tuple[PatchReport, list[nn.Module]]:
+    model: nn.Module, ops: Sequence[str] | None, verify: bool, processor: Any
+) -> tuple[PatchReport, list[Change]]:
     _require_module(model)
     _require_transformers()
     _library.require()
     sites = all_sites()
     rows: list[Row] = []
-    changed: list[nn.Module] = []
+    changed: list[Change] = []
+    requested = _requested(ops, sites)
+    if processor is not None:
+        processors.require_processor(processor)
+        if "patch_embed" not in requested:
+            raise ValueError("processor: expected 'patch_embed' among ops, which takes its pixels")
     try:
-        for op in _requested(ops, sites):
+        for op in requested:
             with _where_probes_run():
                 found = _patch_site(model, sites[op], verify, changed)
             rows += found or [Row(op, "", "", 0, "", "not present")]
         rows += _missing(model, rows)
+        if processor is not None:
+            with _where_probes_run():
+                rows.append(_hand_over(model, processor, changed))
         report = PatchReport(type(model).__name__, tuple(rows))
         for op in ops or ():
             left_alone = any(row.op == op and row.status == "left alone" for row in rows)
@@ -126,7 +156,7 @@ def _where_probes_run() -> Iterator[None]:
         torch.set_default_dtype(dtype)
 
 
-def _patch_site(model: nn.Module, site: Site, verify: bool, changed: list[nn.Module]) -> list[Row]:
+def _patch_site(model: nn.Module, site: Site, verify: bool, changed: list[Change]) -> list[Row]:
     rows = []
     # Listed before anything changes: find walks the modules that adapt alters.
     for found in list(site.find(model)):
@@ -144,10 +174,37 @@ def _patch_site(model: nn.Module, site: Site, verify: bool, changed: list[nn.Mod
             rows.append(Row(*described, "", status, reason))
             continue
         for module, new_class in site.adapt(place).items():
-            module.__class__ = new_class
-            changed.append(module)
+            _change(module, new_class, changed)
         rows.append(Row(*described, backend, "patched", place.note))
     return rows
+
+
+def _change(module: nn.Module, new_class: type[nn.Module], changed: list[Change]) -> None:
+    changed.append((module, type(module)))
+    module.__class__ = new_class
+
+
+def _hand_over(model: nn.Module, processor: Any, changed: list[Change]) -> Row:
+    """Makes a processor hand over raw pixels and a model take them, or says why not."""
+    name = type(processor).__name__
+    handover = processors.of(processor)
+    if handover is not None and handover.stands():
+        if handover.is_to(model):
+            return Row("processor", name, "", 1, "uint8", "already patched")
+        reason = "it hands over to another model; give each model a processor of its own"
+        return Row("processor", name, "", 1, "", "refused", reason)
+    processors.settle()
+    learned = processors.learn(processor)
+    if isinstance(learned, str):
+        return Row("processor", name, "", 1, "", "refused", learned)
+    classes = adapted(model, learned.pixels, learned.sample)
+    if isinstance(classes, str):
+        return Row("processor", name, "", 1, "", "refused", classes)
+    for module, new_class in classes.items():
+        if type(module) is not new_class:
+            _change(module, new_class, changed)
+    processors.Handover(learned, classes).begin(processor)
+    return Row("processor", name, "", 1, "uint8", "patched", learned.note)
 
 
 def _backend() -> str:
@@ -186,23 +243,28 @@ def _missing(model: nn.Module, rows: list[Row]) -> list[Row]:
     ]
 
 
-def _restore(modules: list[nn.Module]) -> int:
-    for module in modules:
+def _restore(changes: list[Change]) -> int:
+    for module, _ in changes:
         what = None
         if original_class(module) is None and was_patched(module):
             what = f"class of a {type(module).__bases__[0].__name__}"
-        elif original_class(module) is not None and "forward" in vars(module):
+        elif original_class(module) is not None and _is_hidden(module):
             what = f"forward of a {type(module).__name__}"
         if what is not None:
             raise RuntimeError(
                 f"the {what} was replaced on the instance after vlmops patched it; undo that "
                 "first, then call vlmops.unpatch"
             )
-    for module in modules:
-        original = original_class(module)
-        if original is not None:
-            module.__class__ = original
-    return len(modules)
+    for module, before in reversed(changes):
+        if original_class(module) is not None:
+            module.__class__ = before
+    processors.settle()
+    return len({module for module, _ in changes})
+
+
+def _is_hidden(module: nn.Module) -> bool:
+    """Whether the forward of a patched module's class is not the one that runs."""
+    return "forward" in vars(type(module)) and "forward" in vars(module)
 
 
 def _requested(ops: Sequence[str] | None, sites: dict[str, Site]) -> list[str]:

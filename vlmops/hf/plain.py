@@ -70,8 +70,10 @@ def bypassable(module: Any, *kinds: type[nn.Module]) -> bool:
     )
 
 
-def runs(op: str, tensors: Sequence[Tensor]) -> bool:
+def runs(op: str, tensors: Sequence[Tensor], *integers: Tensor) -> bool:
     """Whether an op may take these tensors now, instead of the model's own code.
+
+    ``integers`` are what else it takes, of whatever dtype.
 
     Not if they are traced, transformed by functorch or differentiated forward, are subclasses or
     sparse, or lie where no backend of the op runs.
@@ -79,11 +81,13 @@ def runs(op: str, tensors: Sequence[Tensor]) -> bool:
     device = tensors[0].device
     if device.type not in ("cpu", "cuda") or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
         return False
-    for tensor in tensors:
+    for tensor in (*tensors, *integers):
         if type(tensor) not in _TENSORS or tensor.device != device:
             return False
-        if tensor.dtype not in DTYPES or tensor.layout is not torch.strided:
+        if tensor.layout is not torch.strided:
             return False
+    if any(tensor.dtype not in DTYPES for tensor in tensors):
+        return False
     if dispatch.refuses(op, device) is not None:  # the model moved after it was patched
         return False
     if torch.compiler.is_compiling():

@@ -59,6 +59,7 @@ def subclass(
     key: Hashable,
     make_forward: Callable[[str], Callable[..., Any]],
     absorbs: tuple[str, ...] = (),
+    **more: Any,
 ) -> type[nn.Module]:
     """A subclass of the same name with another ``forward``; one per (original, key).
 
@@ -67,32 +68,38 @@ def subclass(
         key: Whatever the new forward depends on, `references` of the old one included.
         make_forward: Called once with a label, unique to the subclass, and returns the forward.
         absorbs: Names of the children whose work the new forward does itself.
+        more: Further attributes of the subclass.
     """
     cached = _subclasses.get((original, key))
     if cached is None:
-        body = {
-            "__module__": original.__module__,
-            "__qualname__": original.__qualname__,
-            "__doc__": original.__doc__,
-            "__reduce_ex__": _reduce_to_original,
-            "__copy__": _copy,
-            "__deepcopy__": _deepcopy,
-            _ORIGINAL: original,
-            _ABSORBS: absorbs,
-            "forward": make_forward(str(len(_subclasses))),
-        }
-        cached = _subclasses[original, key] = type(original.__name__, (original,), body)
+        forward = make_forward(str(len(_subclasses)))
+        cached = derived(original, forward=forward, **{_ABSORBS: absorbs}, **more)
+        _subclasses[original, key] = cached
     return cached
 
 
-def original_class(module: nn.Module) -> type[nn.Module] | None:
-    """The class that a patched module had, or None if the module's class is not one of ours."""
-    return vars(type(module)).get(_ORIGINAL)
+def derived(original: type, **body: Any) -> type:
+    """A subclass of the same name whose instances pickle as those of the original."""
+    common = {
+        "__module__": original.__module__,
+        "__qualname__": original.__qualname__,
+        "__doc__": original.__doc__,
+        "__reduce_ex__": _reduce_to_original,
+        "__copy__": _copy,
+        "__deepcopy__": _deepcopy,
+        _ORIGINAL: original,
+    }
+    return type(original.__name__, (original,), common | body)
 
 
-def was_patched(module: nn.Module) -> bool:
-    """Whether a module is patched, even if somebody put a class of their own on top since."""
-    return hasattr(type(module), _ORIGINAL)
+def original_class(instance: Any) -> Any:
+    """The class that a patched object had, or None if the object's class is not one of ours."""
+    return vars(type(instance)).get(_ORIGINAL)
+
+
+def was_patched(instance: Any) -> bool:
+    """Whether an object is patched, even if somebody put a class of their own on top since."""
+    return hasattr(type(instance), _ORIGINAL)
 
 
 def absorbed(model: nn.Module) -> set[nn.Module]:
@@ -104,21 +111,21 @@ def absorbed(model: nn.Module) -> set[nn.Module]:
     return found
 
 
-def _reduce_to_original(self: nn.Module, protocol: Any) -> Any:
-    # What is pickled loads without vlmops, as a module of the original class.
+def _reduce_to_original(self: Any, protocol: Any) -> Any:
+    # What is pickled loads without vlmops, as an instance of the original class.
     original = getattr(type(self), _ORIGINAL)
     return copyreg._reconstructor, (original, object, None), self.__dict__  # type: ignore[attr-defined]
 
 
-def _copy(self: nn.Module) -> nn.Module:
-    # A copy of a patched model is patched.
-    twin = type(self).__new__(type(self))
+def _copy(self: Any) -> Any:
+    # A copy of what is patched is patched.
+    twin = object.__new__(type(self))
     twin.__dict__.update(self.__dict__)
     return twin
 
 
-def _deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    twin = memo[id(self)] = type(self).__new__(type(self))
+def _deepcopy(self: Any, memo: dict[int, Any]) -> Any:
+    twin = memo[id(self)] = object.__new__(type(self))
     twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
     return twin
 

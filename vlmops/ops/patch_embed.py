@@ -91,6 +91,7 @@ def patch_embed(
     image_mean: Sequence[float] | None = None,
     image_std: Sequence[float] | None = None,
     rescale_factor: float | None = None,
+    pixel_map: Tensor | None = None,
     channels_last: bool = False,
     image_sizes: Sequence[tuple[int, int]] | None = None,
     norm: Norm | None = None,
@@ -122,6 +123,8 @@ def patch_embed(
             image processors of transformers (their torchvision backend) make of them.
         image_std: Of each channel, divides what is left; not 0.
         rescale_factor: Multiplies pixels first; 1/255 makes a uint8 one of [0, 1].
+        pixel_map: ``[C, 256]``, float32, contiguous: what each value of uint8 pixels becomes, in
+            place of these three numbers.
         channels_last: The channels of images are their last dimension.
         image_sizes: Height and width, in pixels, of each image of a padded batch; the rest of it is
             not read, and the result is packed.
@@ -143,7 +146,8 @@ def patch_embed(
     Raises:
         RuntimeError: an argument does not fit, or the backend that was asked for cannot run; the
             message names it, what was expected, what came.
-        ValueError: mean, std or rescale_factor are of no use, or there is no such backend.
+        ValueError: mean, std or rescale_factor are of no use or come with pixel_map, or there is
+            no such backend.
         TypeError: an argument is not a tensor.
         ImportError: the compiled library is not loaded.
 
@@ -162,6 +166,7 @@ def patch_embed(
     args = arguments(
         pixel_values, weight, bias, image_mean, image_std, rescale_factor, channels_last,
         image_sizes, norm, norm_weight, norm_bias, norm_eps, prefix, prefix_last, positions, dtype,
+        pixel_map,
     )  # fmt: skip
     if torch.compiler.is_compiling():
         name = dispatch.choose("patch_embed", backend, weight.device.type)
@@ -198,6 +203,7 @@ def arguments(
     prefix_last: bool = False,
     positions: Sequence[Position] = (),
     dtype: torch.dtype | None = None,
+    pixel_map: Tensor | None = None,
 ) -> tuple[Any, ...]:
     """The arguments of ``torch.ops.vlmops.patch_embed`` for those of `patch_embed`.
 
@@ -206,7 +212,7 @@ def arguments(
     listed = not isinstance(pixel_values, Tensor)
     values: list[Tensor] = list(pixel_values) if listed else [pixel_values]  # type: ignore[list-item]
     named = {"weight": weight, "bias": bias, "norm_weight": norm_weight, "norm_bias": norm_bias,
-             "prefix": prefix}  # fmt: skip
+             "prefix": prefix, "pixel_map": pixel_map}  # fmt: skip
     for i, values_of_one in enumerate(values):
         _tensor(f"pixel_values[{i}]" if listed else "pixel_values", values_of_one)
     for name, value in named.items():
@@ -231,8 +237,12 @@ def arguments(
             if value is not None:
                 _tensor(f"positions.{name}", value)
                 tensors.append(value)
-    pixel_map = None
     if image_mean is not None or image_std is not None or rescale_factor is not None:
+        if pixel_map is not None:
+            raise ValueError(
+                "vlmops.patch_embed: pixel_map: expected none beside image_mean, image_std or "
+                f"rescale_factor, got one of shape {list(pixel_map.shape)}"
+            )
         raw = bool(values) and values[0].dtype == torch.uint8
         if weight.dim() < 3:
             raise ValueError(

@@ -23,6 +23,7 @@ from torch.nn.utils import skip_init  # draws no random numbers
 from vlmops import dispatch
 from vlmops.hf import embeddings, plain
 from vlmops.hf.embeddings import Layout
+from vlmops.hf.pixels import PixelMap, Raw, attributes, is_raw, normalised, require_normalised
 from vlmops.hf.rebind import changed, original_class, subclass
 from vlmops.hf.sites import AlreadyPatched, Place, Refused, Site
 from vlmops.ops.linear_tuning import tune
@@ -167,13 +168,15 @@ def adapt(place: Place) -> dict[nn.Module, type[nn.Module]]:
     return classes
 
 
-def _convolution_class(original: Any) -> type[nn.Module]:
+def _convolution_class(original: Any, raw: PixelMap | None = None) -> type[nn.Module]:
     def make_forward(_: str) -> Callable[..., Tensor]:
         def forward(self: Any, input: Tensor) -> Tensor:
             result: Tensor
-            tokens = _embedded(input, self.weight, self.bias)
+            if raw is not None:
+                require_normalised(input)
+            tokens = _embedded(input, self.weight, self.bias, raw)
             if tokens is None:
-                result = original.forward(self, input)
+                result = original.forward(self, normalised(raw, input, self.weight))
                 return result
             grid = [n // p for n, p in zip(input.shape[2:], self.weight.shape[2:], strict=True)]
             result = tokens.transpose(1, 2).unflatten(2, grid)
@@ -182,45 +185,69 @@ def _convolution_class(original: Any) -> type[nn.Module]:
         forward.__signature__ = inspect.signature(original.forward)  # type: ignore[attr-defined]
         return forward
 
-    return subclass(original, "patch_embed", make_forward)
+    raw_too = Raw(
+        lambda _, pixels: _convolution_class(original, pixels),
+        "",
+        lambda module: int(module.in_channels),
+    )
+    more = attributes(raw, raw_too)
+    return subclass(original, ("patch_embed", raw), make_forward, **more)
 
 
-def _unfolding_class(found: _Unfolding) -> type[nn.Module]:
-    original: Any = type(found.module)
+def _unfolding_class(found: _Unfolding, raw: PixelMap | None = None) -> type[nn.Module]:
+    original: Any = original_class(found.module) or type(found.module)
+    names = found.unfold, found.linear  # found has the module, which a class should not keep
 
     def make_forward(_: str) -> Callable[..., Tensor]:
         def forward(self: Any, hidden_states: Tensor) -> Tensor:
-            unfold, linear = getattr(self, found.unfold), getattr(self, found.linear)
+            unfold, linear = (getattr(self, name) for name in names)
+            if raw is not None:
+                require_normalised(hidden_states)
             if plain.bypassable(unfold, nn.Unfold) and plain.bypassable(linear, nn.Linear):
                 weight = linear.weight.unflatten(1, (-1, *_pair(unfold.kernel_size)))
-                tokens = _embedded(hidden_states, weight, linear.bias)
+                tokens = _embedded(hidden_states, weight, linear.bias, raw)
                 if tokens is not None:
                     return tokens
-            result: Tensor = original.forward(self, hidden_states)
+            pixels = normalised(raw, hidden_states, linear.weight)
+            result: Tensor = original.forward(self, pixels)
             return result
 
         forward.__signature__ = inspect.signature(original.forward)  # type: ignore[attr-defined]
         return forward
 
-    key = ("patch_embed", found.unfold, found.linear, original.forward)
-    return subclass(original, key, make_forward, absorbs=(found.linear,))
+    def channels(module: Any) -> int:
+        unfold, linear = (getattr(module, name) for name in names)
+        return int(linear.in_features // math.prod(_pair(unfold.kernel_size)))
+
+    raw_too = Raw(
+        lambda module, pixels: _unfolding_class(_Unfolding(module, *names), pixels),
+        names[1],
+        channels,
+    )
+    more = attributes(raw, raw_too)
+    key = ("patch_embed", *names, original.forward, raw)
+    return subclass(original, key, make_forward, absorbs=names[1:], **more)
 
 
-def _embedded(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+def _embedded(
+    x: Tensor, weight: Tensor, bias: Tensor | None, raw: PixelMap | None
+) -> Tensor | None:
     """Tokens ``[B, N, D]``, or None where the model's own code has to run.
 
     That raises where the convolution raises, and knows what the op does not: tracing, functorch,
     subclasses of tensors, other dtypes and devices.
     """
-    given = [x, weight] if bias is None else [x, weight, bias]
-    if not plain.runs("patch_embed", given):
+    pixel_map = raw.on(x.device) if raw is not None and is_raw(x) else None
+    named = {"x": x if pixel_map is None else None, "weight": weight, "bias": bias}
+    floats = {name: t for name, t in named.items() if t is not None}
+    if not plain.runs("patch_embed", list(floats.values()), x):
         return None
     if torch.is_autocast_enabled(x.device.type):  # as convolutions and products do
         dtype = torch.get_autocast_dtype(x.device.type)
-        given = [t.to(dtype) for t in given]
-        x, weight, bias = (*given, None)[:3]  # type: ignore[assignment]
+        floats = {name: t.to(dtype) for name, t in floats.items()}
+        x, weight, bias = floats.get("x", x), floats["weight"], floats.get("bias")
     if (
-        len({t.dtype for t in given}) > 1
+        len({t.dtype for t in floats.values()}) > 1
         or x.dim() != weight.dim()
         or x.shape[1] != weight.shape[1]
     ):
@@ -229,8 +256,9 @@ def _embedded(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
     if any(n < p for n, p in zip(sides, patch, strict=True)):
         return None
     if sides == patch and x.is_contiguous():  # Qwen's: a patch each, as they are multiplied
-        return patch_embed(x.flatten(1), weight, bias)[:, None]
-    return patch_embed(x, weight, bias)
+        x = x.flatten(1)
+        return patch_embed(x, weight, bias, pixel_map=pixel_map)[:, None]
+    return patch_embed(x, weight, bias, pixel_map=pixel_map)
 
 
 _checked: dict[Hashable, str | None] = {}
