@@ -56,18 +56,17 @@ class PixelMap:
                 self.table = table
         return table
 
-    def normalised(self, raw: Tensor, dtype: torch.dtype, channels: str | None = None) -> Tensor:
+    def normalised(self, raw: Tensor, dtype: torch.dtype, dim: int | None = None) -> Tensor:
         """What the processor would have returned, cast to a dtype.
 
-        ``channels``: where they are now, "second" for what a convolution takes.
+        ``dim`` is where the channels are now; None: where the processor has put them.
         """
-        channels, count = channels or self.channels, len(self.table)
-        flat = channels in ("outer", "inner")
-        dim = {"images": -3, "second": 1, "outer": -2, "inner": -1}[channels]
+        count, flat = len(self.table), dim is None and self.channels != "images"
         if flat:
-            raw = raw.unflatten(-1, (count, -1) if channels == "outer" else (-1, count))
-        rows = self.on(raw.device).to(dtype)
-        parts = zip(rows, raw.unbind(dim), strict=True)
+            raw = raw.unflatten(-1, (count, -1) if self.channels == "outer" else (-1, count))
+        if dim is None:
+            dim = {"images": -3, "outer": -2, "inner": -1}[self.channels]
+        parts = zip(self.on(raw.device).to(dtype), raw.unbind(dim), strict=True)
         found = torch.stack([row[part.int()] for row, part in parts], dim)
         return found.flatten(-2) if flat else found
 
@@ -87,7 +86,12 @@ def normalised(pixels: PixelMap | None, value: Any, weight: Tensor) -> Any:
     """What a patch embedding's own code takes, in place of what it is called with."""
     if pixels is None or not is_raw(value):
         return value
-    return pixels.normalised(value, weight.dtype, "second")
+    return pixels.normalised(value, weight.dtype, _dim(weight))
+
+
+def _dim(weight: Tensor) -> int:
+    """Where the channels are of what a patch embedding takes: ``[.., C, (T,) H, W]``."""
+    return -4 if weight.dim() == 5 else -3
 
 
 def require_normalised(pixels: Any) -> None:
@@ -271,13 +275,15 @@ def _is_intact(entry: _Entry, pixels: PixelMap, sample: Mapping[str, Any]) -> bo
             return False  # it may get them as well
     called = [getattr(type(entry.module), entry.name)]
     called += [type(module).forward for module in entry.between]
-    return not any(_asks_dtype(f) for f in called) and _agrees(entry, pixels, sample) is True
+    if any(_asks_dtype(function, pixels.name) for function in called):
+        return False
+    return _agrees(entry, pixels, sample) is True
 
 
-def _asks_dtype(function: Any) -> bool:
-    """Whether a method reads the dtype of an argument, and may go on with it elsewhere."""
+def _asks_dtype(function: Any, name: str) -> bool:
+    """Whether a method reads the dtype of pixels, and may go on with it elsewhere."""
     function = inspect.unwrap(function)
-    arguments, last = set(_parameters(function)[1:]), None
+    arguments, last = {name, *_parameters(function)[1:2]}, None
     for step in dis.get_instructions(function):
         if step.opname.startswith("LOAD_ATTR") and step.argval == "dtype" and last in arguments:
             return True
@@ -291,17 +297,25 @@ def _asks_dtype(function: Any) -> bool:
 @torch.no_grad()
 def _agrees(entry: _Entry, pixels: PixelMap, sample: Mapping[str, Any]) -> bool | None:
     """Whether raw pixels arrive as what normalised ones arrive as; None: they do not arrive."""
-    weight = entry.weight
-    given: Tensor = sample[pixels.name].to(weight.device)
-    for raw in (given, torch.zeros_like(given), torch.full_like(given, 255)):
+    weight, given = entry.weight, sample[pixels.name].to(entry.weight.device)
+    shapes = [given.shape]
+    if pixels.channels == "images" and given.dim() > 4:
+        shapes.append(given.flatten(0, -4).shape)  # of a tower's own argument
+    for shape in shapes:
+        expected = _arrival(
+            entry, pixels, sample, pixels.normalised(given.view(shape), weight.dtype)
+        )
+        if expected is not None and expected.dim() == max(4, weight.dim()):
+            break
+    else:
+        return None
+    for raw in (given.view(shape), given.new_zeros(shape), given.new_full(shape, 255)):
         expected = _arrival(entry, pixels, sample, pixels.normalised(raw, weight.dtype))
-        if expected is None:
-            return None
         found = _arrival(entry, pixels, sample, raw)
-        if found is not None and is_raw(found):
-            found = pixels.normalised(found, weight.dtype, "second")
-        if found is None or found.shape != expected.shape:
+        if expected is None or found is None or found.shape != expected.shape:
             return False
+        if is_raw(found):
+            found = pixels.normalised(found, weight.dtype, _dim(weight))
         if not torch.equal(found.to(weight.dtype), expected.to(weight.dtype)):
             return False
     return True

@@ -259,7 +259,7 @@ def learn(processor: Any) -> Learned | str:
     noise = [draw.integers(256, size=(*size, 3), dtype=np.uint8) for size in _SIZES]
     recording = _Recording(inner)
     try:
-        expected = _tapped(inner, recording)(images=noise[:1], return_tensors="pt")
+        expected = dict(_tapped(inner, recording)(images=noise[:1], return_tensors="pt"))
     except Exception as error:  # foreign code, asked with what it may not have been written for
         return f"it could not be tried on an image: {error!r}"
     steps = tuple(recording.calls)
@@ -269,7 +269,7 @@ def learn(processor: Any) -> Learned | str:
     if isinstance(table, str):
         return table
     try:
-        found = _tapped(inner, _Marking(inner, steps))(images=noise[:1], return_tensors="pt")
+        found = dict(_tapped(inner, _Marking(inner, steps))(images=noise[:1], return_tensors="pt"))
     except Exception as error:  # what is done to marked pixels raises what it likes
         return f"it does more with normalised pixels than to move them: {error!r}"
     marked = [key for key, value in found.items() if _is_marked(value)]
