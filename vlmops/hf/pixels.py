@@ -13,12 +13,14 @@ import dataclasses
 import dis
 import functools
 import inspect
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from vlmops.hf import plain
 from vlmops.hf.rebind import derived, was_patched
 
 _LIMIT = 16.0
@@ -172,7 +174,9 @@ def adapted(
         pixels: What raw pixels become.
         sample: What the processor returned for an image, pixels raw.
     """
-    sites = dict(_embeddings(model, len(pixels.table)))
+    twins = _twins(model)
+    twin = twins[model]
+    sites = dict(_embeddings(twin, len(pixels.table)))
     if not sites:
         return "no patch embedding of this model is patched"
     for path, site in sites.items():
@@ -180,34 +184,52 @@ def adapted(
             return f"{path} takes raw pixels of another processor; call vlmops.unpatch(model) first"
         if _weight(site, _raw(site).layer).is_meta:
             return "its weights are on meta, where pixels cannot be followed"
-    entries = list(_entries(model, pixels.name, sites))
+    entries = list(_entries(twin, pixels.name, sites))
     if not entries:
         return f"no method of this model that leads to a patch embedding takes {pixels.name}"
-    before = {m: type(m) for m in (*sites.values(), *(entry.module for entry in entries))}
-    patched = {entry.module for entry in entries if was_patched(entry.module)}
+    for site in sites.values():
+        site.__class__ = _raw(site).class_with(site, pixels)
+    replaced = {twins[module] for module in model.modules() if "forward" in vars(module)}
+    watched = replaced | {twins[module] for module in model.modules() if plain.watched(module)}
+    before = {entry.module: type(entry.module) for entry in entries}
+    patched = {module for module in before if was_patched(module)}
     methods: dict[nn.Module, dict[str, Any]] = {}
-    try:
-        for site in sites.values():
-            site.__class__ = _raw(site).class_with(site, pixels)
-        for entry in entries:
-            was = before[entry.module]
-            if getattr(was, _PIXELS, None) or _is_intact(entry, pixels, sample):
-                continue
-            if entry.name in vars(entry.module) or entry.module in patched:
-                return f"{entry} casts or reads pixels, and was replaced; undo that, then patch"
-            made = methods.setdefault(entry.module, {})
-            made[entry.name] = _adapter(getattr(was, entry.name), entry, pixels)
-            entry.module.__class__ = derived(was, **{_PIXELS: pixels}, **made)
-        seen = [_agrees(entry, pixels, sample) for entry in entries]
-        if True not in seen:
-            return "pixels could not be followed to a patch embedding from any of its methods"
-        for entry, agrees in zip(entries, seen, strict=True):
-            if agrees is False:
-                return f"{entry} does not do with raw pixels what it does with normalised ones"
-        return {module: type(module) for module in before}
-    finally:
-        for module, was in before.items():
-            module.__class__ = was
+    for entry in entries:
+        module, was = entry.module, before[entry.module]
+        if getattr(was, _PIXELS, None) or (
+            watched.isdisjoint((module, *entry.between)) and _is_intact(entry, pixels, sample)
+        ):
+            continue
+        hidden = entry.name in vars(module) or (entry.name == "forward" and module in replaced)
+        if hidden or module in patched:
+            return f"{entry} casts or reads pixels, and was replaced; undo that, then patch"
+        made = methods.setdefault(module, {})
+        made[entry.name] = _adapter(getattr(was, entry.name), entry, pixels)
+        module.__class__ = derived(was, **{_PIXELS: pixels}, **made)
+    seen = [_agrees(entry, pixels, sample) for entry in entries]
+    if True not in seen:
+        return "pixels could not be followed to a patch embedding from any of its methods"
+    for entry, agrees in zip(entries, seen, strict=True):
+        if agrees is False:
+            return f"{entry} does not do with raw pixels what it does with normalised ones"
+    takers = {*sites.values(), *before}
+    return {module: type(twins[module]) for module in model.modules() if twins[module] in takers}
+
+
+def _twins(model: nn.Module) -> dict[nn.Module, nn.Module]:
+    """Modules of the same weights, to run: what models note of a run, and hook up, stays there."""
+    twins: dict[nn.Module, nn.Module] = {}
+    for module in model.modules():
+        twins[module] = twin = object.__new__(type(module))
+        twin.__dict__.update(module.__dict__)
+        twin.__dict__.pop("forward", None)  # a wrapper's, that would run the module itself
+        for name, value in module.__dict__.items():
+            if isinstance(value, dict):
+                twin.__dict__[name] = OrderedDict() if "_hooks" in name else value.copy()
+    for module, twin in twins.items():
+        children = {n: twins[c] if c is not None else None for n, c in module._modules.items()}
+        twin.__dict__["_modules"] = children
+    return twins
 
 
 def _raw(site: nn.Module) -> Raw:

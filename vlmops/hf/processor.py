@@ -46,7 +46,7 @@ class Handover:
     """What processors hand over, and the modules that take it."""
 
     def __init__(self, learned: Learned, classes: Mapping[nn.Module, type[nn.Module]]):
-        self._pixels, self._steps = learned.pixels, learned.steps
+        self._pixels, self._steps, self._kind = learned.pixels, learned.steps, learned.kind
         self._modules = [(weakref.ref(m), new) for m, new in classes.items()]
         self._processors: weakref.WeakSet[Any] = weakref.WeakSet()
 
@@ -82,6 +82,8 @@ class Handover:
     def call(self, processor: Any, original: Any, args: Any, kwargs: Any) -> Any:
         """What a call returns, its pixels raw; None where they have to be normalised."""
         inner = _inner(processor)
+        if _kind(inner) is not self._kind:
+            return None
         tap = _Marking(inner, self._steps)
         shadow = tapped = _tapped(inner, tap)
         if inner is not processor:
@@ -130,6 +132,11 @@ def require_processor(processor: Any) -> None:
             "processor: expected a Hugging Face processor or image processor, got "
             f"{type(processor).__name__}"
         )
+
+
+def _kind(processor: Any) -> type:
+    found: type = original_class(processor) or type(processor)
+    return found
 
 
 class _Recording:
@@ -190,7 +197,7 @@ def _shadow(instance: Any, kind: Any, **attributes: Any) -> Any:
 
 def _tapped(processor: Any, tap: Callable[..., Any]) -> Any:
     """A copy of an image processor whose steps are given to another function."""
-    original = original_class(processor) or type(processor)
+    original = _kind(processor)
     kind = _tapped_classes.get(original)
     if kind is None:
         steps = {name: _tap(name) for name in _STEPS if hasattr(original, name)}
@@ -248,6 +255,8 @@ class Learned:
     steps: tuple[Step, ...]
     sample: dict[str, Any]
     """What it returned for an image, pixels raw."""
+    kind: type
+    """Of the image processor."""
     note: str = ""
     """When it does not hand over."""
 
@@ -283,7 +292,7 @@ def learn(processor: Any) -> Learned | str:
         pixels = PixelMap(name, table, channels)
         if _same(pixels, raw, expected[name]):
             sample = {**expected, name: raw}
-            return Learned(pixels, steps, sample, _note(inner, steps, noise, name))
+            return Learned(pixels, steps, sample, _kind(inner), _note(inner, steps, noise, name))
     return f"{name} are not what its steps make of pixels"
 
 
