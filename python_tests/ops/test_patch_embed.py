@@ -321,6 +321,7 @@ def test_raw_pixels_are_what_the_processor_makes_of_them_to_the_bit(dtype):
     raw = {"image_mean": mean, "image_std": std, "rescale_factor": rescale}
     found = vlmops.patch_embed(image, each, **raw)
     assert torch.equal(found, vlmops.patch_embed(processed, each))
+    assert torch.equal(found, vlmops.patch_embed(image, each, pixel_map=processed[0, :, 0]))
     assert torch.equal(found[0].T, processed[0].flatten(1).to(dtype))
 
 

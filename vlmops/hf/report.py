@@ -35,7 +35,10 @@ class PatchReport:
 
     @property
     def counts(self) -> dict[str, int]:
-        """Op -> number of sites that run on it, however many of them this call patched."""
+        """Op -> number of sites that run on it, however many of them this call patched.
+
+        "processor", where one was given: 1 if it hands over raw pixels.
+        """
         counts: dict[str, int] = {}
         for row in self.rows:
             patched = row.status in ("patched", "already patched")

@@ -368,7 +368,7 @@ ERRORS = [
     BadCall("map_and_numbers", _with(pixel_map=torch.zeros(3, 256), rescale_factor=1 / 255),
             r"pixel_map: expected none beside.*got one of shape \[3, 256\]", ValueError),
     BadCall("map_of_floats", _with(pixel_map=torch.zeros(3, 256)),
-            r"pixel_map: expected shape \[C, 256\] for uint8 pixels, \[C, 2\] for others"),
+            r"pixel_map: expected shape \[3, 2\], that is \[C, 256\] for uint8.*got \[3, 256\]"),
     BadCall("sizes_count", _with(image_sizes=[(7, 7)]),
             r"image_sizes: expected a height and a width for each image.*got 1"),
     BadCall("sizes_beyond", _with(image_sizes=[(7, 7), (31, 29)]),
