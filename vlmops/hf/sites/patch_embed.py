@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.utils import skip_init  # draws no random numbers
 
 from vlmops import dispatch
-from vlmops.hf import embeddings, plain
+from vlmops.hf import embeddings, pending, plain, towers
 from vlmops.hf.embeddings import Layout
 from vlmops.hf.rebind import changed, original_class, subclass
 from vlmops.hf.sites import AlreadyPatched, Place, Refused, Site
@@ -53,6 +53,15 @@ class _Embeddings:
     convolution: nn.Module
 
 
+@dataclasses.dataclass(frozen=True)
+class _Tower:
+    """A convolution or an unfolding in a tower whose forward embeds."""
+
+    inner: Any
+    module: nn.Module
+    found: towers.Surroundings
+
+
 def find(model: nn.Module) -> Iterator[Place | Refused | AlreadyPatched]:
     """Every convolution whose stride is its kernel, with what surrounds it; every unfolding."""
     places = []
@@ -69,17 +78,32 @@ def find(model: nn.Module) -> Iterator[Place | Refused | AlreadyPatched]:
         elif (reason := _refusal(details)) is not None:
             yield Refused(place, reason)
         elif outer is None:
-            places.append(place)
+            places.append(_in_tower(model, place))
         else:
             layout = embeddings.study(outer[1], path.removeprefix(outer[0]).lstrip("."))
             if isinstance(layout, str):
                 note = f"patches alone, not {type(outer[1]).__name__}: {layout}"
-                places.append(dataclasses.replace(place, note=note))
+                places.append(_in_tower(model, dataclasses.replace(place, note=note)))
             else:
                 found = _Embeddings(outer[1], layout, module)
                 places.append(_around(place, *outer, details=found, note=layout.note))
     tune((_measurable(_layer(p.details).weight) for p in places), _SECONDS)
     yield from places
+
+
+def _in_tower(model: nn.Module, place: Place) -> Place:
+    """The place, with what its tower adds to patches if that can be put off."""
+    weight = _kernel(place.details)
+    outer = towers.around(model, place.path, len(weight))
+    if outer is None:
+        return place
+    path, tower = outer
+    patched = adapt(place)[model.get_submodule(place.path)]
+    found = towers.study(tower, place.path.removeprefix(path).lstrip("."), weight, patched)
+    if found is None:
+        return place
+    note = "; ".join(n for n in (place.note, found.note) if n)
+    return dataclasses.replace(place, details=_Tower(place.details, tower, found), note=note)
 
 
 def _around(place: Place, path: str, module: nn.Module, **more: Any) -> Place:
@@ -88,9 +112,19 @@ def _around(place: Place, path: str, module: nn.Module, **more: Any) -> Place:
 
 def _layer(details: Any) -> Any:
     """What has the weights."""
+    if isinstance(details, _Tower):
+        return _layer(details.inner)
     if isinstance(details, _Unfolding):
         return getattr(details.module, details.linear)
     return details.convolution if isinstance(details, _Embeddings) else details
+
+
+def _kernel(details: Any) -> Tensor:
+    """The weights as those of a convolution."""
+    weight: Tensor = _layer(details).weight
+    if isinstance(details, _Unfolding):
+        return weight.unflatten(1, (-1, *_patch(details)))
+    return weight
 
 
 def _measurable(weight: Tensor) -> Tensor:
@@ -158,6 +192,10 @@ def _refusal(details: Any) -> str | None:
 def adapt(place: Place) -> dict[nn.Module, type[nn.Module]]:
     """See `Site.adapt`."""
     details = place.details
+    if isinstance(details, _Tower):
+        width = len(_layer(details).weight)
+        inner = adapt(dataclasses.replace(place, details=details.inner))
+        return inner | towers.classes(details.module, details.found, width)
     if isinstance(details, _Unfolding):
         return {details.module: _unfolding_class(details)}
     convolution = _layer(details)
@@ -171,6 +209,10 @@ def _convolution_class(original: Any) -> type[nn.Module]:
     def make_forward(_: str) -> Callable[..., Tensor]:
         def forward(self: Any, input: Tensor) -> Tensor:
             result: Tensor
+            if pending.begins(self) and _may_wait(input, self.weight, self.bias):
+                return pending.tokens(
+                    input, self.weight, self.bias, lambda: forward(self, input)
+                )
             tokens = _embedded(input, self.weight, self.bias)
             if tokens is None:
                 result = original.forward(self, input)
@@ -193,6 +235,11 @@ def _unfolding_class(found: _Unfolding) -> type[nn.Module]:
             unfold, linear = getattr(self, found.unfold), getattr(self, found.linear)
             if plain.bypassable(unfold, nn.Unfold) and plain.bypassable(linear, nn.Linear):
                 weight = linear.weight.unflatten(1, (-1, *_pair(unfold.kernel_size)))
+                if pending.begins(self) and _may_wait(hidden_states, weight, linear.bias):
+                    return pending.tokens(
+                        hidden_states, weight, linear.bias, lambda: forward(self, hidden_states),
+                        as_grid=False,
+                    )  # fmt: skip
                 tokens = _embedded(hidden_states, weight, linear.bias)
                 if tokens is not None:
                     return tokens
@@ -219,18 +266,36 @@ def _embedded(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
         dtype = torch.get_autocast_dtype(x.device.type)
         given = [t.to(dtype) for t in given]
         x, weight, bias = (*given, None)[:3]  # type: ignore[assignment]
-    if (
-        len({t.dtype for t in given}) > 1
-        or x.dim() != weight.dim()
-        or x.shape[1] != weight.shape[1]
-    ):
+    if not _fits(given):
         return None
     sides, patch = x.shape[2:], weight.shape[2:]
-    if any(n < p for n, p in zip(sides, patch, strict=True)):
-        return None
     if sides == patch and x.is_contiguous():  # Qwen's: a patch each, as they are multiplied
         return patch_embed(x.flatten(1), weight, bias)[:, None]
     return patch_embed(x, weight, bias)
+
+
+def _fits(given: list[Tensor]) -> bool:
+    """Whether pixels, weight and bias are of one dtype, and make a patch at least."""
+    x, weight = given[:2]
+    return (
+        len({t.dtype for t in given}) == 1
+        and x.dim() == weight.dim()
+        and x.shape[1] == weight.shape[1]
+        and all(n >= p for n, p in zip(x.shape[2:], weight.shape[2:], strict=True))
+    )
+
+
+def _may_wait(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether patches can be put off until more is known: on the CPU, where that is measured."""
+    given = [x, weight] if bias is None else [x, weight, bias]
+    return (
+        plain.runs("patch_embed", given)
+        and x.is_cpu
+        and len(x) > 0
+        and not torch.is_autocast_enabled("cpu")
+        and all(type(t) in (Tensor, nn.Parameter) for t in given)
+        and _fits(given)
+    )
 
 
 _checked: dict[Hashable, str | None] = {}
@@ -238,9 +303,10 @@ _checked: dict[Hashable, str | None] = {}
 
 def check(place: Place) -> str | None:
     """Runs the replacement against the model's own code; once per kind, patch and dtype."""
-    layer = _layer(place.details)
+    layer, details = _layer(place.details), place.details
     # What surrounds it has been compared when it was found.
-    details = layer if isinstance(place.details, _Embeddings) else place.details
+    details = details.inner if isinstance(details, _Tower) else details
+    details = layer if isinstance(details, _Embeddings) else details
     patched = adapt(place)[details.module if isinstance(details, _Unfolding) else details]
     key = (
         patched,
