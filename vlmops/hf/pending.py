@@ -111,8 +111,8 @@ class Pending(Tensor):
                 return func(*args, **kwargs)
         follow = _FOLLOWED.get(func)
         if follow is not None:
-            # With what it was given, should the result be needed.
-            with contextlib.suppress(_UnknownError):
+            # What cannot be followed, wrong arguments too, is the function's own to answer.
+            with contextlib.suppress(RuntimeError, IndexError, TypeError, ValueError):
                 return follow(lambda: func(*computed(args), **computed(kwargs)), *args, **kwargs)
         return func(*computed(args), **computed(kwargs))
 
@@ -193,7 +193,7 @@ class _Norm:
     eps: float
 
 
-class _UnknownError(Exception):
+class _UnknownError(RuntimeError):
     """The function has to run on what was put off."""
 
 

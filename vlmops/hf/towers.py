@@ -258,6 +258,7 @@ def _table_class(original: Any) -> type[nn.Module]:
                 return result
             return nn.functional.embedding(input, pending.rows(self.weight))
 
+        forward.__signature__ = inspect.signature(original.forward)  # type: ignore[attr-defined]
         return forward
 
     return subclass(original, ("patch_embed", original.forward), make_forward)
