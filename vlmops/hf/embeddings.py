@@ -188,7 +188,7 @@ def _is_off(twin: Any, given: list[Tensor], name: str, expected: Tensor) -> bool
         return False
 
 
-def stand_in(module: Any, draw: torch.Generator) -> Any:
+def stand_in(module: Any, draw: torch.Generator | None) -> Any:
     """A module of the same class and sizes on the CPU, with random numbers in float32."""
     made: Any = object.__new__(type(module))
     made.__dict__.update(module.__dict__)
@@ -205,10 +205,14 @@ def stand_in(module: Any, draw: torch.Generator) -> Any:
     return made
 
 
-def drawn(tensor: Tensor | None, draw: torch.Generator) -> Any:
-    """Random numbers in place of a parameter or buffer."""
+def drawn(tensor: Tensor | None, draw: torch.Generator | None) -> Any:
+    """Random numbers in place of a parameter or buffer; any numbers if nothing draws them."""
     if tensor is None:
         return None
+    if draw is None:
+        dtype = torch.float32 if tensor.is_floating_point() else torch.int64
+        values = torch.empty(tensor.shape, dtype=dtype)
+        return nn.Parameter(values, False) if isinstance(tensor, nn.Parameter) else values.zero_()
     if not tensor.is_floating_point():  # ids, in an order that tells them from row numbers
         return torch.randperm(tensor.numel(), generator=draw).view(tensor.shape)
     scale = tensor[0].numel() ** -0.5 if tensor.dim() > 3 else 1.0
@@ -379,7 +383,7 @@ def patched_class(module: Any, layout: Layout) -> type[nn.Module]:
             if _is_plain(known, args, kwargs):
                 tokens = _embedded(self, layout, original, pixels, args, kwargs)
             if tokens is None:
-                return _put_off(self, layout, original, args, kwargs)
+                return _put_off(self, layout, original, pixels, args, kwargs)
             return tokens
 
         forward.__signature__ = inspect.signature(original.forward)  # type: ignore[attr-defined]
@@ -471,13 +475,21 @@ def _embedded(
     )
 
 
-def _put_off(module: Any, layout: Layout, original: Any, args: Any, kwargs: Any) -> Any:
+def _put_off(
+    module: Any, layout: Layout, original: Any, pixels: Any, args: Any, kwargs: Any
+) -> Any:
     """What the module's own code makes of other sizes and arguments, in one pass where it can be.
 
     That is for the CPU; on a GPU its twenty steps in Python would cost more than they save.
     """
     conv = part(module, layout.convolution)
-    if torch.compiler.is_compiling() or layout.computes_ids or not conv.weight.is_cpu:
+    given = [pixels, conv.weight, *([] if layout.table is None else [_rows(module, layout.table)])]
+    if (
+        torch.compiler.is_compiling()
+        or layout.computes_ids
+        or not all(isinstance(t, Tensor) and t.is_cpu for t in given)
+        or not plain.runs("patch_embed", given)
+    ):
         return original.forward(module, *args, **kwargs)
     with pending.putting_off(conv):
         shadow = with_rows(module, original, layout.table)

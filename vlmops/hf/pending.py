@@ -41,13 +41,12 @@ class PuttingOff:
     convolution: nn.Module
     events: int | None
     """Norms and sums that are put off before tokens are made; None: until somebody needs them."""
-    made: list[Tokens] = dataclasses.field(default_factory=list)
-    """After each of them."""
+    rehearsal: bool
+    """Whether `NeededError` is raised instead."""
+    seen: int = 0
+    last: tuple[Tensor, ...] = ()
+    """Parameters and tables of the tokens that were made; rehearsals and tests look at them."""
     begun: bool = False
-
-    @property
-    def seen(self) -> int:
-        return len(self.made)
 
 
 _current: contextvars.ContextVar[PuttingOff | None] = contextvars.ContextVar(
@@ -56,9 +55,11 @@ _current: contextvars.ContextVar[PuttingOff | None] = contextvars.ContextVar(
 
 
 @contextlib.contextmanager
-def putting_off(convolution: nn.Module, events: int | None = None) -> Iterator[PuttingOff]:
+def putting_off(
+    convolution: nn.Module, events: int | None = None, rehearsal: bool = False
+) -> Iterator[PuttingOff]:
     """Patches of this convolution are put off, once, for the length of a ``with`` block."""
-    made = PuttingOff(convolution, events)
+    made = PuttingOff(convolution, events, rehearsal)
     token = _current.set(made)
     try:
         yield made
@@ -102,9 +103,7 @@ class Pending(Tensor):
     _value: Tensor | None
 
     @classmethod
-    def __torch_function__(
-        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in _ASKED:
             with torch._C.DisableTorchFunctionSubclass():
@@ -193,13 +192,15 @@ class _Norm:
     eps: float
 
 
+class NeededError(Exception):
+    """Somebody needs what a rehearsal does not compute."""
+
+
 class _UnknownError(RuntimeError):
     """The function has to run on what was put off."""
 
 
-def _made(
-    kind: Any, make: _Make, shape: Sequence[int], dtype: torch.dtype, device: Any
-) -> Any:
+def _made(kind: Any, make: _Make, shape: Sequence[int], dtype: torch.dtype, device: Any) -> Any:
     made = Tensor._make_wrapper_subclass(kind, tuple(shape), dtype=dtype, device=device)  # type: ignore[attr-defined]
     made._make, made._value = make, None
     return made
@@ -213,6 +214,8 @@ def computed(given: Any) -> Any:
     """What was put off, and anything else as it is."""
     if isinstance(given, Pending):
         if given._value is None:
+            if isinstance(given, Tokens) and (current := _current.get()) and current.rehearsal:
+                raise NeededError
             fused = _fused(given) if isinstance(given, Tokens) else None
             given._value = given._make() if fused is None else fused
         return given._value
@@ -249,7 +252,13 @@ def tokens(
     shape = _with_channels(lead, channel, weight.shape[0])
     made = _made(Tokens, make, shape, weight.dtype, weight.device)
     made.index = torch.arange(count).view(*lead, 1)
-    made.channel, made.source, made.norm, made.prefix, made.positions = channel, source, None, None, ()
+    made.channel, made.source, made.norm, made.prefix, made.positions = (
+        channel,
+        source,
+        None,
+        None,
+        (),
+    )
     result: Tensor = made
     return result
 
@@ -287,7 +296,7 @@ def _happened(made: Tokens) -> Tensor:
     current = _current.get()
     if current is None:
         return made
-    current.made.append(made)
+    current.seen += 1
     if current.events is not None and current.seen >= current.events:
         result: Tensor = computed(made)
         return result
@@ -348,6 +357,9 @@ def _fused(x: Tokens) -> Tensor | None:
     source, norm = x.source, x.norm or _Norm("none", None, None, 1e-6)
     sides = source.weight.shape[-2:]
     sizes = [(h * sides[0], w * sides[1]) for h, w in found[2]]
+    if (current := _current.get()) is not None:
+        given = (norm.weight, x.prefix, *(p.table for p in x.positions))
+        current.last = tuple(t for t in given if t is not None)
     made = patch_embed(
         source.pixels,
         source.weight,
@@ -575,7 +587,9 @@ def _times(make: _Make, a: Any, b: Any) -> Any:
     if not _last(x) or factor.shape != (*x.shape[:-1], 1):
         raise _UnknownError
     weight = factor.expand(x.index.shape)
-    return x.moved(make, x.index, x.channel, weight if x.weight is None else x.weight * weight, dtype)
+    return x.moved(
+        make, x.index, x.channel, weight if x.weight is None else x.weight * weight, dtype
+    )
 
 
 def _summed(make: _Make, x: Any, dim: Any) -> Any:

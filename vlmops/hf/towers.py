@@ -9,6 +9,7 @@ result is compared with what the tower computes without.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
 import itertools
@@ -113,44 +114,57 @@ class _Halt(nn.Module):
 def _rehearsed(
     tower: Any, convolution: str, shape: torch.Size, patched: type[nn.Module], kept: set[str]
 ) -> Surroundings | None:
-    width = shape[0]
-    twin: Any = object.__new__(type(tower))
-    twin.__dict__.update(tower.__dict__)
-    draw = torch.Generator().manual_seed(0)
+    made, width = {convolution: patched, **_classes(tower, shape[0])}, shape[0]
+    inputs = _inputs(tower, shape)
+    counts = {_events(_twin(tower, kept, None, made), convolution, x, width) for x in inputs}
+    events = counts.pop()
+    if counts or events == 0:
+        return None
+    theirs = _twin(tower, kept, torch.Generator().manual_seed(0))
+    ours = _twin(tower, kept, torch.Generator().manual_seed(0), made)
+    used: set[int] = set()
+    for given in inputs:
+        with pending.putting_off(ours.get_submodule(convolution), events) as current:
+            got = _first(ours, given, width)
+        expected = _first(theirs, given, width)
+        if type(got) is not Tensor or got.dtype != expected.dtype:
+            return None
+        if not (got - expected).abs().max() <= _TOLERANCE * max(1.0, float(expected.abs().max())):
+            return None
+        used.update(t.untyped_storage().data_ptr() for t in current.last)
+    found = (n for n, p in ours.named_parameters() if p.untyped_storage().data_ptr() in used)
+    names = tuple(dict.fromkeys(name.split(".")[0] for name in found))
+    return Surroundings(convolution, events, names, tuple(_parts(tower, convolution, names)))
+
+
+def _twin(
+    tower: Any,
+    kept: set[str],
+    draw: torch.Generator | None,
+    classes: dict[str, type[nn.Module]] | None = None,
+) -> Any:
+    """A tower as far as its first layer; with random numbers, or any."""
+    made: Any = object.__new__(type(tower))
+    made.__dict__.update(tower.__dict__)
     for name, value in tower.__dict__.items():
         if isinstance(value, OrderedDict) and name.endswith("_hooks"):
-            twin.__dict__[name] = OrderedDict()
-    twin._parameters = {n: embeddings.drawn(p, draw) for n, p in tower._parameters.items()}
-    twin._modules = {
+            made.__dict__[name] = OrderedDict()
+    made._parameters = {n: embeddings.drawn(p, draw) for n, p in tower._parameters.items()}
+    made._modules = {
         n: embeddings.stand_in(c, draw) if n in kept else _Halt() for n, c in tower._modules.items()
     }
-    twin.training = False
-    conv, inputs = twin.get_submodule(convolution), _inputs(twin, shape)
-    expected = [_first(twin, given, width) for given in inputs]
-    conv.__class__ = patched
-    for path, made in _classes(twin, width).items():
-        twin.get_submodule(path).__class__ = made
-    events, used = None, []
-    for given, theirs in zip(inputs, expected, strict=True):
-        with pending.putting_off(conv) as current:
-            ours = pending.computed(_first(twin, given, width))
-        if events not in (None, current.seen) or not current.seen:
-            return None
-        events = current.seen
-        used += [t for x in current.made for t in (x.prefix, *(p.table for p in x.positions))]
-        used += [x.norm.weight for x in current.made if x.norm is not None]
-        with pending.putting_off(conv, events):  # nothing that is put off gets as far as a layer
-            real = _first(twin, given, width)
-        error = max(float((t - theirs).abs().max()) for t in (ours, real))
-        if isinstance(real, pending.Pending) or real.dtype != theirs.dtype:
-            return None
-        if not error <= _TOLERANCE * max(1.0, float(theirs.abs().max())):
-            return None
-    places = {t.untyped_storage().data_ptr() for t in used if t is not None}
-    found = (n for n, p in twin.named_parameters() if p.untyped_storage().data_ptr() in places)
-    names = tuple(dict.fromkeys(name.split(".")[0] for name in found))
-    assert events is not None
-    return Surroundings(convolution, events, names, tuple(_parts(tower, convolution, names)))
+    made.training = False
+    for path, kind in (classes or {}).items():
+        made.get_submodule(path).__class__ = kind
+    return made
+
+
+def _events(twin: Any, convolution: str, given: dict[str, Any], width: int) -> int:
+    """How much a tower does to its patches before they are needed; nothing is computed."""
+    with pending.putting_off(twin.get_submodule(convolution), rehearsal=True) as current:
+        with contextlib.suppress(pending.NeededError):
+            _first(twin, given, width)
+    return current.seen
 
 
 def _parts(tower: Any, convolution: str, names: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
@@ -165,18 +179,19 @@ def _parts(tower: Any, convolution: str, names: tuple[str, ...]) -> Iterator[tup
         yield path, original_class(module) or type(module)
 
 
-def _first(twin: Any, given: dict[str, Any], width: int) -> Any:
+def _first(twin: Any, inputs: dict[str, Any], width: int) -> Any:
     """Tokens as the first layer gets them."""
     try:
-        type(twin).forward(twin, **given)
+        type(twin).forward(twin, **inputs)
     except _HaltError as halt:
-        return next(t for t in halt.args[0] if isinstance(t, Tensor) and t.shape[-1:] == (width,))
-    raise ValueError("no layer was reached")
+        given = (t for t in halt.args[0] if isinstance(t, Tensor) and t.shape[-1:] == (width,))
+        return next(given, None)
+    return None
 
 
-def _inputs(twin: Any, shape: torch.Size) -> list[dict[str, Any]]:
+def _inputs(tower: Any, shape: torch.Size) -> list[dict[str, Any]]:
     """What a tower may be given, by the names that its forward wants."""
-    function: Any = type(twin).forward
+    function: Any = type(tower).forward
     first, *names = embeddings.required(function)
     channels, *sides = shape[1:]
     draw = torch.Generator().manual_seed(1)
@@ -186,9 +201,9 @@ def _inputs(twin: Any, shape: torch.Size) -> list[dict[str, Any]]:
         patches = torch.randn(count, shape[1:].numel(), generator=draw)
         return [{first: patches, "grid_thw": grids}]
     if names == ["aspect_ratio_ids", "aspect_ratio_mask"]:
-        tiles, size = twin.max_num_tiles, twin.image_size
-        images = torch.randn(1, 2, tiles, channels, size, size, generator=draw)
-        ids, mask = torch.tensor([[1, 2]]), torch.ones(1, 2, tiles, dtype=torch.long)
+        tiles, size = tower.max_num_tiles, tower.image_size
+        images = torch.randn(1, 1, tiles, channels, size, size, generator=draw)
+        ids, mask = torch.tensor([[1]]), torch.ones(1, 1, tiles, dtype=torch.long)
         return [{first: images, "aspect_ratio_ids": ids, "aspect_ratio_mask": mask}]
     if names:
         raise ValueError(f"its forward wants {names}")
@@ -197,7 +212,7 @@ def _inputs(twin: Any, shape: torch.Size) -> list[dict[str, Any]]:
         images = torch.randn(2, channels, height + 1, width, generator=draw)
         sizes = torch.tensor([[3 * sides[0], 2 * sides[1]], [height, width]])
         return [{first: images, "image_sizes": sizes}, {first: images}]
-    size = twin.config.image_size
+    size = tower.config.image_size
     return [{first: torch.randn(2, channels, size, size, generator=draw)}]
 
 
@@ -282,7 +297,11 @@ def _norm_class(original: Any, eps: float) -> type[nn.Module]:
             given = (*args, *kwargs.values())
             if len(given) == 1 and pending.is_on() and defers(self):
                 put_off = pending.normalised(
-                    *given, "rms", self, eps, lambda: original.forward(self, *pending.computed(given))
+                    *given,
+                    "rms",
+                    self,
+                    eps,
+                    lambda: original.forward(self, *pending.computed(given)),
                 )
                 if put_off is not None:
                     return put_off

@@ -24,7 +24,7 @@ from vlmops import dispatch
 from vlmops.hf import embeddings, pending, plain, towers
 from vlmops.hf.embeddings import Layout
 from vlmops.hf.rebind import changed, original_class, subclass
-from vlmops.hf.sites import AlreadyPatched, Place, Refused, Site
+from vlmops.hf.sites import AlreadyPatched, LeftAlone, Place, Refused, Site
 from vlmops.ops.linear_tuning import tune
 from vlmops.ops.patch_embed import patch_embed
 from vlmops.ops.patch_embed_panels import computes_in
@@ -64,12 +64,15 @@ class _Tower:
 
 def find(model: nn.Module) -> Iterator[Place | Refused | AlreadyPatched]:
     """Every convolution whose stride is its kernel, with what surrounds it; every unfolding."""
-    places = []
+    places, weights = [], set()
     for path, module in model.named_modules():
         details: Any = module if _is_patchify(module) else _unfolding(module)
         if details is None:
             continue
         place = Place(path, type(module).__name__, 1, details)
+        if _layer(details).weight in weights:  # UDOP's: whichever of them runs
+            place = dataclasses.replace(place, sites=0, note="shares its weights with another")
+        weights.add(_layer(details).weight)
         outer = embeddings.around(model, path) if details is module else None
         if outer is not None and original_class(outer[1]):
             yield AlreadyPatched(_around(place, *outer))
@@ -77,6 +80,8 @@ def find(model: nn.Module) -> Iterator[Place | Refused | AlreadyPatched]:
             yield AlreadyPatched(place)
         elif (reason := _refusal(details)) is not None:
             yield Refused(place, reason)
+        elif _in_decoder(model, path):
+            yield LeftAlone(place, "decoders are given no pixels")
         elif outer is None:
             places.append(_in_tower(model, place))
         else:
@@ -108,6 +113,15 @@ def _in_tower(model: nn.Module, place: Place) -> Place:
 
 def _around(place: Place, path: str, module: nn.Module, **more: Any) -> Place:
     return dataclasses.replace(place, path=path, module=type(module).__name__, **more)
+
+
+def _in_decoder(model: nn.Module, path: str) -> bool:
+    """Whether a module lies in the decoder of an encoder-decoder model (UDOP's has all parts)."""
+    names = path.split(".")
+    above = (model.get_submodule(".".join(names[:i])) for i in range(len(names)))
+    configs = [getattr(module, "config", None) for module in above]
+    marks = ("is_encoder_decoder", "is_decoder")
+    return any(all(getattr(c, mark, None) is True for mark in marks) for c in configs)
 
 
 def _layer(details: Any) -> Any:
@@ -210,9 +224,7 @@ def _convolution_class(original: Any) -> type[nn.Module]:
         def forward(self: Any, input: Tensor) -> Tensor:
             result: Tensor
             if pending.begins(self) and _may_wait(input, self.weight, self.bias):
-                return pending.tokens(
-                    input, self.weight, self.bias, lambda: forward(self, input)
-                )
+                return pending.tokens(input, self.weight, self.bias, lambda: forward(self, input))
             tokens = _embedded(input, self.weight, self.bias)
             if tokens is None:
                 result = original.forward(self, input)
