@@ -217,6 +217,45 @@ def test_other_sizes(name, fused):
         assert_same(got, expected, exact=False)
 
 
+ASKED = ("clip", "siglip", "blip", "blip_2", "instructblip", "janus")
+
+
+@pytest.mark.parametrize("size", [(20, 16), (8, 8)], ids=str)
+@pytest.mark.parametrize("name", ["internvl", "dinov2", *ASKED])
+def test_interpolated_positions_are_in_the_pass(name, size, fused):
+    """Where towers interpolate always, and where they are asked to."""
+    ours, theirs = patched(name)
+    kwargs = {"interpolate_pos_encoding": True} if name in ASKED else {}
+    fused.clear()
+    found = []
+    for module in (theirs, ours):
+        args = given(name, size=size)
+        args[0].requires_grad_()
+        with CountOps() as ran:
+            out = module(*args, **kwargs)
+            out.backward(torch.randn(out.shape, generator=torch.Generator().manual_seed(3)))
+        grads = {n: p.grad for n, p in module.named_parameters() if p.grad is not None}
+        found.append((out, {"pixels": args[0].grad, **grads}))
+    assert (ran.counts[OP], ran.counts[BACKWARD], len(fused)) == (1, 1, 1)
+    assert fused[0]["positions"][0].weight is not None
+    (expected, expected_grads), (got, grads) = found
+    assert_same(got, expected, exact=False)
+    assert grads.keys() == expected_grads.keys()
+    for key, grad in expected_grads.items():
+        assert_same(grads[key], grad, exact=False)
+
+
+def test_interpolated_positions_follow_the_table():
+    """In place, and behind the back of version counters."""
+    ours, theirs = patched("dinov2")
+    args = given("dinov2", size=(20, 16))
+    with torch.no_grad():
+        for change in (lambda p: p.mul_(-2), lambda p: p.data.copy_(p.data.flip(1))):
+            for module in (ours, theirs):
+                change(module.position_embeddings)
+            assert_same(ours(*args), theirs(*args), exact=False)
+
+
 def change_dropout(module):
     module.train()
     module.dropout.p = 0.5

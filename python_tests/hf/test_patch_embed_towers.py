@@ -10,7 +10,7 @@ from dispatch import CountOps
 from hf.checks import batch_of
 from hf.tiny import build, inputs, run
 from torch import nn
-from torch.nn import functional as F
+from torch.nn import functional
 
 import vlmops
 from vlmops.hf import pending, plain, towers
@@ -69,7 +69,7 @@ def fused(monkeypatch):
     return calls
 
 
-class Reached(Exception):
+class ReachedError(Exception):
     pass
 
 
@@ -83,7 +83,7 @@ def embedded(model, family, batch, grad=False):
         found.append(
             next(t for t in given if isinstance(t, torch.Tensor) and t.is_floating_point())
         )
-        raise Reached
+        raise ReachedError
 
     handle = (
         model.get_submodule(path)
@@ -91,7 +91,7 @@ def embedded(model, family, batch, grad=False):
         .register_forward_pre_hook(stop, with_kwargs=True)
     )
     try:
-        with pytest.raises(Reached), torch.set_grad_enabled(grad):
+        with pytest.raises(ReachedError), torch.set_grad_enabled(grad):
             run(model, batch)
     finally:
         handle.remove()
@@ -349,7 +349,7 @@ def grid(t):
 
 def sampled(t, mode="bicubic", align_corners=False):
     places = torch.rand(1, 7, 1, 2, generator=torch.Generator().manual_seed(3)) * 2.4 - 1.2
-    return F.grid_sample(
+    return functional.grid_sample(
         grid(t), places, mode=mode, padding_mode="border", align_corners=align_corners
     )
 
@@ -370,18 +370,18 @@ FOLLOWED = {
     "unbind": lambda t: t.view(6, 6, 24).unbind(0)[2],
     "loop": lambda t: next(iter(t.view(6, 6, 24))),
     "cat": lambda t: torch.cat((t[:1], t[3:5]), dim=0),
-    "embedding": lambda t: F.embedding(IDS, t),
+    "embedding": lambda t: functional.embedding(IDS, t),
     "gate": lambda t: torch.full((1,), 0.3).tanh() * t,
     "scalar_gate": lambda t: t * torch.tensor(0.3),
-    "weighted": lambda t: F.embedding(IDS, t) * WEIGHTS,
-    "taps": lambda t: (F.embedding(IDS, t) * WEIGHTS).sum(1),
-    "twice_weighted": lambda t: (WEIGHTS * (F.embedding(IDS, t) * WEIGHTS)).sum(1),
+    "weighted": lambda t: functional.embedding(IDS, t) * WEIGHTS,
+    "taps": lambda t: (functional.embedding(IDS, t) * WEIGHTS).sum(1),
+    "twice_weighted": lambda t: (WEIGHTS * (functional.embedding(IDS, t) * WEIGHTS)).sum(1),
     "to": lambda t: t.to(torch.float32).to(device="cpu"),
-    "dropout": lambda t: F.dropout(t, 0.5, training=False),
+    "dropout": lambda t: functional.dropout(t, 0.5, training=False),
     "sampled": sampled,
     "sampled_corners": lambda t: sampled(t, align_corners=True),
     **{
-        f"interpolated_{name}": lambda t, size=size, named=named: F.interpolate(
+        f"interpolated_{name}": lambda t, size=size, named=named: functional.interpolate(
             grid(t), size=size, **named
         )
         for name, size, named in (
@@ -393,11 +393,13 @@ FOLLOWED = {
             ("square", 8, {"mode": "bicubic"}),
         )
     },
-    "scaled": lambda t: F.interpolate(grid(t), scale_factor=(1.5, 0.7), mode="bicubic"),
+    "scaled": lambda t: functional.interpolate(grid(t), scale_factor=(1.5, 0.7), mode="bicubic"),
     "interpolated_with_a_class": lambda t: torch.cat(
         (
             t.unsqueeze(0)[:, :1],
-            F.interpolate(grid(t), size=(4, 5), mode="bicubic").permute(0, 2, 3, 1).view(1, 20, 24),
+            functional.interpolate(grid(t), size=(4, 5), mode="bicubic")
+            .permute(0, 2, 3, 1)
+            .view(1, 20, 24),
         ),
         dim=1,
     ),
@@ -406,8 +408,8 @@ FOLLOWED = {
 
 def gathered(rows):
     """What rows stand for, by what they know."""
-    weight = torch.ones(rows.index.shape) if rows.weight is None else rows.weight
-    found = (rows.table[rows.index] * weight[..., None]).sum(-2)
+    weight = torch.ones(rows.taken.shape) if rows.weight is None else rows.weight
+    found = (rows.table[rows.taken] * weight[..., None]).sum(-2)
     found = found if rows.scale is None else found * rows.scale
     return found.movedim(-1, rows.channel)
 
@@ -425,7 +427,7 @@ def test_wide_rows_are_split():
     """Mllama's: a row holds the positions of all tiles."""
     wide = TABLE.view(9, 96)
     got, expected = (
-        F.embedding(IDS % 9, t).reshape(2, 5, 4, 24) for t in (pending.rows(wide), wide)
+        functional.embedding(IDS % 9, t).reshape(2, 5, 4, 24) for t in (pending.rows(wide), wide)
     )
     assert type(got) is Rows
     assert torch.equal(gathered(got), expected)
@@ -442,11 +444,12 @@ NOT_FOLLOWED = {
     "times_channels": lambda t: t * torch.arange(24.0),
     "other_tables": lambda t: torch.cat((t, torch.ones(2, 24)), dim=0),
     "half": lambda t: t.to(torch.int32),
-    "dropout": lambda t: F.dropout(t, 1.0),
-    "many_taps": lambda t: F.embedding(torch.zeros(2, 65, dtype=torch.long), t).sum(1),
+    "dropout": lambda t: functional.dropout(t, 1.0),
+    "many_taps": lambda t: functional.embedding(torch.zeros(2, 65, dtype=torch.long), t).sum(1),
     "bilinear": lambda t: sampled(t, "bilinear"),
     "requires_grad": lambda t: torch.tensor(t.requires_grad),
-    "ids_out_of_range": lambda t: F.embedding(torch.tensor([40]), t),
+    "ids_out_of_range": lambda t: functional.embedding(torch.tensor([40]), t),
+    "ids_below_zero": lambda t: functional.embedding(torch.tensor([-1]), t),
     "bad_view": lambda t: t.view(5, 7),
 }
 
@@ -497,7 +500,7 @@ PROGRAMS = {
         {"positions": 2, "prefix": 1},
     ),
     "layer_norm": (
-        lambda x: F.layer_norm(sequence(x), (24,), CLASS, eps=0.1) + TABLE[:15],
+        lambda x: functional.layer_norm(sequence(x), (24,), CLASS, eps=0.1) + TABLE[:15],
         {"positions": 1, "norm": "layer"},
     ),
     "packed": (
@@ -531,7 +534,7 @@ def test_tokens_are_followed(name, fused):
     (call,) = fused
     found = {
         "positions": len(call["positions"]), "prefix": 0 if call["prefix"] is None else 1,
-        "prefix_last": call["prefix_last"], "norm": call["norm"], "image_sizes": call["image_sizes"],
+        **{name: call[name] for name in ("prefix_last", "norm", "image_sizes")},
     }  # fmt: skip
     default = {"positions": 0, "prefix": 0, "prefix_last": False, "norm": None, "image_sizes": None}
     assert found == {**default, **options}
@@ -548,7 +551,7 @@ UNKNOWN = {
     "two_tokens": lambda x: torch.cat((CLASS.expand(2, 2, -1), sequence(x)), dim=1),
     "backwards": lambda x: torch.cat(tuple(reversed(sequence(x).unbind(0)))) + TABLE[:30],
     "columns": lambda x: x.transpose(2, 3).flatten(2).transpose(1, 2) + TABLE[:15],
-    "norm_of_sums": lambda x: F.layer_norm(sequence(x) + TABLE[:15], (24,)),
+    "norm_of_sums": lambda x: functional.layer_norm(sequence(x) + TABLE[:15], (24,)),
     "in_place": lambda x: sequence(x).clone().add_(TABLE[:15]),
     "assigned": lambda x: torch.zeros(2, 15, 24).copy_(sequence(x)),
 }
@@ -566,6 +569,6 @@ def test_code_below_torch_is_told_what_to_do():
     """Where no function can be followed, an error, never wrong gradients."""
     with (
         torch._C.DisableTorchFunctionSubclass(),
-        pytest.raises(RuntimeError, match="vlmops.unpatch"),
+        pytest.raises(RuntimeError, match=r"vlmops\.unpatch"),
     ):
         torch.sin(pending.rows(TABLE))

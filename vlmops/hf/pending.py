@@ -91,12 +91,12 @@ class Pending(Tensor):
     """A tensor that nobody has computed; as much of it is Tensor as shapes need.
 
     Attributes:
-        index: ``[*lead, t]``, int64: what its elements stand for, shape but for the channels first.
+        taken: ``[*lead, t]``, int64: what its elements stand for, shape but for the channels first.
         weight: Of each index; None: 1.
         channel: Which dimension are the channels.
     """
 
-    index: Tensor
+    taken: Tensor
     weight: Tensor | None
     channel: int
     _make: _Make
@@ -116,7 +116,9 @@ class Pending(Tensor):
         return func(*computed(args), **computed(kwargs))
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         raise RuntimeError(
             f"{func} was given tokens that vlmops had put off, and could not be told: call "
             "vlmops.unpatch, and please report the model"
@@ -130,10 +132,10 @@ class Pending(Tensor):
 
 
 class Tokens(Pending):
-    """Patches, and what was added to them. An index of -1 is the prefix."""
+    """Patches, and what was added to them; ``taken`` are their numbers, -1 is the prefix."""
 
     source: _Source
-    norm: _Norm | None
+    normed: _Norm | None
     prefix: Tensor | None
     positions: tuple[Position, ...]
 
@@ -142,15 +144,16 @@ class Tokens(Pending):
     def moved(
         self, make: _Make, index: Tensor, channel: int, weight: Tensor | None, dtype: Any = None
     ) -> Tokens:
+        """See `Pending.moved`."""
         shape = _with_channels(index.shape[:-1], channel, self.source.weight.shape[0])
-        made = _made(Tokens, make, shape, self.dtype, self.device)
-        made.index, made.channel, made.source = index, channel, self.source
-        made.norm, made.prefix, made.positions = self.norm, self.prefix, self.positions
+        made: Tokens = _made(Tokens, make, shape, self.dtype, self.device)
+        made.taken, made.channel, made.source = index, channel, self.source
+        made.normed, made.prefix, made.positions = self.normed, self.prefix, self.positions
         return made
 
 
 class Rows(Pending):
-    """Of a table, t of them summed; an index of ``[*lead, t]``, and weights like it."""
+    """Rows of a table, t at a time summed."""
 
     table: Tensor
     scale: Tensor | None
@@ -159,11 +162,12 @@ class Rows(Pending):
     def moved(
         self, make: _Make, index: Tensor, channel: int, weight: Tensor | None, dtype: Any = None
     ) -> Rows:
+        """See `Pending.moved`."""
         if index.shape[-1] > _MOST_TAPS:
             raise _UnknownError
         shape = _with_channels(index.shape[:-1], channel, self.table.shape[1])
-        made = _made(Rows, make, shape, dtype or self.dtype, self.device)
-        made.index, made.channel, made.table = index, channel, self.table
+        made: Rows = _made(Rows, make, shape, dtype or self.dtype, self.device)
+        made.taken, made.channel, made.table = index, channel, self.table
         made.weight, made.scale = weight, self.scale
         return made
 
@@ -186,10 +190,10 @@ class _Source:
 
 @dataclasses.dataclass(frozen=True)
 class _Norm:
-    kind: Norm
-    weight: Tensor | None
-    bias: Tensor | None
-    eps: float
+    kind: Norm | None = None
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    eps: float = 1e-6
 
 
 class NeededError(Exception):
@@ -201,7 +205,7 @@ class _UnknownError(RuntimeError):
 
 
 def _made(kind: Any, make: _Make, shape: Sequence[int], dtype: torch.dtype, device: Any) -> Any:
-    made = Tensor._make_wrapper_subclass(kind, tuple(shape), dtype=dtype, device=device)  # type: ignore[attr-defined]
+    made: Any = Tensor._make_wrapper_subclass(kind, tuple(shape), dtype=dtype, device=device)
     made._make, made._value = make, None
     return made
 
@@ -251,8 +255,8 @@ def tokens(
     channel = 1 if as_grid else 2
     shape = _with_channels(lead, channel, weight.shape[0])
     made = _made(Tokens, make, shape, weight.dtype, weight.device)
-    made.index = torch.arange(count).view(*lead, 1)
-    made.channel, made.source, made.norm, made.prefix, made.positions = (
+    made.taken = torch.arange(count).view(*lead, 1)
+    made.channel, made.source, made.normed, made.prefix, made.positions = (
         channel,
         source,
         None,
@@ -267,7 +271,7 @@ def rows(table: Tensor) -> Tensor:
     """Stands for a table ``[..., R, D]`` itself."""
     made = _made(Rows, lambda: table, table.shape, table.dtype, table.device)
     made.table = table.reshape(-1, table.shape[-1])
-    made.index = torch.arange(len(made.table)).view(*table.shape[:-1], 1)
+    made.taken = torch.arange(len(made.table)).view(*table.shape[:-1], 1)
     made.channel, made.weight, made.scale = table.dim() - 1, None, None
     result: Tensor = made
     return result
@@ -284,10 +288,10 @@ def normalised(x: Tensor, kind: Norm, norm: Any, eps: float, make: _Make) -> Any
 
 
 def _with_norm(x: Tokens, make: _Make, norm: _Norm) -> Tensor:
-    if x.norm or x.positions or x.prefix is not None or not _last(x) or _layout(x) is None:
+    if x.normed or x.positions or x.prefix is not None or not _last(x) or _layout(x) is None:
         raise _UnknownError
-    made = x.moved(make, x.index, x.channel, None)
-    made.norm = norm
+    made = x.moved(make, x.taken, x.channel, None)
+    made.normed = norm
     return _happened(made)
 
 
@@ -304,7 +308,7 @@ def _happened(made: Tokens) -> Tensor:
 
 
 def _last(x: Pending) -> bool:
-    return x.channel == x.index.dim() - 1
+    return x.channel == x.taken.dim() - 1
 
 
 # What tokens stand for.
@@ -312,7 +316,7 @@ def _last(x: Pending) -> bool:
 
 def _layout(x: Tokens) -> tuple[int, int, list[tuple[int, int]]] | None:
     """Sequences, tokens of each, and the sizes that images are cropped to; None if out of order."""
-    source, order = x.source, x.index.flatten()
+    source, order = x.source, x.taken.flatten()
     images = 1 if source.flat else len(source.pixels)
     expected = torch.arange(images * source.patches).view(images, source.patches)
     if x.prefix is not None:
@@ -325,7 +329,7 @@ def _layout(x: Tokens) -> tuple[int, int, list[tuple[int, int]]] | None:
 
 def _is_first(x: Tokens) -> bool:
     """Whether the prefix comes before the patches."""
-    return int(x.index.flatten()[0]) < 0
+    return int(x.taken.flatten()[0]) < 0
 
 
 def _cropped(source: _Source, order: Tensor) -> tuple[int, int, list[tuple[int, int]]] | None:
@@ -349,12 +353,12 @@ def _cropped(source: _Source, order: Tensor) -> tuple[int, int, list[tuple[int, 
 
 def _fused(x: Tokens) -> Tensor | None:
     """Tokens with all that was added to them; None for patches alone."""
-    if x.norm is None and x.prefix is None and not x.positions:
+    if x.normed is None and x.prefix is None and not x.positions:
         return None
     found = _layout(x) if _last(x) else None
     if found is None:
         return None
-    source, norm = x.source, x.norm or _Norm("none", None, None, 1e-6)
+    source, norm = x.source, x.normed or _Norm()
     sides = source.weight.shape[-2:]
     sizes = [(h * sides[0], w * sides[1]) for h, w in found[2]]
     if (current := _current.get()) is not None:
@@ -365,7 +369,7 @@ def _fused(x: Tokens) -> Tensor | None:
         source.weight,
         source.bias,
         image_sizes=sizes or None,
-        norm=None if x.norm is None else norm.kind,
+        norm=norm.kind,
         norm_weight=norm.weight,
         norm_bias=norm.bias,
         norm_eps=norm.eps,
@@ -393,7 +397,7 @@ def _plus(make: _Make, a: Any, b: Any, *, alpha: float = 1) -> Tensor:
         or len(x.positions) == _MOST_POSITIONS
     ):
         raise _UnknownError
-    lead = x.index.shape[:-1]
+    lead = x.taken.shape[:-1]
     if other.dim() > x.dim() or torch.broadcast_shapes(other.shape[:-1], lead) != lead:
         raise _UnknownError
 
@@ -401,15 +405,15 @@ def _plus(make: _Make, a: Any, b: Any, *, alpha: float = 1) -> Tensor:
         taps = given.expand(*lead, given.shape[-1]).reshape(*found[:2], -1)
         return taps[0] if found[0] == 1 or taps.stride(0) == 0 else taps
 
-    index = each(other.index)
+    index = each(other.taken)
     weight = None if other.weight is None else each(other.weight)
     if other.scale is not None:
         weight = other.scale.reshape(1) if weight is None else weight * other.scale.reshape(1)
-    dense = index.dim() == 2 and index.shape[-1] == 1 and len(other.table) >= found[1]
-    if dense and torch.equal(index[:, 0], torch.arange(found[1])):
-        index = None
-    made = x.moved(make, x.index, x.channel, None)
-    position = Position(other.table, index, weight, patches_only=x.prefix is None)
+    made = x.moved(make, x.taken, x.channel, None)
+    dense = torch.equal(index, torch.arange(found[1])[:, None]) and len(other.table) >= found[1]
+    position = Position(
+        other.table, None if dense else index, weight, patches_only=x.prefix is None
+    )
     made.positions = (*x.positions, position)
     return _happened(made)
 
@@ -432,19 +436,23 @@ def _reshaped(make: _Make, x: Pending, shape: tuple[int, ...]) -> Any:
     for channel, size in enumerate(shape):
         if size == width and math.prod(shape[:channel]) == before:
             lead = (*shape[:channel], *shape[channel + 1 :])
-            return _each(make, x, lambda t: t.reshape(*lead, t.shape[-1]), channel)
-    if isinstance(x, Rows) and _last(x) and width % shape[-1] == 0 and x.index.shape[-1] == 1:
+            return _each(make, x, functools.partial(_shaped, lead), channel)
+    if isinstance(x, Rows) and _last(x) and width % shape[-1] == 0 and x.taken.shape[-1] == 1:
         return _reshaped(make, _split(x, shape[-1]), shape)
     raise _UnknownError
+
+
+def _shaped(lead: Sequence[int], taken: Tensor) -> Tensor:
+    return taken.reshape(*lead, taken.shape[-1])
 
 
 def _split(x: Rows, width: int) -> Rows:
     """Wide rows as several narrow ones, in a dimension of their own."""
     parts = x.shape[-1] // width
-    index = (x.index * parts + torch.arange(parts))[..., None]  # [*lead, parts, 1]
+    index = (x.taken * parts + torch.arange(parts))[..., None]  # [*lead, parts, 1]
     weight = None if x.weight is None else x.weight[..., None].expand(index.shape)
     made = _made(Rows, x._make, (*x.shape[:-1], parts, width), x.dtype, x.device)
-    made.table, made.index, made.weight = x.table.reshape(-1, width), index, weight
+    made.table, made.taken, made.weight = x.table.reshape(-1, width), index, weight
     made.channel, made.scale = x.channel + 1, x.scale
     result: Rows = made
     return result
@@ -452,8 +460,8 @@ def _split(x: Rows, width: int) -> Rows:
 
 def _each(make: _Make, x: Pending, change: Callable[[Tensor], Tensor], channel: int) -> Any:
     """The same change of index and weight."""
-    weight = None if x.weight is None else change(x.weight.expand(x.index.shape))
-    return x.moved(make, change(x.index), channel, weight)
+    weight = None if x.weight is None else change(x.weight.expand(x.taken.shape))
+    return x.moved(make, change(x.taken), channel, weight)
 
 
 def _flatten(make: _Make, x: Pending, start_dim: int = 0, end_dim: int = -1) -> Any:
@@ -512,14 +520,14 @@ def _unbound(make: _Make, x: Pending, dim: int = 0) -> Any:
 
 
 def _to(make: _Make, x: Pending, *args: Any, **kwargs: Any) -> Any:
-    device, dtype, _, memory = torch._C._nn._parse_to(*args, **kwargs)  # type: ignore[attr-defined]
+    device, dtype, _, memory = torch._C._nn._parse_to(*args, **kwargs)
     if device not in (None, x.device) or memory is not None:
         raise _UnknownError
     if dtype in (None, x.dtype):
         return x
     if not isinstance(x, Rows) or not dtype.is_floating_point:
         raise _UnknownError
-    return x.moved(make, x.index, x.channel, x.weight, dtype)
+    return x.moved(make, x.taken, x.channel, x.weight, dtype)
 
 
 def _cat(make: _Make, tensors: Sequence[Any], dim: int = 0) -> Any:
@@ -531,16 +539,18 @@ def _cat(make: _Make, tensors: Sequence[Any], dim: int = 0) -> Any:
     if not all(isinstance(t, type(first)) and t.channel == first.channel for t in tensors):
         return _with_prefix(make, tensors, at)
     if isinstance(first, Tokens):
-        if any(t.source is not first.source or t.norm or t.positions or t.prefix is not None
+        if any(t.source is not first.source or t.normed or t.positions or t.prefix is not None
                for t in tensors):  # fmt: skip
             raise _UnknownError
-    elif any(t.table is not first.table or t.scale is not None for t in tensors):
+    elif isinstance(first, Rows) and any(
+        t.table is not first.table or t.scale is not None for t in tensors
+    ):
         raise _UnknownError
-    most = max(t.index.shape[-1] for t in tensors)
-    index = torch.cat([_padded(t.index, most) for t in tensors], dim=lead)
+    most = max(t.taken.shape[-1] for t in tensors)
+    index = torch.cat([_padded(t.taken, most) for t in tensors], dim=lead)
     weight = None
     if most > 1 or any(t.weight is not None for t in tensors):
-        given = [torch.ones(t.index.shape) if t.weight is None else t.weight for t in tensors]
+        given = [torch.ones(t.taken.shape) if t.weight is None else t.weight for t in tensors]
         weight = torch.cat([_padded(t, most, 0.0) for t in given], dim=lead)
     return first.moved(make, index, first.channel, weight)
 
@@ -570,7 +580,7 @@ def _with_prefix(make: _Make, tensors: Sequence[Any], dim: int) -> Any:
     ):
         raise _UnknownError
     own = torch.full((len(x), 1, 1), -1)
-    made = x.moved(make, torch.cat((x.index, own) if kinds[0] else (own, x.index), dim=1), 2, None)
+    made = x.moved(make, torch.cat((x.taken, own) if kinds[0] else (own, x.taken), dim=1), 2, None)
     made.prefix = prefix[0]
     return made
 
@@ -581,14 +591,14 @@ def _times(make: _Make, a: Any, b: Any) -> Any:
         raise _UnknownError
     dtype = torch.promote_types(x.dtype, factor.dtype) if factor.dim() else x.dtype
     if factor.numel() == 1 and factor.dim() <= x.dim() and x.scale is None:
-        made = x.moved(make, x.index, x.channel, x.weight, dtype)
+        made = x.moved(make, x.taken, x.channel, x.weight, dtype)
         made.scale = factor
         return made
     if not _last(x) or factor.shape != (*x.shape[:-1], 1):
         raise _UnknownError
-    weight = factor.expand(x.index.shape)
+    weight = factor.expand(x.taken.shape)
     return x.moved(
-        make, x.index, x.channel, weight if x.weight is None else x.weight * weight, dtype
+        make, x.taken, x.channel, weight if x.weight is None else x.weight * weight, dtype
     )
 
 
@@ -603,6 +613,8 @@ def _summed(make: _Make, x: Any, dim: Any) -> Any:
 def _looked_up(make: _Make, ids: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
     """`functional.embedding`; its other arguments change neither values nor, here, gradients."""
     if not isinstance(x, Rows) or isinstance(ids, Pending) or x.dim() != 2 or not _last(x):
+        raise _UnknownError
+    if ids.numel() and int(ids.min()) < 0:  # indexing would count from the end
         raise _UnknownError
     return _each(make, x, lambda t: t[ids], ids.dim())
 
@@ -625,9 +637,9 @@ def _image(x: Any) -> Tensor:
     """What a table ``[1, C, H, W]`` has at its places: rows ``[H, W]``."""
     if not isinstance(x, Rows) or x.dim() != 4 or x.channel != 1 or len(x) != 1:
         raise _UnknownError
-    if x.weight is not None or x.scale is not None or x.index.shape[-1] != 1:
+    if x.weight is not None or x.scale is not None or x.taken.shape[-1] != 1:
         raise _UnknownError
-    return x.index[0, ..., 0]
+    return x.taken[0, ..., 0]
 
 
 def _interpolated(

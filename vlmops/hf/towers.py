@@ -1,10 +1,10 @@
 """Towers that embed in their own forward: what follows the patches, in the pass that makes them.
 
-Qwen3-VL adds interpolated rows to its patches, GLM-4V normalises them first, Pixtral crops and packs
-them, Mllama and Llama-4 put a token beside them, and all of it stands in the forward of the whole
-tower. That runs as it is, while patches are put off (`vlmops.hf.pending`), and the tables and norms
-that it calls play along. How far that reaches is found by a rehearsal up to the first layer, whose
-result is compared with what the tower computes without.
+Qwen3-VL adds interpolated rows to its patches, GLM-4V normalises them first, Pixtral crops and
+packs them, Mllama and Llama-4 put a token beside them, and all of it stands in the forward of the
+whole tower. That runs as it is, while patches are put off (`vlmops.hf.pending`), and the tables and
+norms that it calls play along. How far that reaches is found by a rehearsal up to the first layer,
+whose result is compared with what the tower computes without.
 """
 
 from __future__ import annotations
@@ -161,9 +161,11 @@ def _twin(
 
 def _events(twin: Any, convolution: str, given: dict[str, Any], width: int) -> int:
     """How much a tower does to its patches before they are needed; nothing is computed."""
-    with pending.putting_off(twin.get_submodule(convolution), rehearsal=True) as current:
-        with contextlib.suppress(pending.NeededError):
-            _first(twin, given, width)
+    with (
+        pending.putting_off(twin.get_submodule(convolution), rehearsal=True) as current,
+        contextlib.suppress(pending.NeededError),
+    ):
+        _first(twin, given, width)
     return current.seen
 
 

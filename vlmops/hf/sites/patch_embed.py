@@ -137,7 +137,7 @@ def _kernel(details: Any) -> Tensor:
     """The weights as those of a convolution."""
     weight: Tensor = _layer(details).weight
     if isinstance(details, _Unfolding):
-        return weight.unflatten(1, (-1, *_patch(details)))
+        weight = weight.unflatten(1, (-1, *_patch(details)))
     return weight
 
 
