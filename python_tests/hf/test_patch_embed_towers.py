@@ -264,6 +264,23 @@ def test_autocast_and_inference_mode(family, fused):
     assert len(fused) == 1
 
 
+@pytest.mark.parametrize("family", ["mistral3", "mllama"])
+def test_defaults_of_the_caller_change_nothing(family, fused):
+    """A default device and dtype are for the caller's own tensors."""
+    ours, theirs = pair(family)
+    batch = batch_of(family, "several_images")
+    expected = embedded(theirs, family, batch)
+    fused.clear()
+    right = embedded(ours, family, batch)
+    torch.set_default_dtype(torch.float64)
+    try:
+        same(embedded(ours, family, batch), right)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    same(right, expected)
+    assert len(fused) == 2
+
+
 @pytest.mark.parametrize("family", ["qwen3_vl", "llama4"])
 def test_towers_compile(family, fused):
     """Their own forward, with the convolution's op; the compiler fuses sums itself."""

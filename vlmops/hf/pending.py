@@ -44,8 +44,8 @@ class PuttingOff:
     rehearsal: bool
     """Whether `NeededError` is raised instead."""
     seen: int = 0
-    last: tuple[Tensor, ...] = ()
-    """Parameters and tables of the tokens that were made; rehearsals and tests look at them."""
+    used: frozenset[int] = frozenset()
+    """Where the norm, prefix and tables of the tokens that were made lie in memory."""
     begun: bool = False
 
 
@@ -255,7 +255,7 @@ def tokens(
     channel = 1 if as_grid else 2
     shape = _with_channels(lead, channel, weight.shape[0])
     made = _made(Tokens, make, shape, weight.dtype, weight.device)
-    made.taken = torch.arange(count).view(*lead, 1)
+    made.taken = torch.arange(count, device="cpu").view(*lead, 1)
     made.channel, made.source, made.normed, made.prefix, made.positions = (
         channel,
         source,
@@ -271,7 +271,7 @@ def rows(table: Tensor) -> Tensor:
     """Stands for a table ``[..., R, D]`` itself."""
     made = _made(Rows, lambda: table, table.shape, table.dtype, table.device)
     made.table = table.reshape(-1, table.shape[-1])
-    made.taken = torch.arange(len(made.table)).view(*table.shape[:-1], 1)
+    made.taken = torch.arange(len(made.table), device="cpu").view(*table.shape[:-1], 1)
     made.channel, made.weight, made.scale = table.dim() - 1, None, None
     result: Tensor = made
     return result
@@ -318,9 +318,9 @@ def _layout(x: Tokens) -> tuple[int, int, list[tuple[int, int]]] | None:
     """Sequences, tokens of each, and the sizes that images are cropped to; None if out of order."""
     source, order = x.source, x.taken.flatten()
     images = 1 if source.flat else len(source.pixels)
-    expected = torch.arange(images * source.patches).view(images, source.patches)
+    expected = torch.arange(images * source.patches, device="cpu").view(images, source.patches)
     if x.prefix is not None:
-        prefix = torch.full((images, 1), -1)
+        prefix = torch.full((images, 1), -1, device="cpu")
         expected = torch.cat((prefix, expected) if _is_first(x) else (expected, prefix), dim=1)
     if torch.equal(order, expected.flatten()):
         return *expected.shape, []
@@ -337,7 +337,7 @@ def _cropped(source: _Source, order: Tensor) -> tuple[int, int, list[tuple[int, 
     if len(source.grid) != 2 or not len(order):
         return None
     images, (height, width) = len(source.pixels), source.grid
-    grid = torch.arange(height * width).view(height, width)
+    grid = torch.arange(height * width, device="cpu").view(height, width)
     counts = torch.bincount(order // (height * width), minlength=images).tolist()
     sizes, expected, begin = [], [], 0
     for image, count in enumerate(counts):
@@ -363,7 +363,8 @@ def _fused(x: Tokens) -> Tensor | None:
     sizes = [(h * sides[0], w * sides[1]) for h, w in found[2]]
     if (current := _current.get()) is not None:
         given = (norm.weight, x.prefix, *(p.table for p in x.positions))
-        current.last = tuple(t for t in given if t is not None)
+        places = (t.untyped_storage().data_ptr() for t in given if t is not None)
+        current.used = frozenset(places)
     made = patch_embed(
         source.pixels,
         source.weight,
@@ -410,7 +411,10 @@ def _plus(make: _Make, a: Any, b: Any, *, alpha: float = 1) -> Tensor:
     if other.scale is not None:
         weight = other.scale.reshape(1) if weight is None else weight * other.scale.reshape(1)
     made = x.moved(make, x.taken, x.channel, None)
-    dense = torch.equal(index, torch.arange(found[1])[:, None]) and len(other.table) >= found[1]
+    dense = (
+        torch.equal(index, torch.arange(found[1], device="cpu")[:, None])
+        and len(other.table) >= found[1]
+    )
     position = Position(
         other.table, None if dense else index, weight, patches_only=x.prefix is None
     )
@@ -449,7 +453,7 @@ def _shaped(lead: Sequence[int], taken: Tensor) -> Tensor:
 def _split(x: Rows, width: int) -> Rows:
     """Wide rows as several narrow ones, in a dimension of their own."""
     parts = x.shape[-1] // width
-    index = (x.taken * parts + torch.arange(parts))[..., None]  # [*lead, parts, 1]
+    index = (x.taken * parts + torch.arange(parts, device="cpu"))[..., None]  # [*lead, parts, 1]
     weight = None if x.weight is None else x.weight[..., None].expand(index.shape)
     made = _made(Rows, x._make, (*x.shape[:-1], parts, width), x.dtype, x.device)
     made.table, made.taken, made.weight = x.table.reshape(-1, width), index, weight
@@ -550,7 +554,12 @@ def _cat(make: _Make, tensors: Sequence[Any], dim: int = 0) -> Any:
     index = torch.cat([_padded(t.taken, most) for t in tensors], dim=lead)
     weight = None
     if most > 1 or any(t.weight is not None for t in tensors):
-        given = [torch.ones(t.taken.shape) if t.weight is None else t.weight for t in tensors]
+        given = [
+            torch.ones(t.taken.shape, dtype=torch.float32, device="cpu")
+            if t.weight is None
+            else t.weight
+            for t in tensors
+        ]
         weight = torch.cat([_padded(t, most, 0.0) for t in given], dim=lead)
     return first.moved(make, index, first.channel, weight)
 
@@ -579,7 +588,7 @@ def _with_prefix(make: _Make, tensors: Sequence[Any], dim: int) -> Any:
         or not len(x)
     ):
         raise _UnknownError
-    own = torch.full((len(x), 1, 1), -1)
+    own = torch.full((len(x), 1, 1), -1, device="cpu")
     made = x.moved(make, torch.cat((x.taken, own) if kinds[0] else (own, x.taken), dim=1), 2, None)
     made.prefix = prefix[0]
     return made
@@ -702,7 +711,7 @@ def _neighbours(at: Tensor, size: int, align_corners: bool) -> tuple[Tensor, Ten
     far = near + 1
     near = ((a + 2) * near - (a + 3)) * near * near + 1
     far = ((a * far - 5 * a) * far + 8 * a) * far - 4 * a
-    places = floor.long()[..., None] + torch.arange(-1, 3)
+    places = floor.long()[..., None] + torch.arange(-1, 3, device="cpu")
     weights = torch.cat((far[..., :1], near, far[..., 1:]), dim=-1)
     return places.clamp(0, size - 1), weights
 

@@ -42,7 +42,7 @@ class Surroundings:
     @property
     def note(self) -> str:
         """For the report."""
-        return "with " + ", ".join(self.names)
+        return "with " + (", ".join(self.names) or "what its tower adds")
 
 
 def around(model: nn.Module, path: str, width: int) -> tuple[str, Any] | None:
@@ -131,7 +131,7 @@ def _rehearsed(
             return None
         if not (got - expected).abs().max() <= _TOLERANCE * max(1.0, float(expected.abs().max())):
             return None
-        used.update(t.untyped_storage().data_ptr() for t in current.last)
+        used |= current.used
     found = (n for n, p in ours.named_parameters() if p.untyped_storage().data_ptr() in used)
     names = tuple(dict.fromkeys(name.split(".")[0] for name in found))
     return Surroundings(convolution, events, names, tuple(_parts(tower, convolution, names)))
