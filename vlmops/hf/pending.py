@@ -675,10 +675,10 @@ def _axis(
     """Which of ``count`` values torch's interpolation takes for each of ``size``, and how much."""
     align_corners, recompute, antialias = options
     with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
-        # Two lines alike: of a single one torch 2.13 takes the strides for channels_last's.
-        unit = torch.eye(count, dtype=torch.float32)[:, None].repeat(1, 2, 1)[None]
+        # In a row: of a single column, torch 2.13 antialiases the dimension of size 1.
+        unit = torch.eye(count, dtype=torch.float32)[None, :, None]
         out = functional.interpolate(
-            unit, None if size is None else (2, size), None if scale is None else (1.0, scale),
+            unit, None if size is None else (1, size), None if scale is None else (1.0, scale),
             mode, align_corners, recompute, antialias,
         )[0, :, 0].T  # fmt: skip
         taps = max(int((out != 0).sum(dim=1).max()), 1)
