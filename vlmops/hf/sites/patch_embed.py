@@ -64,15 +64,17 @@ class _Tower:
 
 def find(model: nn.Module) -> Iterator[Place | Refused | AlreadyPatched]:
     """Every convolution whose stride is its kernel, with what surrounds it; every unfolding."""
-    places, weights = [], set()
+    places: list[Place] = []
+    weights: dict[int, Tensor] = {}  # kept, so that no other takes an id
     for path, module in model.named_modules():
         details: Any = module if _is_patchify(module) else _unfolding(module)
         if details is None:
             continue
         place = Place(path, type(module).__name__, 1, details)
-        if _layer(details).weight in weights:  # UDOP's: whichever of them runs
+        weight = _layer(details).weight
+        if id(weight) in weights:  # UDOP's: whichever of them runs
             place = dataclasses.replace(place, sites=0, note="shares its weights with another")
-        weights.add(_layer(details).weight)
+        weights[id(weight)] = weight
         outer = embeddings.around(model, path) if details is module else None
         if outer is not None and original_class(outer[1]):
             yield AlreadyPatched(_around(place, *outer))
