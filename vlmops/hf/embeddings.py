@@ -19,8 +19,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
-from vlmops.hf import plain
+from vlmops.hf import pending, plain
 from vlmops.hf.norms import rms_norm
 from vlmops.hf.pixels import PixelMap, Raw, attributes, is_raw, normalised, require_normalised
 from vlmops.hf.rebind import changed, original_class, subclass
@@ -70,21 +71,22 @@ def around(model: nn.Module, path: str) -> tuple[str, Any] | None:
     for depth in range(1, min(len(names), 2) + 1):
         outer = ".".join(names[:-depth])
         module = model.get_submodule(outer)
-        if not _only_embeds(module, convolution):
+        if not only_embeds(module, convolution, convolution.out_channels):  # type: ignore[arg-type]
             return None
         if _tables(module, convolution.out_channels):  # type: ignore[arg-type]
             return outer, module
     return None
 
 
-def _only_embeds(module: nn.Module, convolution: Any) -> bool:
+def only_embeds(module: nn.Module, convolution: nn.Module, width: int) -> bool:
+    """Whether a module holds nothing that computes but this convolution, tables and norms."""
     for child in module.modules():
         if child is convolution or isinstance(child, nn.Embedding | nn.Dropout | nn.Identity):
             continue
         if any(child.children()):
             if child is not module and any(True for _ in child.parameters(recurse=False)):
                 return False
-        elif any(p.shape != (convolution.out_channels,) for p in child.parameters()):
+        elif any(p.shape != (width,) for p in child.parameters()):
             return False  # no norm
     return True
 
@@ -146,15 +148,22 @@ def _unfit(module: nn.Module, convolution: str) -> str | None:
             return f"{name}.forward was replaced on the instance; undo that, then patch"
         if isinstance(child, nn.Embedding):
             reason = plain.refusal(child, nn.Embedding)
-            special = (child.max_norm, child.padding_idx, child.scale_grad_by_freq, child.sparse)
-            if reason is not None or any(special[2:]) or special[:2] != (None, None):
+            if reason is not None or not is_plain_table(child):
                 return reason or f"{name} is a table with options that only nn.Embedding knows"
     return None
 
 
+def is_plain_table(module: Any) -> bool:
+    """Whether a module looks rows up and does nothing else."""
+    if not isinstance(module, nn.Embedding) or plain.refusal(module, nn.Embedding) is not None:
+        return False
+    options = (module.max_norm, module.padding_idx, module.scale_grad_by_freq, module.sparse)
+    return options == (None, None, False, False)
+
+
 def _proved(module: Any, convolution: str) -> Layout:
     """The layout by which the patched forward gives what the module's own does."""
-    twin = _twin(module, torch.Generator().manual_seed(0))
+    twin = stand_in(module, torch.Generator().manual_seed(0))
     layout = _computed(twin, convolution) if _wants_more(module) else _guessed(twin, convolution)
     forward = patched_class(module, layout).forward
     for size in (layout.size,) if layout.size else _some_sizes(twin.get_submodule(convolution)):
@@ -180,7 +189,7 @@ def _is_off(twin: Any, given: list[Tensor], name: str, expected: Tensor) -> bool
         return False
 
 
-def _twin(module: Any, draw: torch.Generator) -> Any:
+def stand_in(module: Any, draw: torch.Generator | None) -> Any:
     """A module of the same class and sizes on the CPU, with random numbers in float32."""
     made: Any = object.__new__(type(module))
     made.__dict__.update(module.__dict__)
@@ -188,20 +197,28 @@ def _twin(module: Any, draw: torch.Generator) -> Any:
         if isinstance(value, OrderedDict) and name.endswith("_hooks"):
             made.__dict__[name] = OrderedDict()
 
-    def drawn(tensor: Tensor | None) -> Any:
-        if tensor is None:
-            return None
-        if not tensor.is_floating_point():  # ids, in an order that tells them from row numbers
-            return torch.randperm(tensor.numel(), generator=draw).view(tensor.shape)
-        scale = tensor[0].numel() ** -0.5 if tensor.dim() > 3 else 1.0
-        values = torch.randn(tensor.shape, generator=draw, dtype=torch.float32) * scale
-        return nn.Parameter(values, False) if isinstance(tensor, nn.Parameter) else values
-
-    made._parameters = {name: drawn(p) for name, p in module._parameters.items()}
-    made._buffers = {name: drawn(b) for name, b in module._buffers.items()}
-    made._modules = {n: None if c is None else _twin(c, draw) for n, c in module._modules.items()}
+    made._parameters = {name: drawn(p, draw) for name, p in module._parameters.items()}
+    made._buffers = {name: drawn(b, draw) for name, b in module._buffers.items()}
+    made._modules = {
+        n: None if c is None else stand_in(c, draw) for n, c in module._modules.items()
+    }
     made.training = False
     return made
+
+
+def drawn(tensor: Tensor | None, draw: torch.Generator | None) -> Any:
+    """Random numbers in place of a parameter or buffer; any numbers if nothing draws them."""
+    if tensor is None:
+        return None
+    if draw is None:
+        dtype = torch.float32 if tensor.is_floating_point() else torch.int64
+        values = torch.empty(tensor.shape, dtype=dtype)
+        return nn.Parameter(values, False) if isinstance(tensor, nn.Parameter) else values.zero_()
+    if not tensor.is_floating_point():  # ids, in an order that tells them from row numbers
+        return torch.randperm(tensor.numel(), generator=draw).view(tensor.shape)
+    scale = tensor[0].numel() ** -0.5 if tensor.dim() > 3 else 1.0
+    values = torch.randn(tensor.shape, generator=draw, dtype=torch.float32) * scale
+    return nn.Parameter(values, False) if isinstance(tensor, nn.Parameter) else values
 
 
 def _parameters(function: Any) -> list[inspect.Parameter]:
@@ -211,11 +228,11 @@ def _parameters(function: Any) -> list[inspect.Parameter]:
 
 def _wants_more(module: Any) -> bool:
     """Whether a module's forward wants more than pixels."""
-    return len(_required(type(module).forward)) > 1
+    return len(required(type(module).forward)) > 1
 
 
-def _required(function: Any) -> list[str]:
-    """Names of the arguments that have no default."""
+def required(function: Any) -> list[str]:
+    """Of a forward, the names of the arguments that have no default."""
     variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     parameters = _parameters(function)
     return [p.name for p in parameters if p.default is p.empty and p.kind not in variadic]
@@ -227,7 +244,7 @@ def _arguments(module: Any, convolution: str, count: int, size: tuple[int, ...])
     given = [torch.randn(count, conv.in_channels, *size, generator=draw)]
     if not _wants_more(module):
         return given
-    names = _required(type(module).forward)[1:]
+    names = required(type(module).forward)[1:]
     if names != ["patch_attention_mask"]:
         raise _UnlikeError(f"its forward wants {', '.join(names)}, which vlmops does not know")
     mask = torch.ones(count, *_grid(conv, size), dtype=torch.bool)
@@ -364,16 +381,19 @@ def patched_class(module: Any, layout: Layout, raw: PixelMap | None = None) -> t
             tokens = None
             if raw is not None:
                 require_normalised(pixels)
-            if _undisturbed(self, layout, parts) and _is_plain(known, args, kwargs):
+            undisturbed = _undisturbed(self, layout, parts)
+            if undisturbed and _is_plain(known, args, kwargs):
                 tokens = _embedded(self, layout, original, pixels, args, kwargs, raw)
             if tokens is not None:
                 return tokens
             if raw is not None and is_raw(pixels):
-                pixels = normalised(raw, pixels, _part(self, layout.convolution).weight)
+                pixels = normalised(raw, pixels, part(self, layout.convolution).weight)
                 if args:
                     args = (pixels, *args[1:])
                 else:
                     kwargs[first] = pixels
+            if undisturbed:
+                return _put_off(self, layout, original, pixels, args, kwargs)
             return original.forward(self, *args, **kwargs)
 
         forward.__signature__ = inspect.signature(original.forward)  # type: ignore[attr-defined]
@@ -383,7 +403,7 @@ def patched_class(module: Any, layout: Layout, raw: PixelMap | None = None) -> t
     raw_too = Raw(
         lambda module, pixels: patched_class(module, layout, pixels),
         layout.convolution,
-        lambda module: int(_part(module, layout.convolution).in_channels),
+        lambda module: int(part(module, layout.convolution).in_channels),
     )
     more = attributes(raw, raw_too)
     return subclass(original, key, make_forward, **more)
@@ -391,10 +411,10 @@ def patched_class(module: Any, layout: Layout, raw: PixelMap | None = None) -> t
 
 def _undisturbed(module: Any, layout: Layout, parts: tuple[tuple[str, Any], ...]) -> bool:
     """Whether the parts of a module are what they were, and nobody watches them."""
-    if not plain.bypassable(_part(module, layout.convolution), nn.Conv2d, nn.Conv3d):
+    if not plain.bypassable(part(module, layout.convolution), nn.Conv2d, nn.Conv3d):
         return False
     for name, kind in parts:
-        child = _part(module, name)
+        child = part(module, name)
         if child is None or not plain.bypassable(child, kind):
             return False
         if isinstance(child, nn.Dropout) and child.training and child.p > 0:
@@ -402,7 +422,8 @@ def _undisturbed(module: Any, layout: Layout, parts: tuple[tuple[str, Any], ...]
     return True
 
 
-def _part(module: Any, path: str) -> Any:
+def part(module: Any, path: str) -> Any:
+    """A module below another, or None if it is gone."""
     for name in path.split("."):
         module = module._modules.get(name)
         if module is None:
@@ -430,8 +451,8 @@ def _embedded(
     raw: PixelMap | None,
 ) -> Tensor | None:
     """Tokens, or None where the module's own code has to run."""
-    conv = _part(module, layout.convolution)
-    norm = None if layout.norm is None else _part(module, layout.norm)
+    conv = part(module, layout.convolution)
+    norm = None if layout.norm is None else part(module, layout.norm)
     prefix = None if layout.prefix is None else getattr(module, layout.prefix)
     rows = None if layout.table is None else _rows(module, layout.table)
     weights = [t for t in (conv.weight, conv.bias, prefix) if t is not None]
@@ -481,6 +502,53 @@ def _embedded(
     )
 
 
+def _put_off(
+    module: Any, layout: Layout, original: Any, pixels: Any, args: Any, kwargs: Any
+) -> Any:
+    """What the module's own code makes of other sizes and arguments, in one pass where it can be.
+
+    That is for the CPU; on a GPU its twenty steps in Python would cost more than they save.
+    """
+    conv = part(module, layout.convolution)
+    given = [pixels, conv.weight, *([] if layout.table is None else [_rows(module, layout.table)])]
+    if (
+        torch.compiler.is_compiling()
+        or layout.computes_ids
+        or not all(isinstance(t, Tensor) and t.is_cpu for t in given)
+        or not plain.runs("patch_embed", given)
+    ):
+        return original.forward(module, *args, **kwargs)
+    with pending.putting_off(conv):
+        shadow = with_rows(module, original, layout.table)
+        return pending.computed(original.forward(shadow, *args, **kwargs))
+
+
+def with_rows(module: Any, original: Any, table: str | None = None) -> Any:
+    """The module with `pending.Rows` in place of its tables; ``table``: a parameter among them."""
+    shadow: Any = object.__new__(original)
+    shadow.__dict__.update(module.__dict__)
+    tables = {n: _Table(c) for n, c in module._modules.items() if isinstance(c, nn.Embedding)}
+    shadow.__dict__["_modules"] = {**module._modules, **tables}
+    parameter = module._parameters.get(table)
+    if parameter is not None:
+        replaced = {**module._parameters, table: pending.rows(parameter)}
+        shadow.__dict__["_parameters"] = replaced
+    return shadow
+
+
+class _Table:
+    """An `nn.Embedding` whose rows are put off."""
+
+    def __init__(self, table: Any) -> None:
+        self._table, self.weight = table, pending.rows(table.weight)
+
+    def __call__(self, input: Tensor) -> Tensor:
+        return functional.embedding(input, self.weight)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._table, name)
+
+
 def _looked_up(
     module: Any, layout: Layout, original: Any, size: tuple[int, ...], args: Any, kwargs: Any
 ) -> Tensor | None:
@@ -490,7 +558,7 @@ def _looked_up(
     """
     if torch.compiler.is_compiling():
         return None
-    conv, found = _part(module, layout.convolution), []
+    conv, found = part(module, layout.convolution), []
     width, dtype = conv.out_channels, conv.weight.dtype
 
     def convolve(x: Tensor) -> Tensor:

@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from torch.nn.utils import skip_init  # draws no random numbers
 
 from vlmops import dispatch
-from vlmops.hf import embeddings, plain
+from vlmops.hf import embeddings, pending, plain, towers
 from vlmops.hf.embeddings import Layout
 from vlmops.hf.pixels import PixelMap, Raw, attributes, is_raw, normalised, require_normalised
 from vlmops.hf.rebind import changed, original_class, subclass
-from vlmops.hf.sites import AlreadyPatched, Place, Refused, Site
+from vlmops.hf.sites import AlreadyPatched, LeftAlone, Place, Refused, Site
 from vlmops.ops.linear_tuning import tune
 from vlmops.ops.patch_embed import patch_embed
 from vlmops.ops.patch_embed_panels import computes_in
@@ -54,14 +54,28 @@ class _Embeddings:
     convolution: nn.Module
 
 
+@dataclasses.dataclass(frozen=True)
+class _Tower:
+    """A convolution or an unfolding in a tower whose forward embeds."""
+
+    inner: Any
+    module: nn.Module
+    found: towers.Surroundings
+
+
 def find(model: nn.Module) -> Iterator[Place | Refused | AlreadyPatched]:
     """Every convolution whose stride is its kernel, with what surrounds it; every unfolding."""
-    places = []
+    places: list[Place] = []
+    weights: dict[int, Tensor] = {}  # kept, so that no other takes an id
     for path, module in model.named_modules():
         details: Any = module if _is_patchify(module) else _unfolding(module)
         if details is None:
             continue
         place = Place(path, type(module).__name__, 1, details)
+        weight = _layer(details).weight
+        if id(weight) in weights:  # UDOP's: whichever of them runs
+            place = dataclasses.replace(place, sites=0, note="shares its weights with another")
+        weights[id(weight)] = weight
         outer = embeddings.around(model, path) if details is module else None
         if outer is not None and original_class(outer[1]):
             yield AlreadyPatched(_around(place, *outer))
@@ -69,13 +83,15 @@ def find(model: nn.Module) -> Iterator[Place | Refused | AlreadyPatched]:
             yield AlreadyPatched(place)
         elif (reason := _refusal(details)) is not None:
             yield Refused(place, reason)
+        elif _in_decoder(model, path):
+            yield LeftAlone(place, "decoders are given no pixels")
         elif outer is None:
-            places.append(place)
+            places.append(_in_tower(model, place))
         else:
             layout = embeddings.study(outer[1], path.removeprefix(outer[0]).lstrip("."))
             if isinstance(layout, str):
                 note = f"patches alone, not {type(outer[1]).__name__}: {layout}"
-                places.append(dataclasses.replace(place, note=note))
+                places.append(_in_tower(model, dataclasses.replace(place, note=note)))
             else:
                 found = _Embeddings(outer[1], layout, module)
                 places.append(_around(place, *outer, details=found, note=layout.note))
@@ -83,15 +99,49 @@ def find(model: nn.Module) -> Iterator[Place | Refused | AlreadyPatched]:
     yield from places
 
 
+def _in_tower(model: nn.Module, place: Place) -> Place:
+    """The place, with what its tower adds to patches if that can be put off."""
+    weight = _kernel(place.details)
+    outer = towers.around(model, place.path, len(weight))
+    if outer is None:
+        return place
+    path, tower = outer
+    patched = adapt(place)[model.get_submodule(place.path)]
+    found = towers.study(tower, place.path.removeprefix(path).lstrip("."), weight, patched)
+    if found is None:
+        return place
+    note = "; ".join(n for n in (place.note, found.note) if n)
+    return dataclasses.replace(place, details=_Tower(place.details, tower, found), note=note)
+
+
 def _around(place: Place, path: str, module: nn.Module, **more: Any) -> Place:
     return dataclasses.replace(place, path=path, module=type(module).__name__, **more)
 
 
+def _in_decoder(model: nn.Module, path: str) -> bool:
+    """Whether a module lies in the decoder of an encoder-decoder model (UDOP's has all parts)."""
+    names = path.split(".")
+    above = (model.get_submodule(".".join(names[:i])) for i in range(len(names)))
+    configs = [getattr(module, "config", None) for module in above]
+    marks = ("is_encoder_decoder", "is_decoder")
+    return any(all(getattr(c, mark, None) is True for mark in marks) for c in configs)
+
+
 def _layer(details: Any) -> Any:
     """What has the weights."""
+    if isinstance(details, _Tower):
+        return _layer(details.inner)
     if isinstance(details, _Unfolding):
         return getattr(details.module, details.linear)
     return details.convolution if isinstance(details, _Embeddings) else details
+
+
+def _kernel(details: Any) -> Tensor:
+    """The weights as those of a convolution."""
+    weight: Tensor = _layer(details).weight
+    if isinstance(details, _Unfolding):
+        weight = weight.unflatten(1, (-1, *_patch(details)))
+    return weight
 
 
 def _measurable(weight: Tensor) -> Tensor:
@@ -159,6 +209,10 @@ def _refusal(details: Any) -> str | None:
 def adapt(place: Place) -> dict[nn.Module, type[nn.Module]]:
     """See `Site.adapt`."""
     details = place.details
+    if isinstance(details, _Tower):
+        width = len(_layer(details).weight)
+        inner = adapt(dataclasses.replace(place, details=details.inner))
+        return inner | towers.classes(details.module, details.found, width)
     if isinstance(details, _Unfolding):
         return {details.module: _unfolding_class(details)}
     convolution = _layer(details)
@@ -174,6 +228,8 @@ def _convolution_class(original: Any, raw: PixelMap | None = None) -> type[nn.Mo
             result: Tensor
             if raw is not None:
                 require_normalised(input)
+            if pending.begins(self) and _may_wait(input, self.weight, self.bias):
+                return pending.tokens(input, self.weight, self.bias, lambda: forward(self, input))
             tokens = _embedded(input, self.weight, self.bias, raw)
             if tokens is None:
                 result = original.forward(self, normalised(raw, input, self.weight))
@@ -205,6 +261,11 @@ def _unfolding_class(found: _Unfolding, raw: PixelMap | None = None) -> type[nn.
                 require_normalised(hidden_states)
             if plain.bypassable(unfold, nn.Unfold) and plain.bypassable(linear, nn.Linear):
                 weight = linear.weight.unflatten(1, (-1, *_pair(unfold.kernel_size)))
+                if pending.begins(self) and _may_wait(hidden_states, weight, linear.bias):
+                    return pending.tokens(
+                        hidden_states, weight, linear.bias, lambda: forward(self, hidden_states),
+                        as_grid=False,
+                    )  # fmt: skip
                 tokens = _embedded(hidden_states, weight, linear.bias, raw)
                 if tokens is not None:
                     return tokens
@@ -246,19 +307,42 @@ def _embedded(
         dtype = torch.get_autocast_dtype(x.device.type)
         floats = {name: t.to(dtype) for name, t in floats.items()}
         x, weight, bias = floats.get("x", x), floats["weight"], floats.get("bias")
-    if (
-        len({t.dtype for t in floats.values()}) > 1
-        or x.dim() != weight.dim()
-        or x.shape[1] != weight.shape[1]
-    ):
+    if not _fits(x, list(floats.values())):
         return None
     sides, patch = x.shape[2:], weight.shape[2:]
-    if any(n < p for n, p in zip(sides, patch, strict=True)):
-        return None
     if sides == patch and x.is_contiguous():  # Qwen's: a patch each, as they are multiplied
         x = x.flatten(1)
         return patch_embed(x, weight, bias, pixel_map=pixel_map)[:, None]
     return patch_embed(x, weight, bias, pixel_map=pixel_map)
+
+
+def _fits(x: Tensor, floats: list[Tensor]) -> bool:
+    """Whether what is multiplied is of one dtype, and pixels make a patch of the weight at least.
+
+    Args:
+        x: Pixels.
+        floats: The weight and what else is floating.
+    """
+    weight = next(t for t in floats if t is not x)
+    return (
+        len({t.dtype for t in floats}) == 1
+        and x.dim() == weight.dim()
+        and x.shape[1] == weight.shape[1]
+        and all(n >= p for n, p in zip(x.shape[2:], weight.shape[2:], strict=True))
+    )
+
+
+def _may_wait(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether patches can be put off until more is known: on the CPU, where that is measured."""
+    given = [x, weight] if bias is None else [x, weight, bias]
+    return (
+        plain.runs("patch_embed", given)
+        and x.is_cpu
+        and len(x) > 0
+        and not torch.is_autocast_enabled("cpu")
+        and all(type(t) in (Tensor, nn.Parameter) for t in given)
+        and _fits(x, given)
+    )
 
 
 _checked: dict[Hashable, str | None] = {}
@@ -266,9 +350,10 @@ _checked: dict[Hashable, str | None] = {}
 
 def check(place: Place) -> str | None:
     """Runs the replacement against the model's own code; once per kind, patch and dtype."""
-    layer = _layer(place.details)
+    layer, details = _layer(place.details), place.details
     # What surrounds it has been compared when it was found.
-    details = layer if isinstance(place.details, _Embeddings) else place.details
+    details = details.inner if isinstance(details, _Tower) else details
+    details = layer if isinstance(details, _Embeddings) else details
     patched = adapt(place)[details.module if isinstance(details, _Unfolding) else details]
     key = (
         patched,
