@@ -3,6 +3,7 @@
 
 #include "ops/mrope/mrope.h"
 #include "ops/patch_embed/patch_embed.h"
+#include "ops/pixel_shuffle/pixel_shuffle.h"
 
 namespace vlmops {
 
@@ -13,6 +14,9 @@ struct CpuKernels {
   patch_embed::CpuPack patch_embed_pack;
   patch_embed::CpuFinish patch_embed_finish;
   patch_embed::CpuPrefix patch_embed_prefix;
+  pixel_shuffle::CpuKernel pixel_shuffle;
+  pixel_shuffle::CpuKernel pixel_shuffle_inverse;
+  pixel_shuffle::CpuNormBackward pixel_shuffle_norm_backward;
 };
 
 // The table in force: the best that this machine runs, capped by VLMOPS_CPU_ISA. Throws
