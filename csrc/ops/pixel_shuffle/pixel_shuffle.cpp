@@ -22,8 +22,11 @@ namespace {
 using OptionalTensor = std::optional<Tensor>;
 using Sizes = std::vector<int64_t>;
 
-// From this size on what is written bypasses the caches: it would push out all else that lies there.
+// From this size on what is written bypasses the caches: memory is not read before it is overwritten.
 constexpr int64_t kStreamBytes = 8 << 20;
+// From this size on malloc takes fresh pages, and those lie in the cache once the kernel has zeroed
+// them: bypassing it helps what only moves bits alone.
+constexpr int64_t kFreshBytes = 32 << 20;
 
 struct Options {
   const char* op;
@@ -267,7 +270,9 @@ struct Work {
   std::vector<Group> groups;
 };
 
-Work work_of(const Options& o, const Layout& l, const Params& params, const Operands& t) {
+// fresh: what is written was just allocated.
+Work work_of(const Options& o, const Layout& l, const Params& params, const Operands& t,
+             bool fresh) {
   Work work{params, {}};
   Params& p = work.p;
   const Tensor* const tensors[] = {t.pixels, t.merged, t.pixels_out, t.merged_out};
@@ -316,7 +321,9 @@ Work work_of(const Options& o, const Layout& l, const Params& params, const Oper
     if (images.count * tokens * p.channels != 0) work.groups.push_back(g);
   }
   const int64_t bytes = p.dtype == DType::kFloat32 ? 4 : 2;
-  p.streams = p.tokens * p.block() * p.channels * bytes >= kStreamBytes;
+  const int64_t size = p.tokens * p.block() * p.channels * bytes;
+  const bool faults = fresh && size >= kFreshBytes && p.norm != Norm::kNone;
+  p.streams = size >= kStreamBytes && !faults;
   return work;
 }
 
@@ -426,7 +433,8 @@ Tensor shuffle(const Options& o, const Tensor& hidden_states, const OptionalTens
     if (bias.has_value()) out.apart_from({o.op, "norm_bias", *bias});
   }
   Tensor out = given != nullptr ? *given : torch::stable::new_empty(hidden_states, shape);
-  run_cpu(work_of(o, l, p, {&hidden_states, nullptr, nullptr, &out}), cpu_kernels().pixel_shuffle);
+  run_cpu(work_of(o, l, p, {&hidden_states, nullptr, nullptr, &out}, given == nullptr),
+          cpu_kernels().pixel_shuffle);
   return out;
 }
 
@@ -454,7 +462,8 @@ Tensor unshuffle(const Options& o, const Layout& l, const Params& p, const Tenso
                  const Sizes& shape) {
   Tensor out = torch::stable::new_empty(merged, shape);
   clear_rest(o, l, out);
-  run_cpu(work_of(o, l, p, {nullptr, &merged, &out, nullptr}), cpu_kernels().pixel_shuffle_inverse);
+  run_cpu(work_of(o, l, p, {nullptr, &merged, &out, nullptr}, true),
+          cpu_kernels().pixel_shuffle_inverse);
   return out;
 }
 
@@ -533,7 +542,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(
   Tensor out = torch::stable::new_empty(grad, needs_hidden_states ? shape : none);
   if (needs_hidden_states) clear_rest(o, l, out);
   const Work work = work_of(
-      o, l, p, {&hidden_states, &grad, needs_hidden_states ? &out : nullptr, nullptr});
+      o, l, p, {&hidden_states, &grad, needs_hidden_states ? &out : nullptr, nullptr}, true);
   const std::vector<double> sums = run_norm_backward_cpu(work, of_weight || of_bias);
   const int64_t n = p.normed();
   return {out, of_weight ? gradient_of(*norm_weight, sums.data(), n) : no_grad,

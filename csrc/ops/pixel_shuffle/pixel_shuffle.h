@@ -73,7 +73,10 @@ using CpuKernel = void (*)(const Params&, int64_t begin, int64_t end, float* scr
 using CpuNormBackward = void (*)(const Params&, int64_t begin, int64_t end, float* scratch,
                                  double* weight_grad);
 
-inline int64_t scratch_floats(const Params& p) { return 8 * p.depth() + 64; }
+// Eight rows, apart by more than a page's size is a multiple of: else they would meet in the same
+// sets of a cache.
+constexpr int64_t kScratchGap = 80;
+inline int64_t scratch_floats(const Params& p) { return 8 * (p.depth() + 16 + kScratchGap) + 16; }
 
 // On a GPU, where all pointers of Params are the device's. They return 0 or an error's number.
 using CudaKernel = int (*)(const Params&, void* stream);

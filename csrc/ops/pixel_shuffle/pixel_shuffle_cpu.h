@@ -414,7 +414,7 @@ struct Scratch {
     auto* at = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(memory) + 63) / 64 * 64);
     for (float** part : parts) {
       *part = at;
-      at += k;
+      at += (k + 15) / 16 * 16 + kScratchGap;
     }
   }
 };
