@@ -345,6 +345,26 @@ void each_part(const Work& work, const F& f) {
   }
 }
 
+// Tells the emulator of everything that kernels may touch.
+void allow_all(const CudaKernels& kernels, const Operands& t, const OptionalTensor& weight,
+               const OptionalTensor& bias) {
+  if (kernels.register_buffer == nullptr) return;
+  kernels.register_buffer(nullptr, 0, nullptr, false);
+  if (t.pixels != nullptr) allow(kernels, *t.pixels, "hidden_states", true);
+  if (t.merged != nullptr) allow(kernels, *t.merged, "merged tokens", true);
+  if (weight.has_value()) allow(kernels, *weight, "norm_weight", true);
+  if (bias.has_value()) allow(kernels, *bias, "norm_bias", true);
+  if (t.pixels_out != nullptr) allow(kernels, *t.pixels_out, "tokens that are written", false);
+  if (t.merged_out != nullptr) allow(kernels, *t.merged_out, "merged tokens that are written", false);
+}
+
+void run_cuda(const CudaKernels& kernels, const char* op, const Work& work, CudaKernel kernel,
+              const Tensor& on) {
+  std::optional<torch::stable::accelerator::DeviceGuard> guard;
+  if (is_on_gpu(on)) guard.emplace(on.device().index());
+  each_part(work, [&](const Params& p) { check_launch(kernels, op, kernel(p, stream_of(on))); });
+}
+
 void run_cpu(const Work& work, CpuKernel kernel) {
   each_part(work, [&](const Params& p) {
     const int64_t least = grain(p.block() * p.channels);
@@ -433,8 +453,14 @@ Tensor shuffle(const Options& o, const Tensor& hidden_states, const OptionalTens
     if (bias.has_value()) out.apart_from({o.op, "norm_bias", *bias});
   }
   Tensor out = given != nullptr ? *given : torch::stable::new_empty(hidden_states, shape);
-  run_cpu(work_of(o, l, p, {&hidden_states, nullptr, nullptr, &out}, given == nullptr),
-          cpu_kernels().pixel_shuffle);
+  const Operands operands{&hidden_states, nullptr, nullptr, &out};
+  const Work work = work_of(o, l, p, operands, given == nullptr);
+  if (const CudaKernels* kernels = launchers_for(hidden_states)) {
+    allow_all(*kernels, operands, weight, bias);
+    run_cuda(*kernels, o.op, work, kernels->pixel_shuffle, hidden_states);
+  } else {
+    run_cpu(work, cpu_kernels().pixel_shuffle);
+  }
   return out;
 }
 
@@ -462,8 +488,14 @@ Tensor unshuffle(const Options& o, const Layout& l, const Params& p, const Tenso
                  const Sizes& shape) {
   Tensor out = torch::stable::new_empty(merged, shape);
   clear_rest(o, l, out);
-  run_cpu(work_of(o, l, p, {nullptr, &merged, &out, nullptr}, true),
-          cpu_kernels().pixel_shuffle_inverse);
+  const Operands operands{nullptr, &merged, &out, nullptr};
+  const Work work = work_of(o, l, p, operands, true);
+  if (const CudaKernels* kernels = launchers_for(merged)) {
+    allow_all(*kernels, operands, {}, {});
+    run_cuda(*kernels, o.op, work, kernels->pixel_shuffle_inverse, merged);
+  } else {
+    run_cpu(work, cpu_kernels().pixel_shuffle_inverse);
+  }
   return out;
 }
 
@@ -513,6 +545,40 @@ Tensor gradient_of(const Tensor& vector, const double* sums, int64_t n) {
   return out;
 }
 
+// Blocks of all parts leave their sums in one tensor, which is added up at the end.
+void norm_backward_cuda(const CudaKernels& kernels, const char* op, const Work& work,
+                        const Tensor& grad, bool of_weight, bool of_bias, Tensor (&sums)[2]) {
+  std::optional<torch::stable::accelerator::DeviceGuard> guard;
+  if (is_on_gpu(grad)) guard.emplace(grad.device().index());
+  void* const stream = stream_of(grad);
+  const int64_t n = work.p.normed();
+  const bool wanted = of_weight || of_bias;
+  int all = 0;
+  each_part(work, [&](const Params& p) { all += kernels.pixel_shuffle_norm_backward_parts(p); });
+  const int64_t scratch[] = {wanted ? all : 0, 2, n}, size[] = {n};
+  Tensor partial = torch::stable::new_empty(grad, {scratch, 3}, ScalarType::Float);
+  allow(kernels, partial, "partial sums", false);
+  auto* const memory = static_cast<float*>(partial.mutable_data_ptr());
+  float* to[] = {nullptr, nullptr};
+  for (int i = 0; i < 2; ++i) {
+    if (!(i == 0 ? of_weight : of_bias)) continue;
+    sums[i] = torch::stable::new_empty(grad, {size, 1}, ScalarType::Float);
+    to[i] = static_cast<float*>(sums[i].mutable_data_ptr());
+    allow(kernels, sums[i], "the gradient of a vector of the norm", false);
+  }
+  int done = 0;
+  each_part(work, [&](const Params& p) {
+    const int parts = kernels.pixel_shuffle_norm_backward_parts(p);
+    check_launch(kernels, op,
+                 kernels.pixel_shuffle_norm_backward(
+                     p, parts, wanted ? memory + int64_t{done} * 2 * n : nullptr, stream));
+    done += parts;
+  });
+  if (wanted)
+    check_launch(kernels, op,
+                 kernels.pixel_shuffle_weight_grad(memory, all, n, to[0], to[1], stream));
+}
+
 std::tuple<Tensor, Tensor, Tensor> backward(
     const Tensor& grad, const Tensor& hidden_states, OptionalTensor norm_weight,
     OptionalTensor norm_bias, int64_t factor, std::string layout, Sizes grid_hw, std::string order,
@@ -541,10 +607,21 @@ std::tuple<Tensor, Tensor, Tensor> backward(
     return {needs_hidden_states ? unshuffle(o, l, p, grad, shape) : no_grad, no_grad, no_grad};
   Tensor out = torch::stable::new_empty(grad, needs_hidden_states ? shape : none);
   if (needs_hidden_states) clear_rest(o, l, out);
-  const Work work = work_of(
-      o, l, p, {&hidden_states, &grad, needs_hidden_states ? &out : nullptr, nullptr}, true);
-  const std::vector<double> sums = run_norm_backward_cpu(work, of_weight || of_bias);
   const int64_t n = p.normed();
+  if (const CudaKernels* kernels = launchers_for(grad)) {
+    // The order of summation shall not hang on the gradient's strides.
+    const Tensor dense = torch::stable::contiguous(grad);
+    const Operands operands{&hidden_states, &dense, needs_hidden_states ? &out : nullptr, nullptr};
+    Tensor sums[] = {no_grad, no_grad};
+    allow_all(*kernels, operands, norm_weight, norm_bias);
+    norm_backward_cuda(*kernels, o.op, work_of(o, l, p, operands, true), grad, of_weight, of_bias,
+                       sums);
+    return {out, of_weight ? torch::stable::to(sums[0], norm_weight->scalar_type()) : no_grad,
+            of_bias ? torch::stable::to(sums[1], norm_bias->scalar_type()) : no_grad};
+  }
+  const Operands operands{&hidden_states, &grad, needs_hidden_states ? &out : nullptr, nullptr};
+  const std::vector<double> sums =
+      run_norm_backward_cpu(work_of(o, l, p, operands, true), of_weight || of_bias);
   return {out, of_weight ? gradient_of(*norm_weight, sums.data(), n) : no_grad,
           of_bias ? gradient_of(*norm_bias, sums.data() + n, n) : no_grad};
 }
