@@ -33,7 +33,12 @@ const CudaKernels kernels = {&describe_status,
                              &mrope::run_norm_backward_cuda,
                              &patch_embed::run_cuda,
                              &patch_embed::pack_cuda,
-                             &patch_embed::finish_cuda};
+                             &patch_embed::finish_cuda,
+                             &pixel_shuffle::run_cuda,
+                             &pixel_shuffle::run_inverse_cuda,
+                             &pixel_shuffle::norm_backward_parts_cuda,
+                             &pixel_shuffle::run_norm_backward_cuda,
+                             &pixel_shuffle::run_weight_grad_cuda};
 
 }  // namespace
 }  // namespace vlmops

@@ -7,6 +7,7 @@
 
 #include "ops/mrope/mrope.h"
 #include "ops/patch_embed/patch_embed.h"
+#include "ops/pixel_shuffle/pixel_shuffle.h"
 
 namespace vlmops {
 
@@ -22,6 +23,11 @@ struct CudaKernels {
   patch_embed::CudaRun patch_embed;
   patch_embed::CudaPack patch_embed_pack;
   patch_embed::CudaFinish patch_embed_finish;
+  pixel_shuffle::CudaKernel pixel_shuffle;
+  pixel_shuffle::CudaKernel pixel_shuffle_inverse;
+  pixel_shuffle::CudaNormBackwardParts pixel_shuffle_norm_backward_parts;
+  pixel_shuffle::CudaNormBackward pixel_shuffle_norm_backward;
+  pixel_shuffle::CudaWeightGrad pixel_shuffle_weight_grad;
 };
 
 }  // namespace vlmops

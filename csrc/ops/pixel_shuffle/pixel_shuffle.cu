@@ -1,0 +1,212 @@
+// Launches of pixel shuffle on NVIDIA GPUs: Params and a stream in, an error's number out. No torch.
+#include <algorithm>
+
+#include "ops/pixel_shuffle/pixel_shuffle.cuh"
+
+namespace vlmops::pixel_shuffle {
+namespace {
+
+constexpr int kInvalidValue = 1;  // cudaErrorInvalidValue
+
+int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
+
+int64_t bytes_of(const Params& p) { return p.dtype == DType::kFloat32 ? 4 : 2; }
+
+bool on(int64_t bytes, const void* p) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
+
+// Whether every pixel begins on so many bytes.
+bool pixels_on(int64_t bytes, const Params& p, const void* base, Pixels Group::* of) {
+  const int64_t size = bytes_of(p);
+  bool good = on(bytes, base);
+  for (int i = 0; i < p.group_count; ++i) {
+    const Pixels& at = p.groups[i].*of;
+    const int64_t strides[] = {at.offset, at.image, at.block_row, at.block_column, at.y, at.x};
+    for (const int64_t stride : strides) good = good && stride * size % bytes == 0;
+  }
+  return good;
+}
+
+bool merged_on(int64_t bytes, const Params& p, const void* base, int64_t token,
+               int64_t Group::* offset, int64_t Group::* image) {
+  const int64_t size = bytes_of(p);
+  bool good = on(bytes, base) && token * size % bytes == 0;
+  for (int i = 0; i < p.group_count; ++i) {
+    good = good && p.groups[i].*offset * size % bytes == 0 &&
+           p.groups[i].*image * size % bytes == 0;
+  }
+  return good;
+}
+
+// Whether packs of 16 bytes fit all that is read and written; in order "cyx" 4 bytes of each pixel
+// make one up.
+bool packs(const Params& p) {
+  const bool quads = p.order == Order::kCyx && !p.mean;
+  if (quads && p.factor != 2) return false;
+  const int64_t piece = quads ? 4 : 16;
+  if (p.channels * bytes_of(p) % piece != 0) return false;
+  if (p.pixels != nullptr &&
+      !(p.pixel_stride == 1 && pixels_on(piece, p, p.pixels, &Group::from)))
+    return false;
+  if (p.pixels_out != nullptr && !pixels_on(piece, p, p.pixels_out, &Group::to)) return false;
+  if (p.merged != nullptr &&
+      !(p.merged_stride == 1 &&
+        merged_on(16, p, p.merged, p.token_stride, &Group::merged, &Group::image)))
+    return false;
+  return p.merged_out == nullptr || merged_on(16, p, p.merged_out, p.token_stride_out,
+                                              &Group::merged_out, &Group::image_out);
+}
+
+// Kernels count tokens, and the elements of one, in 32 bits; elements of all in 64.
+bool fits_int(const Params& p) {
+  const int64_t most = int64_t{1} << 31;
+  return p.tokens * p.block() < most && p.block() * p.channels < most / 2;
+}
+
+template <class Kernel>
+int launch_move(Kernel kernel, const Params& p, int64_t units, void* stream) {
+  const int64_t warps = p.tokens * divide_up(units, kAhead * kWarpSize);
+  const int64_t blocks = divide_up(warps, kMoveThreads / kWarpSize);
+  if (blocks >= int64_t{1} << 31) return kInvalidValue;
+  return launch(kernel, dim3(static_cast<unsigned>(blocks)), dim3(kMoveThreads), 0, stream, p);
+}
+
+template <class T, bool kInverse>
+int move(const Params& p, void* stream) {
+  const int64_t elements = p.block() * p.channels;
+  if (!packs(p)) return launch_move(pixel_shuffle_any_kernel<T, kInverse>, p, elements, stream);
+  if (p.order == Order::kYxc)
+    return launch_move(pixel_shuffle_kernel<T, kInverse>, p, elements / kPack<T>, stream);
+  return launch_move(pixel_shuffle_cyx_kernel<T, kInverse>, p, elements / kPack<T>, stream);
+}
+
+// Of the dtype's bits: moves need no more.
+template <bool kInverse>
+int move_bits(const Params& p, void* stream) {
+  return p.dtype == DType::kFloat32 ? move<float, kInverse>(p, stream)
+                                    : move<bfloat16, kInverse>(p, stream);
+}
+
+template <class F>
+int by_dtype(const Params& p, const F& f) {
+  switch (p.dtype) {
+    case DType::kFloat32:
+      return f(static_cast<float*>(nullptr));
+    case DType::kBFloat16:
+      return f(static_cast<bfloat16*>(nullptr));
+    case DType::kFloat16:
+      return f(static_cast<float16*>(nullptr));
+  }
+  return 0;
+}
+
+bool wide(const Weight& w) { return w.stride == 1 && on(16, w.data); }
+
+// Calls f(layout) for the kernel of packs that p asks for, or any() where there is none. A row of
+// "cyx" is a whole token, whose pixels are normed each for itself.
+template <class F, class Any>
+int by_layout(const Params& p, int packs_of_a_row, const F& f, const Any& any) {
+  const int64_t units = p.normed() * bytes_of(p) / 16;
+  const auto fits = [&](int64_t n) { return packs(p) && n <= packs_of_a_row; };
+  if (p.mean && fits(units)) return f(std::integral_constant<Layout, Layout::kMean>(), units);
+  if (!p.mean && p.order == Order::kYxc && fits(units))
+    return f(std::integral_constant<Layout, Layout::kYxc>(), units);
+  if (!p.mean && p.order == Order::kCyx && p.norm_channels && fits(4 * units))
+    return f(std::integral_constant<Layout, Layout::kCyx>(), 4 * p.channels * bytes_of(p) / 16);
+  return any();
+}
+
+int64_t rows_of(const Params& p, Layout layout) {
+  return p.norm_channels && layout == Layout::kYxc ? p.tokens * p.block() : p.tokens;
+}
+
+int64_t any_rows(const Params& p) { return p.norm_channels ? p.tokens * p.block() : p.tokens; }
+
+Plan plan_of(const Params& p, Layout layout, int64_t units) {
+  return {static_cast<int>(units), rows_of(p, layout), wide(p.weight), wide(p.bias)};
+}
+
+unsigned threads_for(int64_t units, int per) {
+  return static_cast<unsigned>(divide_up(units, int64_t{per} * kWarpSize) * kWarpSize);
+}
+
+template <class T>
+int norm(const Params& p, void* stream) {
+  return by_layout(
+      p, kPer * kRowThreads,
+      [&](auto layout, int64_t units) {
+        const Plan plan = plan_of(p, layout, units);
+        return launch(pixel_shuffle_norm_kernel<T, decltype(layout)::value>,
+                      dim3(static_cast<unsigned>(plan.rows)), dim3(threads_for(units, kPer)), 0,
+                      stream, p, plan);
+      },
+      [&] {
+        if (p.norm == Norm::kNone)
+          return launch_move(pixel_shuffle_mean_any_kernel<T, false>, p, p.channels, stream);
+        return launch(pixel_shuffle_norm_any_kernel<T>, dim3(static_cast<unsigned>(any_rows(p))),
+                      dim3(kAnyThreads), 0, stream, p);
+      });
+}
+
+// Sums of a thread take as many registers for 4 packs of 16-bit numbers as for 8 of float32.
+template <class T>
+constexpr int kBackwardPacks = sizeof(T) == 4 ? 8 : 4;
+
+template <class T>
+int norm_backward(const Params& p, int parts, float* partial, void* stream) {
+  return by_layout(
+      p, kBackwardPacks<T> * kBackwardThreads,
+      [&](auto layout, int64_t units) {
+        const Plan plan = plan_of(p, layout, units);
+        return launch(pixel_shuffle_norm_backward_kernel<T, decltype(layout)::value,
+                                                         kBackwardPacks<T>>,
+                      dim3(static_cast<unsigned>(parts)),
+                      dim3(threads_for(units, kBackwardPacks<T>)), 0, stream, p, plan, partial);
+      },
+      [&] {
+        return launch(pixel_shuffle_norm_backward_any_kernel<T>, dim3(static_cast<unsigned>(parts)),
+                      dim3(kAnyThreads), 0, stream, p, any_rows(p), partial);
+      });
+}
+
+}  // namespace
+
+int run_cuda(const Params& p, void* stream) {
+  if (!fits_int(p)) return kInvalidValue;
+  if (p.norm == Norm::kNone && !p.mean) return move_bits<false>(p, stream);
+  return by_dtype(
+      p, [&](auto* type) { return norm<std::remove_pointer_t<decltype(type)>>(p, stream); });
+}
+
+int run_inverse_cuda(const Params& p, void* stream) {
+  if (!fits_int(p)) return kInvalidValue;
+  if (!p.mean) return move_bits<true>(p, stream);
+  return by_dtype(p, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    return launch_move(pixel_shuffle_mean_any_kernel<T, true>, p, p.channels, stream);
+  });
+}
+
+int norm_backward_parts_cuda(const Params& p) {
+  // One block of 512 threads, or as many smaller ones as hold as many.
+  const int64_t units = std::max<int64_t>(p.depth() * bytes_of(p) / 16, 1);
+  const int64_t blocks = std::clamp<int64_t>(4 * kBackwardThreads / units, 1, 8);
+  const int64_t most = blocks * std::max(1, multiprocessors());
+  return static_cast<int>(std::clamp<int64_t>(any_rows(p), 1, most));
+}
+
+int run_norm_backward_cuda(const Params& p, int parts, float* partial, void* stream) {
+  if (!fits_int(p)) return kInvalidValue;
+  return by_dtype(p, [&](auto* type) {
+    return norm_backward<std::remove_pointer_t<decltype(type)>>(p, parts, partial, stream);
+  });
+}
+
+int run_weight_grad_cuda(const float* partial, int parts, int64_t normed, float* weight_grad,
+                         float* bias_grad, void* stream) {
+  if (normed == 0) return 0;
+  const auto columns = static_cast<unsigned>(divide_up(normed, kWarpSize));
+  return launch(pixel_shuffle_weight_grad_kernel, dim3(columns, 2), dim3(kWarpSize, kSlices), 0,
+                stream, partial, parts, normed, weight_grad, bias_grad);
+}
+
+}  // namespace vlmops::pixel_shuffle
