@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from vlmops import _library
-from vlmops.hf.rebind import original_class, was_patched
+from vlmops.hf.rebind import original_class, replaced, was_patched
 from vlmops.hf.report import PatchReport, Row, Status
 from vlmops.hf.sites import AlreadyPatched, LeftAlone, Refused, Site, all_sites
 from vlmops.hf.targets import Expected, expected_places
@@ -65,7 +65,7 @@ def unpatch(model: nn.Module) -> int:
         RuntimeError: another library has wrapped what `patch` put there; nothing is restored.
     """
     _require_module(model)
-    return _restore([m for m in model.modules() if was_patched(m)])
+    return _restore({m: original_class(m) for m in model.modules() if was_patched(m)})
 
 
 @contextlib.contextmanager
@@ -88,13 +88,13 @@ def patched(
 
 def _patch(
     model: nn.Module, ops: Sequence[str] | None, verify: bool
-) -> tuple[PatchReport, list[nn.Module]]:
+) -> tuple[PatchReport, dict[nn.Module, Any]]:
     _require_module(model)
     _require_transformers()
     _library.require()
     sites = all_sites()
     rows: list[Row] = []
-    changed: list[nn.Module] = []
+    changed: dict[nn.Module, Any] = {}
     try:
         for op in _requested(ops, sites):
             with _where_probes_run():
@@ -126,7 +126,9 @@ def _where_probes_run() -> Iterator[None]:
         torch.set_default_dtype(dtype)
 
 
-def _patch_site(model: nn.Module, site: Site, verify: bool, changed: list[nn.Module]) -> list[Row]:
+def _patch_site(
+    model: nn.Module, site: Site, verify: bool, changed: dict[nn.Module, Any]
+) -> list[Row]:
     rows = []
     # Listed before anything changes: find walks the modules that adapt alters.
     for found in list(site.find(model)):
@@ -144,8 +146,8 @@ def _patch_site(model: nn.Module, site: Site, verify: bool, changed: list[nn.Mod
             rows.append(Row(*described, "", status, reason))
             continue
         for module, new_class in site.adapt(place).items():
+            changed.setdefault(module, type(module))
             module.__class__ = new_class
-            changed.append(module)
         rows.append(Row(*described, backend, "patched", place.note))
     return rows
 
@@ -186,23 +188,24 @@ def _missing(model: nn.Module, rows: list[Row]) -> list[Row]:
     ]
 
 
-def _restore(modules: list[nn.Module]) -> int:
-    for module in modules:
+def _restore(classes: dict[nn.Module, Any]) -> int:
+    """Gives modules the classes that they had; those that are ours no more keep what they have."""
+    for module in classes:
         what = None
         if original_class(module) is None and was_patched(module):
             what = f"class of a {type(module).__bases__[0].__name__}"
-        elif original_class(module) is not None and "forward" in vars(module):
-            what = f"forward of a {type(module).__name__}"
+        for method in replaced(module):
+            if method in vars(module):
+                what = f"{method} of a {type(module).__name__}"
         if what is not None:
             raise RuntimeError(
                 f"the {what} was replaced on the instance after vlmops patched it; undo that "
                 "first, then call vlmops.unpatch"
             )
-    for module in modules:
-        original = original_class(module)
-        if original is not None:
+    for module, original in classes.items():
+        if original_class(module) is not None:
             module.__class__ = original
-    return len(modules)
+    return len(classes)
 
 
 def _requested(ops: Sequence[str] | None, sites: dict[str, Site]) -> list[str]:

@@ -22,6 +22,7 @@ from torch import nn
 _DECORATORS = {"torch.utils._contextlib", "transformers.modeling_rope_utils"}
 _ORIGINAL = "_vlmops_original_class"
 _ABSORBS = "_vlmops_absorbs"
+_REPLACES = "_vlmops_replaces"
 _subclasses: dict[tuple[type, Hashable], type] = {}
 
 
@@ -59,14 +60,16 @@ def subclass(
     key: Hashable,
     make_forward: Callable[[str], Callable[..., Any]],
     absorbs: tuple[str, ...] = (),
+    method: str = "forward",
 ) -> type[nn.Module]:
     """A subclass of the same name with another ``forward``; one per (original, key).
 
     Args:
-        original: The class of the module to patch.
+        original: The class of the module to patch; one of ours if another op has been there.
         key: Whatever the new forward depends on, `references` of the old one included.
         make_forward: Called once with a label, unique to the subclass, and returns the forward.
         absorbs: Names of the children whose work the new forward does itself.
+        method: The method that is replaced, if it is not ``forward``.
     """
     cached = _subclasses.get((original, key))
     if cached is None:
@@ -77,9 +80,10 @@ def subclass(
             "__reduce_ex__": _reduce_to_original,
             "__copy__": _copy,
             "__deepcopy__": _deepcopy,
-            _ORIGINAL: original,
-            _ABSORBS: absorbs,
-            "forward": make_forward(str(len(_subclasses))),
+            _ORIGINAL: vars(original).get(_ORIGINAL, original),
+            _ABSORBS: (*vars(original).get(_ABSORBS, ()), *absorbs),
+            _REPLACES: (*vars(original).get(_REPLACES, ()), method),
+            method: make_forward(str(len(_subclasses))),
         }
         cached = _subclasses[original, key] = type(original.__name__, (original,), body)
     return cached
@@ -93,6 +97,12 @@ def original_class(module: nn.Module) -> type[nn.Module] | None:
 def was_patched(module: nn.Module) -> bool:
     """Whether a module is patched, even if somebody put a class of their own on top since."""
     return hasattr(type(module), _ORIGINAL)
+
+
+def replaced(module: nn.Module) -> tuple[str, ...]:
+    """Names of the methods that are ours."""
+    names: tuple[str, ...] = vars(type(module)).get(_REPLACES, ())
+    return names
 
 
 def absorbed(model: nn.Module) -> set[nn.Module]:
@@ -123,21 +133,23 @@ def _deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
     return twin
 
 
-def changed(module: nn.Module) -> str | None:
-    """What somebody did to a module's forward that patching would undo."""
+def changed(module: nn.Module, method: str = "forward") -> str | None:
+    """What somebody did to a method of a module that patching would undo."""
     name = type(module).__name__
     if was_patched(module) and not original_class(module):
         return f"{name}'s class was replaced after vlmops patched it; undo that, then patch"
-    if original_class(module):
+    if method in replaced(module):
         return f"some of its {name} modules are patched and others are not"
-    if "forward" in vars(module):
-        who = owner(vars(module)["forward"])
-        return f"{name}.forward was replaced on the instance by {who}; undo that, then patch"
-    forward: Any = type(module).forward
-    while getattr(forward, "__wrapped__", None) and forward.__globals__["__name__"] in _DECORATORS:
-        forward = forward.__wrapped__
-    if not inspect.isfunction(forward) or forward.__globals__["__name__"] != forward.__module__:
-        return f"{name}.forward was wrapped by {owner(forward)}; undo that, then patch"
+    if method in vars(module):
+        who = owner(vars(module)[method])
+        return f"{name}.{method} was replaced on the instance by {who}; undo that, then patch"
+    function: Any = getattr(type(module), method)
+    while (
+        getattr(function, "__wrapped__", None) and function.__globals__["__name__"] in _DECORATORS
+    ):
+        function = function.__wrapped__
+    if not inspect.isfunction(function) or function.__globals__["__name__"] != function.__module__:
+        return f"{name}.{method} was wrapped by {owner(function)}; undo that, then patch"
     return None
 
 
