@@ -7,6 +7,7 @@ from vlmops.hf.patch import patch, patched, unpatch
 from vlmops.hf.report import PatchReport
 from vlmops.ops.mrope import mrope, mrope_, mrope_freq_axis
 from vlmops.ops.patch_embed import Position, patch_embed
+from vlmops.ops.pixel_shuffle import pixel_shuffle, pixel_shuffle_inverse
 from vlmops.warmup import Warmup, warmup
 
 __version__ = "0.1.0"
@@ -23,6 +24,8 @@ __all__ = [
     "patch",
     "patch_embed",
     "patched",
+    "pixel_shuffle",
+    "pixel_shuffle_inverse",
     "unpatch",
     "warmup",
 ]

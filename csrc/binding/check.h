@@ -48,6 +48,8 @@ struct Argument {
   // For in-place ops: no two elements may share memory, within a tensor or between two.
   void no_internal_overlap() const;
   void no_overlap_with(const Argument& other) const;
+  // For out=: no byte between the first and the last of either may belong to both.
+  void apart_from(const Argument& other) const;
 };
 
 }  // namespace vlmops

@@ -3,6 +3,7 @@
 
 #include "ops/mrope/mrope_cpu.h"
 #include "ops/patch_embed/patch_embed_cpu.h"
+#include "ops/pixel_shuffle/pixel_shuffle_cpu.h"
 
 #define VLMOPS_CONCAT_(a, b) a##b
 #define VLMOPS_CONCAT(a, b) VLMOPS_CONCAT_(a, b)
@@ -13,9 +14,11 @@ namespace vlmops {
 
 extern const CpuKernels VLMOPS_CONCAT(kernels_, VLMOPS_ISA);
 const CpuKernels VLMOPS_CONCAT(kernels_, VLMOPS_ISA) = {
-    VLMOPS_STRING(VLMOPS_ISA), &mrope::run,
-    &mrope::run_backward,      &patch_embed::pack,
-    &patch_embed::finish,      &patch_embed::write_prefix,
-    &patch_embed::unpack,      &patch_embed::column_sums};
+    VLMOPS_STRING(VLMOPS_ISA),    &mrope::run,
+    &mrope::run_backward,         &patch_embed::pack,
+    &patch_embed::finish,         &patch_embed::write_prefix,
+    &patch_embed::unpack,         &patch_embed::column_sums,
+    &pixel_shuffle::forward,      &pixel_shuffle::inverse,
+    &pixel_shuffle::norm_backward};
 
 }  // namespace vlmops

@@ -3,6 +3,7 @@
 
 #include "ops/mrope/mrope.h"
 #include "ops/patch_embed/patch_embed.h"
+#include "ops/pixel_shuffle/pixel_shuffle.h"
 
 namespace vlmops {
 
@@ -15,6 +16,9 @@ struct CpuKernels {
   patch_embed::CpuPrefix patch_embed_prefix;
   patch_embed::CpuUnpack patch_embed_unpack;
   patch_embed::CpuColumnSums patch_embed_column_sums;
+  pixel_shuffle::CpuKernel pixel_shuffle;
+  pixel_shuffle::CpuKernel pixel_shuffle_inverse;
+  pixel_shuffle::CpuNormBackward pixel_shuffle_norm_backward;
 };
 
 // The table in force: the best that this machine runs, capped by VLMOPS_CPU_ISA. Throws

@@ -85,6 +85,8 @@ class Spec:
     """What errors are judged by, where what is timed adds up in an order of its own."""
     schema_arguments: Callable[[Arguments], tuple[Any, ...]] | None = None
     """Those of ``torch.ops.vlmops.<op>``, where they are not the arguments by name."""
+    into: Callable[..., Any] | None = None
+    """The op with ``out``, memory for its one result, where it has that argument."""
     products: Callable[[Arguments], Mapping[tuple[str, str], Callable[[], Any]]] | None = None
     """What an op that is mostly matrix products cannot beat: those alone, on operands that lie
     ready, by direction (forward, backward) and by who computes them."""

@@ -1,0 +1,81 @@
+// Parameters of pixel shuffle: all that host, device and emulator code share.
+#pragma once
+
+#include "common/types.h"
+
+namespace vlmops::pixel_shuffle {
+
+enum class Order : int { kYxc, kCyx };  // channels of a merged token: (dy, dx, c) or (c, dy, dx)
+enum class Norm : int { kNone, kLayer, kRms };
+
+constexpr int64_t kMaxFactor = 16;
+constexpr int kMaxGroups = 16;  // of images of one grid, that one Params holds
+
+// Where the pixels of images of one grid lie. Strides in elements; pixel (dy, dx) of block
+// (row, column) of image i begins at
+//   offset + i * image + row * block_row + column * block_column + dy * y + dx * x
+struct Pixels {
+  int64_t offset, image, block_row, block_column, y, x;
+};
+
+// Images of one grid. A block of f x f pixels is one merged token.
+struct Group {
+  int64_t first;             // its first merged token, counted over all groups
+  int64_t rows, columns;     // blocks of an image
+  Pixels from, to;           // in `pixels` and in `pixels_out`
+  int64_t merged, image;     // where its first merged token lies, stride of images; in `merged`
+  int64_t merged_out, image_out;  // in `merged_out`
+};
+
+// Vectors of the norm: of the merged token's channels, or of a pixel's.
+struct Weight {
+  const void* data;  // null where there is none
+  DType dtype;
+  int64_t stride;
+};
+
+// Pixels [.., C] on one side, merged tokens [.., K] on the other: K = f * f * C, or C where blocks
+// are averaged.
+struct Params {
+  const void* pixels;   // read by all but the inverse
+  const void* merged;   // read by the inverse and in backward: the gradient of merged_out
+  void* pixels_out;     // written by the inverse and in backward; null where nobody needs it
+  void* merged_out;     // written forward
+  DType dtype;          // of all four
+  int64_t channels;     // C
+  int64_t pixel_stride;  // between channels of `pixels`; those of what is written lie side by side
+  int64_t merged_stride, token_stride;  // between channels, and tokens, of `merged`
+  int64_t token_stride_out;             // of `merged_out`
+  int factor;           // f
+  Order order;
+  bool mean;            // average a block instead of merging it
+  Norm norm;
+  bool norm_channels;   // over the C channels of each pixel instead of over the merged token's K
+  Weight weight, bias;  // of the norm
+  float eps;            // added to the variance, or to the mean square
+  float offset;         // added to the weight
+  bool streams;         // what is written is too large for the caches
+  int64_t tokens;       // merged tokens of all groups
+  int group_count;
+  Group groups[kMaxGroups];
+
+  VLMOPS_HOST_DEVICE int64_t block() const { return static_cast<int64_t>(factor) * factor; }
+  VLMOPS_HOST_DEVICE int64_t depth() const { return mean ? channels : block() * channels; }  // K
+  // Numbers that one mean and variance are taken over.
+  VLMOPS_HOST_DEVICE int64_t normed() const { return norm_channels ? channels : depth(); }
+};
+
+// Merged tokens [begin, end); `scratch` has scratch_floats(p) floats.
+using CpuKernel = void (*)(const Params&, int64_t begin, int64_t end, float* scratch);
+
+// Backward where there is a norm. weight_grad [2, normed()], zeros, gets the tokens' share of the
+// gradients of the norm's weight and bias; null where nobody needs them.
+using CpuNormBackward = void (*)(const Params&, int64_t begin, int64_t end, float* scratch,
+                                 double* weight_grad);
+
+inline int64_t scratch_floats(const Params& p) { return 8 * p.depth() + 64; }
+
+// On a GPU, where all pointers of Params are the device's. They return 0 or an error's number.
+using CudaKernel = int (*)(const Params&, void* stream);
+
+}  // namespace vlmops::pixel_shuffle
