@@ -43,13 +43,11 @@ class Unfolding:
     def __str__(self) -> str:
         return f"all images in one call ({', '.join(self.order)})"
 
-    def __call__(self, module: Any, x: Any, image_sizes: Any) -> Tensor | None:
+    def __call__(self, module: Any, x: Tensor, image_sizes: Any) -> Tensor | None:
         """The result, or None where the model's own code has to run."""
-        if not isinstance(x, Tensor) or not plain.runs("pixel_shuffle", [x]) or x.dim() != 2:
-            return None
         factor, patch = number(module, self.factor), number(module, self.patch)
         sizes = _integers(image_sizes)
-        if sizes is None or not factor or not patch:
+        if sizes is None or x.dim() != 2 or not factor or not patch:
             return None
         grids = [(h // patch, w // patch) for h, w in sizes]
         if sum(h * w for h, w in grids) != len(x) or x.numel() == 0:
@@ -65,8 +63,8 @@ class Unfolding:
         factor, patch = number(module, self.factor), number(module, self.patch)
         grids = [(factor, 4 * factor + 1), (3 * factor, 2 * factor - 1)]
         sizes = torch.tensor([[h * patch, w * patch + patch - 1] for h, w in grids])
-        width = 24
-        x = torch.randn(sum(h * w for h, w in grids), width)
+        draw = torch.Generator().manual_seed(0)
+        x = torch.randn(sum(h * w for h, w in grids), 24, generator=draw)
         shadow = _shadow(module, self.linear, torch.neg)
         for dtype in plain.DTYPES:
             expected = type(shadow).forward(shadow, x.to(dtype), sizes)
@@ -183,15 +181,13 @@ class Pooling:
             reason = "its norm has hooks, another forward or a special weight"
         return reason
 
-    def __call__(self, module: Any, x: Any) -> Tensor | None:
+    def __call__(self, module: Any, x: Tensor) -> Tensor | None:
         """The result, or None where the model's own code has to run."""
         pool, norm = module._modules.get(self.pool), module._modules.get(self.norm)
         weight = module._parameters.get(self.weight)
-        if not isinstance(x, Tensor) or weight is None:
+        if weight is None or not plain.bypassable(norm, self.norm_class):
             return None
         if not plain.bypassable(pool, nn.AvgPool2d) or not is_pool(pool, self.factor):
-            return None
-        if not plain.bypassable(norm, self.norm_class):
             return None
         if not plain.runs("pixel_shuffle", [x, weight, norm.weight]):
             return None
@@ -228,12 +224,10 @@ def is_pool(module: Any, factor: int | None = None) -> bool:
     """Whether a module averages blocks of tokens, of this side or any that the op takes."""
     if not isinstance(module, nn.AvgPool2d):
         return False
-    sides = [
-        (s, s) if isinstance(s, int) else tuple(s) for s in (module.kernel_size, module.stride)
-    ]
-    side = sides[0][0]
+    side = side_of(module)
     return (
-        sides == [(side, side)] * 2
+        module.kernel_size in (side, (side, side))
+        and module.stride in (side, (side, side))
         and (factor is None or side == factor)
         and 2 <= side <= LARGEST
         and module.padding in (0, (0, 0))
@@ -261,7 +255,7 @@ def pooling(module: nn.Module) -> Pooling | str | None:
     for side in sorted(sides):
         kinds = pools[0], norm, original_class(children[norm]) or type(children[norm])
         found = Pooling(*kinds, weights[0], factor, side, *kind)
-        x = torch.randn(2, side * side, width, generator=torch.Generator().manual_seed(1))
+        x = torch.randn(1, side * side, width, generator=torch.Generator().manual_seed(1))
         with torch.no_grad():
             try:
                 expected = forward(twin, x)

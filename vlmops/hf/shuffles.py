@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlmops.hf.rebind import original_class
+from vlmops.hf.rebind import is_ours, original_class
 from vlmops.ops.pixel_shuffle import Order, pixel_shuffle, reference
 
 _TURNS = {"permute", "transpose"}
@@ -109,7 +109,7 @@ def _methods(module: nn.Module) -> Iterator[tuple[str, Any]]:
     for cls in (original_class(module) or type(module)).__mro__:
         if cls.__module__.partition(".")[0] == "torch":
             return
-        for name, value in vars(cls).items():
+        for name, value in () if is_ours(cls) else vars(cls).items():
             if not name.startswith("__") and isinstance(value, types.FunctionType):
                 yield name, value
 

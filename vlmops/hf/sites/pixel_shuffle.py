@@ -1,8 +1,8 @@
 """`vlmops.pixel_shuffle` wherever a model merges blocks of tokens into one, or averages them.
 
 Methods, and functions that a forward calls, that only rearrange (`vlmops.hf.shuffles`), and modules
-that do more (`vlmops.hf.mergers`). Left to the model's own code, which is as fast, are small tensors
-on a CPU and an `nn.AvgPool2d` over tokens, which reads them in channels_last.
+that do more (`vlmops.hf.mergers`). Left to the model's own code, which is as fast, are small
+tensors on a CPU, and an `nn.AvgPool2d` over tokens, which reads them in channels_last.
 """
 
 from __future__ import annotations
@@ -59,7 +59,8 @@ def find(model: nn.Module) -> Iterator[Place | Refused | AlreadyPatched]:
     """Everything that merges or averages blocks of tokens."""
     for path, module in model.named_modules():
         place = Place(path, type(module).__name__, 1)
-        for details in _found(module):
+        found = list(_found(module))
+        for details in found:
             if isinstance(details, str):
                 yield Refused(place, details)
             elif details.method in replaced(module):
@@ -69,7 +70,7 @@ def find(model: nn.Module) -> Iterator[Place | Refused | AlreadyPatched]:
             else:
                 yield dataclasses.replace(place, details=details, note=str(details))
         for name, child in module.named_children():
-            if mergers.is_pool(child) and shuffles.turns_for(module, name):
+            if not found and mergers.is_pool(child) and shuffles.turns_for(module, name):
                 place = Place(f"{path}.{name}".strip("."), type(child).__name__, 1)
                 yield LeftAlone(place, "torch's own pool of tokens is as fast")
 
@@ -157,11 +158,11 @@ def _replacement(mover: Mover, table: Table) -> Callable[..., Any]:
         if len(args) > len(names) or given.keys() != set(names):
             return None
         x, scale = given[names[0]], given[names[1]] if len(names) == 2 else None
-        if not isinstance(x, Tensor) or shuffles.is_small(x):
+        if not isinstance(x, Tensor) or not plain.runs("pixel_shuffle", [x]):
+            return None
+        if shuffles.is_small(x):
             return None
         if any(shuffles.number(module, name) != value for name, value in mover.numbers):
-            return None
-        if not plain.runs("pixel_shuffle", [x]):
             return None
         for known, shuffle in table:
             if type(known) is type(scale) and known == scale:
@@ -188,11 +189,11 @@ def _forward(function: Any, does: Unfolding | Pooling) -> Callable[..., Any]:
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         given = {**dict(zip(names, args, strict=False)), **kwargs}
+        x: Any = given.get(names[0])
         y = None
-        if len(args) <= len(names) and given.keys() == set(names):
-            x = given[names[0]]
-            if isinstance(x, Tensor) and not shuffles.is_small(x):
-                y = does(self, *(given[name] for name in names))
+        fits = len(args) <= len(names) and given.keys() == set(names) and isinstance(x, Tensor)
+        if fits and plain.runs("pixel_shuffle", [x]) and not shuffles.is_small(x):
+            y = does(self, *(given[name] for name in names))
         return function(self, *args, **kwargs) if y is None else y
 
     return _like(forward, function)  # type: ignore[no-any-return]
