@@ -383,130 +383,128 @@ import pytest
 sys.exit(pytest.main(sys.argv[3:]))
 """
 
-# op -> name -> (module, text, replacement)
+# name -> (module, text, replacement)
 SITE = "vlmops.hf.sites.patch_embed"
-SHUFFLE_SITE = "vlmops.hf.sites.pixel_shuffle"
-MOVERS = "vlmops.hf.shuffles"
-MERGERS = "vlmops.hf.mergers"
 AROUND = "vlmops.hf.embeddings"
 LAYERS = "vlmops.hf.plain"
 SITE_MUTATIONS = {
-    "patch_embed": {
-        "unchanged": (SITE, "_CHANNELS = 16", "_CHANNELS = 16"),
-        "patches that overlap": (SITE, "and module.stride == module.kernel_size", ""),
-        "patches of one pixel": (SITE, "and math.prod(module.kernel_size) > 1", ""),
-        "padding": (SITE, 'and (module.padding == "valid" or not any(module.padding))', ""),
-        "dilation": (SITE, "and not any(side != 1 for side in module.dilation)", ""),
-        "groups": (SITE, "and module.groups == 1", ""),
-        "padded unfolding": (SITE, 'and sides["padding"] == (0, 0)', ""),
-        "tokens copied": (SITE, "unflatten(2, grid)", "unflatten(2, grid).contiguous()"),
-        "autocast ignored": (SITE, "if torch.is_autocast_enabled(x.device.type):", "if False:"),
-        "mixed dtypes": (SITE, "len({t.dtype for t in given}) > 1", "False"),
-        "channels not compared": (SITE, " or x.shape[1] != weight.shape[1]", ""),
-        "images below a patch": (SITE, "if any(n < p for n", "if False and any(n < p for n"),
-        "ready patches gathered": (SITE, "if sides == patch and x.is_contiguous():", "if False:"),
-        "parts of an unfolding not asked": (
-            SITE, "if plain.bypassable(unfold, nn.Unfold) and plain.bypassable(linear, nn.Linear):",
-            "if True:"),
-        "a linear layer counted twice": (SITE, "absorbs=(found.linear,)", "absorbs=()"),
-        "no numeric check": (SITE, "if not error <= _TOLERANCE:", "if False:"),
-        "shapes not checked": (SITE, "if ours.shape != exact.shape or", "if"),
-        "16-bit products measured where they are float32": (SITE, ".to(computes_in(weight))", ""),
-        "hooks refused by nobody": (LAYERS, "return any(getattr(module, name) for name in _HOOKS)",
-                                    "return False"),
-        "traced": (LAYERS, " or torch.jit.is_tracing()", ""),
-        "subclasses of tensors": (LAYERS, "type(tensor) not in _TENSORS or ", ""),
-        "functorch": (LAYERS, "torch._C._functorch.maybe_current_level() is None and ", ""),
-        "forward mode": (LAYERS, " and forward_ad._current_level < 0", ""),
-        "devices without a kernel": (LAYERS, "if dispatch.refuses(op, device) is not None:",
-                                     "if False:"),
-        "dropout": (AROUND, "if isinstance(child, nn.Dropout) and child.training and child.p > 0:",
-                    "if False:"),
-        "positions of another size": (AROUND, " or layout.size not in (None, size)", ""),
-        "pixels cast by nobody": (
-            AROUND, "if pixels.dtype != dtype and not layout.casts:", "if False:"),
-        "arguments ignored": (AROUND, " and _is_plain(known, args, kwargs)", ""),
-        "autocast ignored around": (
-            AROUND, "if torch.is_autocast_enabled(pixels.device.type):", "if False:"),
-        "prefix always first": (AROUND, "prefix_last=layout.prefix_last", "prefix_last=False"),
-        "norm with another epsilon": (AROUND, "norm_eps=layout.eps", "norm_eps=1e-6"),
-        "ids not looked up": (
-            AROUND, "None if layout.ids is None else getattr(module, layout.ids).reshape(-1, 1)",
-            "None"),
-        "sums of another dtype": (
-            AROUND, "if any(t.dtype != dtype for t in (*weights, *table)):", "if False:"),
-        "short tables": (AROUND, "elif len(rows) < tokens or", "elif"),
-        "guesses not proved": (
-            AROUND, "if not error <= _TOLERANCE * max(",
-            "if False and not error <= _TOLERANCE * max("),
-        "options of tables": (
-            AROUND, "if reason is not None or any(special[2:]) or special[:2] != (None, None):",
-            "if reason is not None:"),
-        "hooks inside": (AROUND, "if plain.watched(child):", "if False:"),
-        "studied by shapes alone": (AROUND, "repr(described), ", ""),
-    },
-    "pixel_shuffle": {
-        "unchanged": (SHUFFLE_SITE, "if key not in _checked:", "if key not in _checked:"),
-        "another scale": (
-            SHUFFLE_SITE, "if type(known) is type(scale) and known == scale:", "if True:"),
-        "a scale of another type": (SHUFFLE_SITE, "type(known) is type(scale) and ", ""),
-        "numbers not looked at": (
-            SHUFFLE_SITE, "if any(shuffles.number(module, name) != value", "if False and any(0"),
-        "wrong calls": (SHUFFLE_SITE, "if len(args) > len(names) or given.keys() != set(names):",
-                        "if False:"),
-        "small tensors": (SHUFFLE_SITE, "if shuffles.is_small(x):", "if False:"),
-        "no numeric check": (SHUFFLE_SITE, "or not torch.equal(got, expected):", "or False:"),
-        "decorated": (SHUFFLE_SITE, "if function is not mover.function:", "if False:"),
-        "functions of others": (
-            SHUFFLE_SITE, 'if function.__globals__["__name__"] != home:', "if False:"),
-        "changed methods": (SHUFFLE_SITE, "reason = changed(module, details.method)",
-                            "reason = None"),
-        "devices without a kernel": (
-            SHUFFLE_SITE, 'return dispatch.refuses("pixel_shuffle", weight.device)', "return None"),
-        "watched parts": (SHUFFLE_SITE, "reason = details.does.refuses(module)", "pass"),
-        "signature": (
-            SHUFFLE_SITE, "    replacement.__signature__ = inspect.signature(function)\n", ""),
-        "pools of a projector": (SHUFFLE_SITE, "if not found and mergers", "if mergers"),
-        "no square": (MOVERS, "if h * w != x.shape[1]:", "if False:"),
-        "odd grids": (MOVERS, "if h % self.factor or w % self.factor:", "if False:"),
-        "ranks": (MOVERS, "if x.dim() != (4 if self.takes_grid else 3) or x.numel() == 0:",
-                  "if x.numel() == 0:"),
-        "no tokens": (MOVERS, " or x.numel() == 0:", ":"),
-        "methods that write": (MOVERS, 'step.opname == "STORE_ATTR"', "False"),
-        "any name": (MOVERS, "len(numbers) != len(names - _NAMES) or None in numbers.values()",
-                     "False"),
-        "squares alone": (
-            MOVERS, "((2 * factor, 3 * factor), (3 * factor, factor))", "((factor, factor),) * 2"),
-        "channels in any order": (MOVERS, "if torch.equal(y.double(), expected):", "if True:"),
-        "orders that are refused": (
-            MOVERS, 'return "it merges blocks of tokens in an order of its own"', "return None"),
-        "defaults": (MOVERS, "or ([default] if _factor(default) else [])", ""),
-        "classes of ours": (MOVERS, "() if is_ours(cls) else vars(cls).items()",
-                            "vars(cls).items()"),
-        "one row": (MERGERS, "if any(min(grid) < factor for grid in grids):", "if False:"),
-        "tokens missing": (MERGERS, "sum(h * w for h, w in grids) != len(x) or ", ""),
-        "no images": (MERGERS, " or x.numel() == 0:\n            return None\n        if any(min(",
-                      ":\n            return None\n        if any(min("),
-        "sizes that are no numbers": (MERGERS, "if image_sizes.is_floating_point():", "if False:"),
-        "no product": (MERGERS, "getattr(module, self.linear)(merged)", "merged"),
-        "what is not proved": (MERGERS, " and torch.equal(y, expected)", ""),
-        "no comparison": (MERGERS, "or not torch.equal(got, expected):", "or False:"),
-        "other sizes": (MERGERS, " or x.shape[1] != self.side**2 or", " or"),
-        "autocast": (MERGERS, " or torch.is_autocast_enabled(x.device.type):", ":"),
-        "eps of a pooling": (MERGERS, "eps=self.eps,", "eps=1e-2,"),
-        "offset of a pooling": (MERGERS, "norm_offset=self.offset,", ""),
-        "pooling not compared": (MERGERS, "if error <= _TOLERANCE:", "if True:"),
-        "norms that are watched": (
-            MERGERS, "if weight is None or not plain.bypassable(norm, self.norm_class):",
-            "if weight is None:"),
-        "pools that are watched": (
-            MERGERS, "not plain.bypassable(pool, nn.AvgPool2d) or not is_pool(pool, self.factor)",
-            "False"),
-        "pools with a remainder": (MERGERS, "and not module.ceil_mode", ""),
-        "padded pools": (MERGERS, "and module.padding in (0, (0, 0))", ""),
-        "pools that overlap": (MERGERS, "and module.stride in (side, (side, side))", ""),
-    },
+    "unchanged": (SITE, "_CHANNELS = 16", "_CHANNELS = 16"),
+    "patches that overlap": (SITE, "and module.stride == module.kernel_size", ""),
+    "patches of one pixel": (SITE, "and math.prod(module.kernel_size) > 1", ""),
+    "padding": (SITE, 'and (module.padding == "valid" or not any(module.padding))', ""),
+    "dilation": (SITE, "and not any(side != 1 for side in module.dilation)", ""),
+    "groups": (SITE, "and module.groups == 1", ""),
+    "padded unfolding": (SITE, 'and sides["padding"] == (0, 0)', ""),
+    "tokens copied": (SITE, "unflatten(2, grid)", "unflatten(2, grid).contiguous()"),
+    "autocast ignored": (SITE, "if torch.is_autocast_enabled(x.device.type):", "if False:"),
+    "mixed dtypes": (SITE, "len({t.dtype for t in given}) > 1", "False"),
+    "channels not compared": (SITE, " or x.shape[1] != weight.shape[1]", ""),
+    "images below a patch": (SITE, "if any(n < p for n", "if False and any(n < p for n"),
+    "ready patches gathered": (SITE, "if sides == patch and x.is_contiguous():", "if False:"),
+    "parts of an unfolding not asked": (
+        SITE, "if plain.bypassable(unfold, nn.Unfold) and plain.bypassable(linear, nn.Linear):",
+        "if True:"),
+    "a linear layer counted twice": (SITE, "absorbs=(found.linear,)", "absorbs=()"),
+    "no numeric check": (SITE, "if not error <= _TOLERANCE:", "if False:"),
+    "shapes not checked": (SITE, "if ours.shape != exact.shape or", "if"),
+    "16-bit products measured where they are float32": (SITE, ".to(computes_in(weight))", ""),
+    "hooks refused by nobody": (LAYERS, "return any(getattr(module, name) for name in _HOOKS)",
+                                "return False"),
+    "traced": (LAYERS, " or torch.jit.is_tracing()", ""),
+    "subclasses of tensors": (LAYERS, "type(tensor) not in _TENSORS or ", ""),
+    "functorch": (LAYERS, "torch._C._functorch.maybe_current_level() is None and ", ""),
+    "forward mode": (LAYERS, " and forward_ad._current_level < 0", ""),
+    "devices without a kernel": (LAYERS, "if dispatch.refuses(op, device) is not None:",
+                                 "if False:"),
+    "dropout": (AROUND, "if isinstance(child, nn.Dropout) and child.training and child.p > 0:",
+                "if False:"),
+    "positions of another size": (AROUND, " or layout.size not in (None, size)", ""),
+    "pixels cast by nobody": (
+        AROUND, "if pixels.dtype != dtype and not layout.casts:", "if False:"),
+    "arguments ignored": (AROUND, " and _is_plain(known, args, kwargs)", ""),
+    "autocast ignored around": (
+        AROUND, "if torch.is_autocast_enabled(pixels.device.type):", "if False:"),
+    "prefix always first": (AROUND, "prefix_last=layout.prefix_last", "prefix_last=False"),
+    "norm with another epsilon": (AROUND, "norm_eps=layout.eps", "norm_eps=1e-6"),
+    "ids not looked up": (
+        AROUND, "None if layout.ids is None else getattr(module, layout.ids).reshape(-1, 1)",
+        "None"),
+    "sums of another dtype": (
+        AROUND, "if any(t.dtype != dtype for t in (*weights, *table)):", "if False:"),
+    "short tables": (AROUND, "elif len(rows) < tokens or", "elif"),
+    "guesses not proved": (
+        AROUND, "if not error <= _TOLERANCE * max(", "if False and not error <= _TOLERANCE * max("),
+    "options of tables": (
+        AROUND, "if reason is not None or any(special[2:]) or special[:2] != (None, None):",
+        "if reason is not None:"),
+    "hooks inside": (AROUND, "if plain.watched(child):", "if False:"),
+    "studied by shapes alone": (AROUND, "repr(described), ", ""),
 }  # fmt: skip
+SHUFFLE_SITE = "vlmops.hf.sites.pixel_shuffle"
+MOVERS, MERGERS = "vlmops.hf.shuffles", "vlmops.hf.mergers"
+SHUFFLE_MUTATIONS = {
+    "unchanged": (SHUFFLE_SITE, "if key not in _checked:", "if key not in _checked:"),
+    "another scale": (
+        SHUFFLE_SITE, "if type(known) is type(scale) and known == scale:", "if True:"),
+    "a scale of another type": (SHUFFLE_SITE, "type(known) is type(scale) and ", ""),
+    "numbers not looked at": (
+        SHUFFLE_SITE, "if any(shuffles.number(module, name) != value", "if False and any(0"),
+    "wrong calls": (SHUFFLE_SITE, "if len(args) > len(names) or given.keys() != set(names):",
+                    "if False:"),
+    "small tensors": (SHUFFLE_SITE, "if shuffles.is_small(x):", "if False:"),
+    "no numeric check": (SHUFFLE_SITE, "or not torch.equal(got, expected):", "or False:"),
+    "decorated": (SHUFFLE_SITE, "if function is not mover.function:", "if False:"),
+    "functions of others": (
+        SHUFFLE_SITE, 'if function.__globals__["__name__"] != home:', "if False:"),
+    "changed methods": (SHUFFLE_SITE, "reason = changed(module, details.method)",
+                        "reason = None"),
+    "devices without a kernel": (
+        SHUFFLE_SITE, 'return dispatch.refuses("pixel_shuffle", weight.device)', "return None"),
+    "watched parts": (SHUFFLE_SITE, "reason = details.does.refuses(module)", "pass"),
+    "signature": (
+        SHUFFLE_SITE, "    replacement.__signature__ = inspect.signature(function)\n", ""),
+    "pools of a projector": (SHUFFLE_SITE, "if not found and mergers", "if mergers"),
+    "no square": (MOVERS, "if h * w != x.shape[1]:", "if False:"),
+    "odd grids": (MOVERS, "if h % self.factor or w % self.factor:", "if False:"),
+    "ranks": (MOVERS, "if x.dim() != (4 if self.takes_grid else 3) or x.numel() == 0:",
+              "if x.numel() == 0:"),
+    "no tokens": (MOVERS, " or x.numel() == 0:", ":"),
+    "methods that write": (MOVERS, 'step.opname == "STORE_ATTR"', "False"),
+    "any name": (MOVERS, "len(numbers) != len(names - _NAMES) or None in numbers.values()",
+                 "False"),
+    "squares alone": (
+        MOVERS, "((2 * factor, 3 * factor), (3 * factor, factor))", "((factor, factor),) * 2"),
+    "channels in any order": (MOVERS, "if torch.equal(y.double(), expected):", "if True:"),
+    "orders that are refused": (
+        MOVERS, 'return "it merges blocks of tokens in an order of its own"', "return None"),
+    "defaults": (MOVERS, "or ([default] if _factor(default) else [])", ""),
+    "classes of ours": (MOVERS, "() if is_ours(cls) else vars(cls).items()",
+                        "vars(cls).items()"),
+    "one row": (MERGERS, "if any(min(grid) < factor for grid in grids):", "if False:"),
+    "tokens missing": (MERGERS, "sum(h * w for h, w in grids) != len(x) or ", ""),
+    "no images": (MERGERS, " or x.numel() == 0:\n            return None\n        if any(min(",
+                  ":\n            return None\n        if any(min("),
+    "sizes that are no integers": (
+        MERGERS, "all(type(n) is int for pair in pairs for n in pair)", "True"),
+    "no product": (MERGERS, "getattr(module, self.linear)(merged)", "merged"),
+    "what is not proved": (MERGERS, " and torch.equal(y, expected)", ""),
+    "no comparison": (MERGERS, "or not torch.equal(got, expected):", "or False:"),
+    "other sizes": (MERGERS, " or x.shape[1] != self.side**2 or", " or"),
+    "autocast": (MERGERS, " or torch.is_autocast_enabled(x.device.type):", ":"),
+    "eps of a pooling": (MERGERS, "eps=self.eps,", "eps=1e-2,"),
+    "offset of a pooling": (MERGERS, "norm_offset=self.offset,", ""),
+    "pooling not compared": (MERGERS, "if error <= _TOLERANCE:", "if True:"),
+    "norms that are watched": (
+        MERGERS, "if weight is None or not plain.bypassable(norm, self.norm_class):",
+        "if weight is None:"),
+    "pools that are watched": (
+        MERGERS, "not plain.bypassable(pool, nn.AvgPool2d) or not is_pool(pool, self.factor)",
+        "False"),
+    "pools with a remainder": (MERGERS, "and not module.ceil_mode", ""),
+    "padded pools": (MERGERS, "and module.padding in (0, (0, 0))", ""),
+    "pools that overlap": (MERGERS, "and module.stride in (side, (side, side))", ""),
+}  # fmt: skip
+SITES = {"patch_embed": SITE_MUTATIONS, "pixel_shuffle": SHUFFLE_MUTATIONS}
 
 
 def build(source, build_dir):
@@ -626,11 +624,11 @@ def sites(op=None):
     unnoticed = []
     with tempfile.TemporaryDirectory() as scratch:
         copy = Path(scratch) / "mutated.py"
-        for of_op in [known for known in SITE_MUTATIONS if op in (None, known)]:
-            tests = [
-                str(path) for path in sorted((ROOT / "python_tests/hf").glob(f"test_{of_op}*"))
-            ]
-            for name, (module, old, new) in SITE_MUTATIONS[of_op].items():
+        for of_op, mutations in SITES.items():
+            if op not in (None, of_op):
+                continue
+            tests = sorted(map(str, (ROOT / "python_tests/hf").glob(f"test_{of_op}*.py")))
+            for name, (module, old, new) in mutations.items():
                 copy.write_text(mutated(ROOT / f"{module.replace('.', '/')}.py", name, old, new))
                 start = time.monotonic()
                 failure = first_failure(["-c", RUN_WITH, module, str(copy)], tests)

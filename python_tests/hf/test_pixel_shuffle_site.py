@@ -233,7 +233,9 @@ def test_what_the_op_does_not_serve_runs_as_before(name):
         assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
-@pytest.mark.parametrize(("module", "shape"), [(ByRows, (1, 25, 4)), (Global, (1, 18, 4))])
+@pytest.mark.parametrize(
+    ("module", "shape"), [(ByRows, (1, 25, 4)), (Global, (1, 18, 4)), (Global, (1, 10, 4))]
+)
 def test_tokens_that_are_no_square_of_blocks_run_as_before(module, shape):
     x = torch.randn(shape)
     ours = patched(module())
@@ -244,12 +246,24 @@ def test_tokens_that_are_no_square_of_blocks_run_as_before(module, shape):
 
 
 def test_a_number_that_changes_is_seen():
-    module, x = ByRows(), torch.randn(2, 81, 5)
+    module, x = ByRows(), torch.randn(2, 36, 5)  # of blocks of either size
     ours = patched(module)
     module.factor = ours.factor = 3
     with CountOps() as ran:
         assert torch.equal(ours(x), module(x))
     assert ran.counts[OP] == 0
+
+
+def test_a_scale_of_another_type_is_no_scale():
+    """It is a number that views do not take."""
+    module, x = Global(), torch.randn(2, 81, 5)
+    ours = patched(module)
+    module.scale = ours.scale = 3.0
+    with CountOps() as ran:
+        got = outcome(lambda m: m(x), ours)
+    assert ran.counts[OP] == 0
+    assert isinstance(got, str)
+    assert got == outcome(lambda m: m(x), module)
 
 
 def test_small_tensors_are_left_to_the_model(monkeypatch):
@@ -326,6 +340,16 @@ class Counting(ByRows):
         return x.permute(0, 1, 3, 5, 2, 4).reshape(b, -1, c * self.factor**2)
 
 
+class Negated(ByRows):
+    """Does more than rearrange."""
+
+    def forward(self, x):
+        b, n, c = x.shape
+        side = int(n**0.5)
+        x = x.view(b, side // self.factor, self.factor, side // self.factor, self.factor, c)
+        return x.permute(0, 1, 3, 5, 2, 4).reshape(b, -1, c * self.factor**2).neg()
+
+
 class Heads(nn.Module):
     """Attention's own turning around of heads."""
 
@@ -349,7 +373,7 @@ def test_orders_of_their_own_are_refused():
         assert row.reason == "merge by 0.5: it merges blocks of tokens in an order of its own"
 
 
-@pytest.mark.parametrize("module", [Counting, Heads, Scaled, lambda: nn.AvgPool2d(2)])
+@pytest.mark.parametrize("module", [Counting, Heads, Negated, Scaled, lambda: nn.AvgPool2d(2)])
 def test_finds_nothing(module):
     assert [r.status for r in vlmops.patch(nn.Sequential(module())).rows] == ["not present"]
 
@@ -428,9 +452,10 @@ def test_the_model_may_be_called_with_what_its_callers_do_not_name():
         def forward(self, x):
             return self.merge(x)
 
-    module, x = patched(Plain()), torch.randn(2, 4, 6, 5)
+    theirs, x = Plain(types.SimpleNamespace()), torch.randn(2, 4, 6, 5)
+    module = patched(theirs)
     with CountOps() as ran:
-        assert torch.equal(module(x), Plain()(x))
+        assert torch.equal(module(x), theirs(x))
     assert ran.counts[OP] == 1
 
 
@@ -550,18 +575,22 @@ def test_hooks_of_the_merging_layer_run():
     assert (len(seen), ran.counts[OP]) == (1, 1)
 
 
-def test_patch_mergers_of_another_way_are_refused():
+@pytest.mark.parametrize("scale", [1, 2])
+def test_patch_mergers_of_another_way_are_refused(scale):
+    """That turn tokens around before, or do something after."""
     model = build("mistral3")
     merge = type(merger(model)).forward
 
-    class Flipped(type(merger(model))):
+    class Other(type(merger(model))):
         def forward(self, image_features, image_sizes):
             features = torch.nn.functional.unfold(image_features[None, None], 1, stride=1)
-            return merge(self, features.view_as(image_features).flip(0), image_sizes)
+            features = features.view_as(image_features)
+            features = features.flip(0) if scale == 1 else features
+            return merge(self, features, image_sizes) * scale
 
-    merger(model).__class__ = Flipped
+    merger(model).__class__ = Other
     row = next(row for row in vlmops.patch(model).rows if row.sites)
-    assert (row.status, row.module) == ("refused", "Flipped")
+    assert (row.status, row.module) == ("refused", "Other")
     assert "in a way of its own" in row.reason
 
 

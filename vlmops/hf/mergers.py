@@ -80,8 +80,6 @@ def _integers(image_sizes: Any) -> list[tuple[int, int]] | None:
     if isinstance(image_sizes, Tensor):
         if torch.compiler.is_compiling() or image_sizes.dim() != 2 or image_sizes.shape[1] != 2:
             return None  # traced, sizes would have no values
-        if image_sizes.is_floating_point():
-            return None
         image_sizes = image_sizes.tolist()
     if not isinstance(image_sizes, Sequence):
         return None
