@@ -586,6 +586,7 @@ def test_patch_mergers_of_another_way_are_refused(scale):
             features = torch.nn.functional.unfold(image_features[None, None], 1, stride=1)
             features = features.view_as(image_features)
             features = features.flip(0) if scale == 1 else features
+            assert self.spatial_merge_size < self.patch_size  # named, so tried
             return merge(self, features, image_sizes) * scale
 
     merger(model).__class__ = Other
