@@ -12,7 +12,7 @@ from torch import nn
 from vlmops import _library
 from vlmops.hf import processor as processors
 from vlmops.hf.pixels import adapted
-from vlmops.hf.rebind import original_class, was_patched
+from vlmops.hf.rebind import original_class, replaced, was_patched
 from vlmops.hf.report import PatchReport, Row, Status
 from vlmops.hf.sites import AlreadyPatched, LeftAlone, Refused, Site, all_sites
 from vlmops.hf.targets import Expected, expected_places
@@ -79,8 +79,7 @@ def unpatch(model: nn.Module) -> int:
         RuntimeError: another library has wrapped what `patch` put there; nothing is restored.
     """
     _require_module(model)
-    changed = [m for m in model.modules() if was_patched(m)]
-    return _restore([(module, original_class(module)) for module in changed])
+    return _restore({m: original_class(m) for m in model.modules() if was_patched(m)})
 
 
 @contextlib.contextmanager
@@ -104,19 +103,15 @@ def patched(
         _restore(changed)
 
 
-Change = tuple[nn.Module, Any]
-"""A module, and the class that it had before."""
-
-
 def _patch(
     model: nn.Module, ops: Sequence[str] | None, verify: bool, processor: Any
-) -> tuple[PatchReport, list[Change]]:
+) -> tuple[PatchReport, dict[nn.Module, Any]]:
     _require_module(model)
     _require_transformers()
     _library.require()
     sites = all_sites()
     rows: list[Row] = []
-    changed: list[Change] = []
+    changed: dict[nn.Module, Any] = {}  # and the classes that they had
     requested = _requested(ops, sites)
     if processor is not None:
         processors.require_processor(processor)
@@ -156,7 +151,9 @@ def _where_probes_run() -> Iterator[None]:
         torch.set_default_dtype(dtype)
 
 
-def _patch_site(model: nn.Module, site: Site, verify: bool, changed: list[Change]) -> list[Row]:
+def _patch_site(
+    model: nn.Module, site: Site, verify: bool, changed: dict[nn.Module, Any]
+) -> list[Row]:
     rows = []
     # Listed before anything changes: find walks the modules that adapt alters.
     for found in list(site.find(model)):
@@ -179,12 +176,12 @@ def _patch_site(model: nn.Module, site: Site, verify: bool, changed: list[Change
     return rows
 
 
-def _change(module: nn.Module, new_class: type[nn.Module], changed: list[Change]) -> None:
-    changed.append((module, type(module)))
+def _change(module: nn.Module, new_class: type[nn.Module], changed: dict[nn.Module, Any]) -> None:
+    changed.setdefault(module, type(module))
     module.__class__ = new_class
 
 
-def _hand_over(model: nn.Module, processor: Any, changed: list[Change]) -> Row:
+def _hand_over(model: nn.Module, processor: Any, changed: dict[nn.Module, Any]) -> Row:
     """Makes a processor hand over raw pixels and a model take them, or says why not."""
     name = type(processor).__name__
     handover = processors.of(processor)
@@ -243,28 +240,25 @@ def _missing(model: nn.Module, rows: list[Row]) -> list[Row]:
     ]
 
 
-def _restore(changes: list[Change]) -> int:
-    for module, _ in changes:
+def _restore(classes: dict[nn.Module, Any]) -> int:
+    """Gives modules the classes that they had; those that are ours no more keep what they have."""
+    for module in classes:
         what = None
         if original_class(module) is None and was_patched(module):
             what = f"class of a {type(module).__bases__[0].__name__}"
-        elif original_class(module) is not None and _is_hidden(module):
-            what = f"forward of a {type(module).__name__}"
+        for method in replaced(module):
+            if method in vars(module):
+                what = f"{method} of a {type(module).__name__}"
         if what is not None:
             raise RuntimeError(
                 f"the {what} was replaced on the instance after vlmops patched it; undo that "
                 "first, then call vlmops.unpatch"
             )
-    for module, before in reversed(changes):
+    for module, original in classes.items():
         if original_class(module) is not None:
-            module.__class__ = before
+            module.__class__ = original
     processors.settle()
-    return len({module for module, _ in changes})
-
-
-def _is_hidden(module: nn.Module) -> bool:
-    """Whether the forward of a patched module's class is not the one that runs."""
-    return "forward" in vars(type(module)) and "forward" in vars(module)
+    return len(classes)
 
 
 def _requested(ops: Sequence[str] | None, sites: dict[str, Site]) -> list[str]:

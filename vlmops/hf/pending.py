@@ -179,6 +179,7 @@ class _Source:
     pixels: Tensor
     weight: Tensor
     bias: Tensor | None
+    pixel_map: Tensor | None
     grid: tuple[int, ...]
     """Of an image; that of one sequence is its length."""
     flat: bool
@@ -231,7 +232,12 @@ def computed(given: Any) -> Any:
 
 
 def tokens(
-    x: Tensor, weight: Tensor, bias: Tensor | None, make: _Make, as_grid: bool = True
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    make: _Make,
+    as_grid: bool = True,
+    pixel_map: Tensor | None = None,
 ) -> Tensor:
     """Stands for the patches of images ``x``.
 
@@ -241,6 +247,7 @@ def tokens(
         bias: Of the convolution.
         make: Computes the patches alone.
         as_grid: Whether they are ``[B, D, h, w]``, else ``[B, N, D]``.
+        pixel_map: Of raw pixels, as `patch_embed` has it.
     """
     current = _current.get()
     assert current is not None
@@ -249,7 +256,12 @@ def tokens(
     flat = x.dim() == 5 and math.prod(grid) == 1
     count = len(x) * math.prod(grid)
     source = _Source(
-        x.reshape(len(x), -1) if flat else x, weight, bias, (count,) if flat else grid, flat
+        x.reshape(len(x), -1) if flat else x,
+        weight,
+        bias,
+        pixel_map,
+        (count,) if flat else grid,
+        flat,
     )
     lead = (len(x), *grid) if as_grid else (len(x), math.prod(grid))
     channel = 1 if as_grid else 2
@@ -369,6 +381,7 @@ def _fused(x: Tokens) -> Tensor | None:
         source.pixels,
         source.weight,
         source.bias,
+        pixel_map=source.pixel_map,
         image_sizes=sizes or None,
         norm=norm.kind,
         norm_weight=norm.weight,

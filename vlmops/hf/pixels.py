@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from vlmops.hf import plain
-from vlmops.hf.rebind import derived, was_patched
+from vlmops.hf.rebind import derived, is_ours, was_patched
 
 _LIMIT = 16.0
 """Above all normalised pixels, and below the brightest raw one of any picture that is not black."""
@@ -201,7 +201,7 @@ def adapted(
         ):
             continue
         hidden = entry.name in vars(module) or (entry.name == "forward" and module in replaced)
-        if hidden or module in patched:
+        if hidden or (module in patched and not is_ours(was)):
             return f"{entry} casts or reads pixels, and was replaced; undo that, then patch"
         made = methods.setdefault(module, {})
         made[entry.name] = _adapter(getattr(was, entry.name), entry, pixels)

@@ -22,6 +22,7 @@ from torch import nn
 _DECORATORS = {"torch.utils._contextlib", "transformers.modeling_rope_utils"}
 _ORIGINAL = "_vlmops_original_class"
 _ABSORBS = "_vlmops_absorbs"
+_REPLACES = "_vlmops_replaces"
 _subclasses: dict[tuple[type, Hashable], type] = {}
 
 
@@ -59,27 +60,35 @@ def subclass(
     key: Hashable,
     make_forward: Callable[[str], Callable[..., Any]],
     absorbs: tuple[str, ...] = (),
+    method: str = "forward",
     **more: Any,
 ) -> type[nn.Module]:
     """A subclass of the same name with another ``forward``; one per (original, key).
 
     Args:
-        original: The class of the module to patch.
+        original: The class of the module to patch; one of ours if another op has been there.
         key: Whatever the new forward depends on, `references` of the old one included.
         make_forward: Called once with a label, unique to the subclass, and returns the forward.
         absorbs: Names of the children whose work the new forward does itself.
+        method: The method that is replaced, if it is not ``forward``.
         more: Further attributes of the subclass.
     """
     cached = _subclasses.get((original, key))
     if cached is None:
-        forward = make_forward(str(len(_subclasses)))
-        cached = derived(original, forward=forward, **{_ABSORBS: absorbs}, **more)
-        _subclasses[original, key] = cached
+        made: dict[str, Any] = {method: make_forward(str(len(_subclasses)))}
+        made[_ABSORBS] = (*vars(original).get(_ABSORBS, ()), *absorbs)
+        cached = _subclasses[original, key] = derived(original, **made, **more)
     return cached
 
 
 def derived(original: type, **body: Any) -> type:
-    """A subclass of the same name whose instances pickle as those of the original."""
+    """A subclass of the same name whose instances pickle as those of the original.
+
+    Args:
+        original: A class, or one of ours, which has its own.
+        body: Methods and other attributes.
+    """
+    methods = [n for n, v in body.items() if inspect.isfunction(v) and not n.startswith("__")]
     common = {
         "__module__": original.__module__,
         "__qualname__": original.__qualname__,
@@ -87,7 +96,9 @@ def derived(original: type, **body: Any) -> type:
         "__reduce_ex__": _reduce_to_original,
         "__copy__": _copy,
         "__deepcopy__": _deepcopy,
-        _ORIGINAL: original,
+        _ORIGINAL: vars(original).get(_ORIGINAL, original),
+        _ABSORBS: vars(original).get(_ABSORBS, ()),
+        _REPLACES: (*vars(original).get(_REPLACES, ()), *methods),
     }
     return type(original.__name__, (original,), common | body)
 
@@ -97,9 +108,20 @@ def original_class(instance: Any) -> Any:
     return vars(type(instance)).get(_ORIGINAL)
 
 
+def is_ours(cls: type) -> bool:
+    """Whether a class is one from `derived`."""
+    return _ORIGINAL in vars(cls)
+
+
 def was_patched(instance: Any) -> bool:
     """Whether an object is patched, even if somebody put a class of their own on top since."""
     return hasattr(type(instance), _ORIGINAL)
+
+
+def replaced(module: nn.Module) -> tuple[str, ...]:
+    """Names of the methods that are ours."""
+    names: tuple[str, ...] = vars(type(module)).get(_REPLACES, ())
+    return names
 
 
 def absorbed(model: nn.Module) -> set[nn.Module]:
@@ -130,21 +152,23 @@ def _deepcopy(self: Any, memo: dict[int, Any]) -> Any:
     return twin
 
 
-def changed(module: nn.Module) -> str | None:
-    """What somebody did to a module's forward that patching would undo."""
+def changed(module: nn.Module, method: str = "forward") -> str | None:
+    """What somebody did to a method of a module that patching would undo."""
     name = type(module).__name__
     if was_patched(module) and not original_class(module):
         return f"{name}'s class was replaced after vlmops patched it; undo that, then patch"
-    if original_class(module):
+    if method in replaced(module):
         return f"some of its {name} modules are patched and others are not"
-    if "forward" in vars(module):
-        who = owner(vars(module)["forward"])
-        return f"{name}.forward was replaced on the instance by {who}; undo that, then patch"
-    forward: Any = type(module).forward
-    while getattr(forward, "__wrapped__", None) and forward.__globals__["__name__"] in _DECORATORS:
-        forward = forward.__wrapped__
-    if not inspect.isfunction(forward) or forward.__globals__["__name__"] != forward.__module__:
-        return f"{name}.forward was wrapped by {owner(forward)}; undo that, then patch"
+    if method in vars(module):
+        who = owner(vars(module)[method])
+        return f"{name}.{method} was replaced on the instance by {who}; undo that, then patch"
+    function: Any = getattr(type(module), method)
+    while (
+        getattr(function, "__wrapped__", None) and function.__globals__["__name__"] in _DECORATORS
+    ):
+        function = function.__wrapped__
+    if not inspect.isfunction(function) or function.__globals__["__name__"] != function.__module__:
+        return f"{name}.{method} was wrapped by {owner(function)}; undo that, then patch"
     return None
 
 

@@ -228,8 +228,11 @@ def _convolution_class(original: Any, raw: PixelMap | None = None) -> type[nn.Mo
             result: Tensor
             if raw is not None:
                 require_normalised(input)
-            if pending.begins(self) and _may_wait(input, self.weight, self.bias):
-                return pending.tokens(input, self.weight, self.bias, lambda: forward(self, input))
+            if pending.begins(self) and _may_wait(input, self.weight, self.bias, raw):
+                return pending.tokens(
+                    input, self.weight, self.bias, lambda: forward(self, input),
+                    pixel_map=_map_of(input, raw),
+                )  # fmt: skip
             tokens = _embedded(input, self.weight, self.bias, raw)
             if tokens is None:
                 result = original.forward(self, normalised(raw, input, self.weight))
@@ -261,10 +264,10 @@ def _unfolding_class(found: _Unfolding, raw: PixelMap | None = None) -> type[nn.
                 require_normalised(hidden_states)
             if plain.bypassable(unfold, nn.Unfold) and plain.bypassable(linear, nn.Linear):
                 weight = linear.weight.unflatten(1, (-1, *_pair(unfold.kernel_size)))
-                if pending.begins(self) and _may_wait(hidden_states, weight, linear.bias):
+                if pending.begins(self) and _may_wait(hidden_states, weight, linear.bias, raw):
                     return pending.tokens(
                         hidden_states, weight, linear.bias, lambda: forward(self, hidden_states),
-                        as_grid=False,
+                        as_grid=False, pixel_map=_map_of(hidden_states, raw),
                     )  # fmt: skip
                 tokens = _embedded(hidden_states, weight, linear.bias, raw)
                 if tokens is not None:
@@ -298,7 +301,7 @@ def _embedded(
     That raises where the convolution raises, and knows what the op does not: tracing, functorch,
     subclasses of tensors, other dtypes and devices.
     """
-    pixel_map = raw.on(x.device) if raw is not None and is_raw(x) else None
+    pixel_map = _map_of(x, raw)
     named = {"x": x if pixel_map is None else None, "weight": weight, "bias": bias}
     floats = {name: t for name, t in named.items() if t is not None}
     if not plain.runs("patch_embed", list(floats.values()), x):
@@ -332,16 +335,23 @@ def _fits(x: Tensor, floats: list[Tensor]) -> bool:
     )
 
 
-def _may_wait(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+def _map_of(x: Tensor, raw: PixelMap | None) -> Tensor | None:
+    """What raw pixels become; None for others."""
+    return raw.on(x.device) if raw is not None and is_raw(x) else None
+
+
+def _may_wait(x: Tensor, weight: Tensor, bias: Tensor | None, raw: PixelMap | None) -> bool:
     """Whether patches can be put off until more is known: on the CPU, where that is measured."""
-    given = [x, weight] if bias is None else [x, weight, bias]
+    floats = [weight] if bias is None else [weight, bias]
+    if _map_of(x, raw) is None:
+        floats.append(x)
     return (
-        plain.runs("patch_embed", given)
+        plain.runs("patch_embed", floats, x)
         and x.is_cpu
         and len(x) > 0
         and not torch.is_autocast_enabled("cpu")
-        and all(type(t) in (Tensor, nn.Parameter) for t in given)
-        and _fits(x, given)
+        and all(type(t) in (Tensor, nn.Parameter) for t in (*floats, x))
+        and _fits(x, floats)
     )
 
 

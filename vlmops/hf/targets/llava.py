@@ -1,6 +1,8 @@
 """LLaVA and what is built like it: any tower, a projector, any language model."""
 
-from vlmops.hf.targets import Expected, patches, text, tower
+from typing import Any
+
+from vlmops.hf.targets import Expected, patches, shuffle, text, tower
 
 _PIXTRAL = Expected(
     "mrope",
@@ -23,16 +25,24 @@ _TOWERS = (
     _with("model.vision_tower.patch_conv", "pixtral"),
 )
 
+_MERGER = shuffle("model.multi_modal_projector.patch_merger")
+
+
+def _averages(config: Any) -> int:
+    return int(config.spatial_pool_mode == "average")
+
+
 EXPECTED = {
     "internvl": (
         _with("model.vision_tower.embeddings", "internvl_vision"),
+        shuffle("model"),
         text(),
     ),
     "llava": (*_TOWERS, _PIXTRAL, text()),
     "llava_next": (*_TOWERS, text()),
-    "llava_next_video": (*_TOWERS, text()),
+    "llava_next_video": (*_TOWERS, shuffle("model.vision_resampler.pool", _averages), text()),
     "llava_onevision": (*_TOWERS, text()),
-    "mistral3": (*_TOWERS, _PIXTRAL, text()),
+    "mistral3": (*_TOWERS, _PIXTRAL, _MERGER, text()),
     "video_llama_3": (
         patches("model.vision_model.embeddings.patch_embedding"),
         tower("model.vision_model"),
