@@ -1,6 +1,7 @@
 // The CPU kernels of every op, one table per instruction set; chosen at run time.
 #pragma once
 
+#include "ops/mlp_projector/mlp_projector.h"
 #include "ops/mrope/mrope.h"
 #include "ops/patch_embed/patch_embed.h"
 
@@ -13,6 +14,10 @@ struct CpuKernels {
   patch_embed::CpuPack patch_embed_pack;
   patch_embed::CpuFinish patch_embed_finish;
   patch_embed::CpuPrefix patch_embed_prefix;
+  mlp_projector::CpuNorm mlp_projector_norm;
+  mlp_projector::CpuNormBackward mlp_projector_norm_backward;
+  mlp_projector::CpuActivate mlp_projector_activate;
+  mlp_projector::CpuActivateBackward mlp_projector_activate_backward;
 };
 
 // The table in force: the best that this machine runs, capped by VLMOPS_CPU_ISA. Throws

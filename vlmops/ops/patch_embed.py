@@ -60,6 +60,7 @@ from torch.nn import functional
 from vlmops import _library, dispatch
 from vlmops.ops import patch_embed_panels as panels
 from vlmops.ops.patch_embed_panels import INDEX, PATCHES_ONLY, WEIGHT, Arguments
+from vlmops.ops.vmap import one_by_one
 
 Norm = Literal["layer", "rms"]
 
@@ -635,28 +636,6 @@ def _fake_backward(grad: Tensor, needs: Sequence[bool], *args: Any) -> list[Tens
     ]  # fmt: skip
 
 
-def _vmapped(op: Any) -> Callable[..., tuple[Any, Any]]:
-    """One call after another: a batch has more images, not more of everything else."""
-
-    def run(info: Any, in_dims: Any, *args: Any) -> tuple[Any, Any]:
-        def one(value: Any, dim: Any, i: int) -> Any:
-            if isinstance(value, list | tuple):
-                dims = dim if isinstance(dim, list | tuple) else [dim] * len(value)
-                return [one(v, d, i) for v, d in zip(value, dims, strict=True)]
-            return value if dim is None else value.select(dim, i)
-
-        outputs = [
-            op(*[one(v, d, i) for v, d in zip(args, in_dims, strict=True)])
-            for i in range(info.batch_size)
-        ]
-        if isinstance(outputs[0], Tensor):
-            return torch.stack(outputs), 0
-        columns = [torch.stack(column) for column in zip(*outputs, strict=True)]
-        return columns, [0] * len(columns)
-
-    return run
-
-
 def _on_triton(name: str) -> Callable[..., Any]:
     def run(*args: Any) -> Any:
         return getattr(importlib.import_module("vlmops.ops.patch_embed_triton"), name)(*args)
@@ -675,7 +654,7 @@ def _register(ops: _Ops) -> None:
     torch.library.register_fake(ops.forward, _fake, lib=_lib)
     torch.library.register_fake(ops.backward, _fake_backward, lib=_lib)
     for op in ops:
-        torch.library.register_vmap(op, _vmapped(op), lib=_lib)
+        torch.library.register_vmap(op, one_by_one(op), lib=_lib)
 
 
 if _library.error is None:

@@ -582,8 +582,6 @@ void finish(Tensor out, const Tensor& product, int64_t begin,
   for (const Params& p : groups.all) kernels.patch_embed_prefix(p, 0, p.images);
 }
 
-bool emulated(const Tensor& tensor) { return launchers_for(tensor) != nullptr; }
-
 }  // namespace
 }  // namespace vlmops::patch_embed
 
@@ -609,7 +607,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(vlmops, m) {
   m.def(
       "patch_embed_finish(Tensor(a!) out, Tensor product, int begin, " VLMOPS_PATCH_EMBED_ARGUMENTS
       ") -> ()");
-  m.def("patch_embed_emulated(Tensor tensor) -> bool");
 }
 
 #define VLMOPS_PATCH_EMBED_IMPL(m)                                                \
@@ -618,8 +615,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(vlmops, m) {
   m.impl("patch_embed_empty",                                                     \
          TORCH_BOX(&vlmops::patch_embed::unpacked<vlmops::patch_embed::empty>));  \
   m.impl("patch_embed_pack", TORCH_BOX(&vlmops::patch_embed::pack));              \
-  m.impl("patch_embed_finish", TORCH_BOX(&vlmops::patch_embed::finish));          \
-  m.impl("patch_embed_emulated", TORCH_BOX(&vlmops::patch_embed::emulated))
+  m.impl("patch_embed_finish", TORCH_BOX(&vlmops::patch_embed::finish))
 
 STABLE_TORCH_LIBRARY_IMPL(vlmops, CPU, m) { VLMOPS_PATCH_EMBED_IMPL(m); }
 STABLE_TORCH_LIBRARY_IMPL(vlmops, CUDA, m) { VLMOPS_PATCH_EMBED_IMPL(m); }
