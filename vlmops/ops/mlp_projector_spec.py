@@ -169,18 +169,22 @@ def eager_for(args: Arguments) -> Callable[..., tuple[Tensor]]:
 
 
 def _norm(args: Arguments) -> Tensor:
-    x, weight, bias = args["x"], args["norm_weight"], args["norm_bias"]
+    x: Tensor = args["x"]
+    weight, bias = args["norm_weight"], args["norm_bias"]
     eps, offset = args["norm_eps"], args["norm_offset"]
     if args["norm"] == "layer":
         mixed = weight is not None and weight.dtype != x.dtype
-        z = functional.layer_norm(x.float() if mixed else x, x.shape[-1:], weight, bias, eps)
-        return z.to(x.dtype)
-    z = x.float()
+        y = functional.layer_norm(x.float() if mixed else x, x.shape[-1:], weight, bias, eps)
+        return y.to(x.dtype)
+    z: Tensor = x.float()
     z = z * torch.rsqrt(z.pow(2).mean(-1, keepdim=True) + eps)
     if offset:  # Gemma's
-        return (z * (offset + weight.float())).to(x.dtype)
+        z = z * (offset + weight.float())
+        return z.to(x.dtype)
     z = z.to(x.dtype)
-    return z if weight is None else (weight * z).to(x.dtype)
+    if weight is not None:
+        z = (weight * z).to(x.dtype)
+    return z
 
 
 def _with(**changes: Any) -> Callable[[Arguments], Arguments]:

@@ -40,7 +40,8 @@ class Arguments(NamedTuple):
     @property
     def differentiable(self) -> list[Tensor | None]:
         """The tensors, in the order of `backward`'s gradients."""
-        return list(self[:TENSORS])
+        return [self.x, self.fc1_weight, self.fc1_bias, self.fc2_weight, self.fc2_bias,
+                self.gate_weight, self.gate_bias, self.norm_weight, self.norm_bias]  # fmt: skip
 
     def shape(self) -> tuple[int, ...]:
         """Of the result."""
@@ -128,11 +129,13 @@ def forward(kernels: Kernels, *args: Any) -> list[Tensor]:
             if a.keep and activation != "none":
                 kept.append(layer(x, weight, bias, "none"))
                 return activated(kept[-1], activation)
-            if on_gpu or not products.is_plain(x, weight, bias):
-                if activation == "gelu_tanh" and x.is_cuda and bias is not None:
-                    # cuBLASLt applies tanh's gelu, and that alone, before it rounds.
-                    return torch._addmm_activation(bias, x, weight.t(), use_gelu=True)
+            if activation == "gelu_tanh" and x.is_cuda and bias is not None:
+                # cuBLASLt applies tanh's gelu, and that alone, before it rounds.
+                return torch._addmm_activation(bias, x, weight.t(), use_gelu=True)
+            if not products.is_plain(x, weight, bias):
                 return activated(functional.linear(x, weight, bias), activation)
+            if on_gpu:  # an emulated one
+                return activated(products.product(x, weight, bias, None, activated), activation)
             fused = None if activation == "none" else cast(products.Activation, activation)
             return products.product(x, weight, bias, fused, activated)
 
