@@ -285,9 +285,7 @@ def test_one_layer_is_kept_for_backward():
 
 def test_a_norm_and_an_activation_copy_nothing_more_than_they_write():
     """Largest allocations: the normalised x, the hidden layer, the result."""
-    args = inputs((400, 256), 512, 128, norm="layer", activation="quick_gelu")(
-        torch.float32, CPU
-    )
+    args = inputs((400, 256), 512, 128, norm="layer", activation="quick_gelu")(torch.float32, CPU)
     with torch.profiler.profile(profile_memory=True) as profile:
         SPEC.function(**args)
     allocated = sum(max(e.self_cpu_memory_usage, 0) for e in profile.events())

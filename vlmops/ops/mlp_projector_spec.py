@@ -127,7 +127,7 @@ _ROWS = {
     "norm_strided": _inputs((3, 4, 24), norm="rms", x="strided"),
     "norm_expanded": _inputs((3, 4, 24), norm="rms", x="expanded"),
     "norm_unaligned": _inputs((3, 4, 24), norm="layer", x="unaligned"),
-    "norm_wide": _inputs((5, 270), 17, 9, norm="layer"),
+    "norm_wide": _inputs((5, 150), 17, 9, norm="layer"),
     # Strides.
     "transposed": _inputs((3, 4, 24), x="transposed"),
     "expanded": _inputs((3, 4, 24), x="expanded"),

@@ -58,11 +58,12 @@ def _activated(b_x, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def activate_kernel(
-    p_hidden, p_gate, p_out, n_elements: tl.int64, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr
-):
+    p_hidden, p_gate, p_out, n_rows: tl.int64,
+    W: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """Writes activation(hidden), or activation(gate) * hidden."""
     o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    m = o < n_elements
+    m = o < n_rows * W  # known to be a multiple of what divides W
     b_x = tl.load(p_hidden + o, mask=m, other=0.0).to(tl.float32)
     if p_gate is None:
         b_y, _ = _activated(b_x, ACTIVATION)
@@ -127,7 +128,7 @@ def _weight(p_weight, o_d, m, offset):
 
 @triton.jit
 def norm_kernel(
-    p_x, p_weight, p_bias, p_out, s_x: tl.int64, eps, offset,
+    p_x, p_weight, p_bias, p_out, s_x: tl.int64, eps: tl.float32, offset: tl.float32,
     W: tl.constexpr, LAYER: tl.constexpr, VEC: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """One row."""
@@ -143,7 +144,7 @@ def norm_kernel(
 
 @triton.jit
 def norm_backward_kernel(
-    p_grad, p_x, p_weight, p_grad_x, p_scales, s_x: tl.int64, eps, offset,
+    p_grad, p_x, p_weight, p_grad_x, p_scales, s_x: tl.int64, eps: tl.float32, offset: tl.float32,
     W: tl.constexpr, LAYER: tl.constexpr, VEC: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """One row: (g - mean(g) - y mean(g y)) * factor, for "rms" without mean(g).
@@ -305,10 +306,12 @@ def norm_backward(
 
 def activate(hidden: Tensor, gate: Tensor | None, activation: str, out: Tensor) -> None:
     """As ``vlmops::mlp_projector_activate``."""
-    n = hidden.numel()
-    grid = _grid(triton.cdiv(n, _BLOCK))
-    constants = {"ACTIVATION": activation, "BLOCK": _BLOCK, "num_warps": 4, "num_stages": 1}
-    _launch(activate_kernel, grid, hidden.device, hidden, gate, out, n, **constants)
+    rows, width = hidden.shape
+    _launch(
+        activate_kernel, _grid(triton.cdiv(rows * width, _BLOCK)), hidden.device,
+        hidden, gate, out, rows,
+        W=width, ACTIVATION=activation, BLOCK=_BLOCK, num_warps=4, num_stages=1,
+    )  # fmt: skip
 
 
 def activate_backward(
