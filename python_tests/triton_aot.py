@@ -197,14 +197,14 @@ def mlp_projector_calls():
     def backward(registers, wide, gate, kind):
         h = hidden()
         call = functools.partial(
-            kernels.activate_backward, h, h, h if gate else None, kind, True, True, gate
+            kernels.activate_backward, h, h, h if gate else None, kind, h, True, True, gate
         )
         return Budget(run, "activate_backward_kernel", call, registers, wide)
 
     x, row = hidden(3328), torch.empty(4096, dtype=torch.bfloat16)
     norm = functools.partial(kernels.norm, x, "layer", row, row, 1e-5, 0.0)
     norm_backward = functools.partial(
-        kernels.norm_backward, x, x, "layer", row, 1e-5, 0.0, True, True, True
+        kernels.norm_backward, x, x, "layer", row, 1e-5, 0.0, x, True, True
     )
     return {
         "gelu bf16": activate(64, 1, False, "gelu"),

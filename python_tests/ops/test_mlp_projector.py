@@ -181,9 +181,8 @@ def test_activations_are_right_to_their_tails(kind, backend):
     with where:
         out = torch.empty_like(x)
         kernels.activate(x, None, kind, out)
-        grad, _, again, _, _ = kernels.activate_backward(
-            torch.ones_like(x), x, None, kind, True, False, False
-        )
+        grad = torch.ones_like(x)
+        _, again, _, _ = kernels.activate_backward(grad, x, None, kind, grad, True, False, False)
     assert torch.equal(out, again) or backend == "cpu"
     for got, expected in ((out, y.detach()), (again, y.detach()), (grad, slope)):
         error = (got.double() - expected).abs() / expected.abs().clamp(min=1.0)
@@ -199,7 +198,8 @@ def test_nan_stays_in_its_element(kind, backend):
     with where:
         out = torch.empty_like(x)
         kernels.activate(x, None, kind, out)
-        grad = kernels.activate_backward(torch.ones_like(x), x, None, kind, False, False, False)[0]
+        grad, ones = torch.empty_like(x), torch.ones_like(x)
+        kernels.activate_backward(ones, x, None, kind, grad, False, False, False)
     assert out.isnan().nonzero().tolist() == [[1, 5]]
     assert grad.isnan().nonzero().tolist() == ([] if kind == "relu" else [[1, 5]])
 
@@ -219,7 +219,8 @@ def test_norms_of_any_width(kind, width, backend):
     kernels, where = kernels_on(backend)
     with where:
         out = kernels.norm(x, kind, weight, bias, 1e-5, 0.5)
-        of_x, *sums = kernels.norm_backward(grad, x, kind, weight, 1e-5, 0.5, True, True, True)
+        of_x = torch.empty_like(x)
+        sums = kernels.norm_backward(grad, x, kind, weight, 1e-5, 0.5, of_x, True, True)
     close(out, z, 5e-5)
     scale = max(exact[0].abs().max().item(), 1.0)
     close(of_x / scale, exact[0] / scale, 5e-5)
@@ -290,6 +291,22 @@ def test_a_norm_and_an_activation_copy_nothing_more_than_they_write():
         SPEC.function(**args)
     allocated = sum(max(e.self_cpu_memory_usage, 0) for e in profile.events())
     assert allocated <= 1.1 * 4 * 400 * (256 + 512 + 128)
+
+
+@pytest.mark.parametrize("name", [n for n in CASES if not n.startswith("no_rows")])
+def test_panels_of_any_size_give_the_same(name, monkeypatch):
+    def both():
+        torch.manual_seed(0)
+        args = CASES[name].make(torch.float32, CPU)
+        leaves = {n: args[n].detach().requires_grad_() for n in SPEC.differentiable_in(args)}
+        (alone,), (out,) = SPEC.function(**args), SPEC.function(**{**args, **leaves})
+        return alone, out, *torch.autograd.grad(out, list(leaves.values()), torch.ones_like(out))
+
+    whole = both()
+    monkeypatch.setattr(steps, "PANEL", 1)
+    monkeypatch.setattr(steps, "_LEAST", 3)
+    for got, expected in zip(both(), whole, strict=True):
+        close(got / expected.abs().max(), expected / expected.abs().max())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

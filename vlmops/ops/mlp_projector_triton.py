@@ -286,14 +286,13 @@ def norm(
 
 def norm_backward(
     grad: Tensor, x: Tensor, norm: str, weight: Tensor | None, eps: float, offset: float,
-    needs_x: bool, needs_weight: bool, needs_bias: bool,
+    grad_x: Tensor | None, needs_weight: bool, needs_bias: bool,
 ) -> list[Tensor]:  # fmt: skip
     """As ``vlmops::mlp_projector_norm_backward``."""
     stride, constants = _of_rows(x, norm)
-    grad_x = x.new_empty(x.shape if needs_x else (0,))
     scales = x.new_empty(len(x), 2, dtype=torch.float32)
     weight_sums, bias_sums = _sums(x, needs_weight), _sums(x, needs_bias)
-    args = (grad, x, _row(weight), _or_none(grad_x, needs_x), scales, stride, eps, offset)
+    args = (grad, x, _row(weight), grad_x, scales, stride, eps, offset)
     _launch(norm_backward_kernel, _grid(len(x)), x.device, *args, **constants)
     if needs_weight or needs_bias:
         sums = _or_none(weight_sums, needs_weight), _or_none(bias_sums, needs_bias)
@@ -301,7 +300,7 @@ def norm_backward(
             norm_sums_kernel, _parts(x), x.device, grad, x, scales, *sums, len(x), stride,
             W=x.shape[1], VEC=constants["VEC"], **_PART, num_warps=4, num_stages=1,
         )  # fmt: skip
-    return [grad_x, weight_sums, bias_sums]
+    return [weight_sums, bias_sums]
 
 
 def activate(hidden: Tensor, gate: Tensor | None, activation: str, out: Tensor) -> None:
@@ -315,13 +314,12 @@ def activate(hidden: Tensor, gate: Tensor | None, activation: str, out: Tensor) 
 
 
 def activate_backward(
-    grad: Tensor, hidden: Tensor, gate: Tensor | None, activation: str, needs_out: bool,
-    needs_hidden_sums: bool, needs_gate_sums: bool,
+    grad: Tensor, hidden: Tensor, gate: Tensor | None, activation: str, grad_hidden: Tensor,
+    needs_out: bool, needs_hidden_sums: bool, needs_gate_sums: bool,
 ) -> list[Tensor]:  # fmt: skip
     """As ``vlmops::mlp_projector_activate_backward``."""
     gated = gate is not None
     needs_gate_sums = needs_gate_sums and gated
-    grad_hidden = torch.empty_like(hidden)
     grad_gate = hidden.new_empty(hidden.shape if gated else (0,))
     out = hidden.new_empty(hidden.shape if needs_out else (0,))
     hidden_sums, gate_sums = _sums(hidden, needs_hidden_sums), _sums(hidden, needs_gate_sums)
@@ -331,7 +329,7 @@ def activate_backward(
         _or_none(hidden_sums, needs_hidden_sums), _or_none(gate_sums, needs_gate_sums), len(hidden),
         W=hidden.shape[1], ACTIVATION=activation, **_PART, num_warps=4, num_stages=1,
     )  # fmt: skip
-    return [grad_hidden, grad_gate, out, hidden_sums, gate_sums]
+    return [grad_gate, out, hidden_sums, gate_sums]
 
 
 KERNELS = Kernels(norm, norm_backward, activate, activate_backward)
