@@ -38,7 +38,11 @@ const CudaKernels kernels = {&describe_status,
                              &pixel_shuffle::run_inverse_cuda,
                              &pixel_shuffle::norm_backward_parts_cuda,
                              &pixel_shuffle::run_norm_backward_cuda,
-                             &pixel_shuffle::run_weight_grad_cuda};
+                             &pixel_shuffle::run_weight_grad_cuda,
+                             &mlp_projector::norm_cuda,
+                             &mlp_projector::norm_backward_cuda,
+                             &mlp_projector::activate_cuda,
+                             &mlp_projector::activate_backward_cuda};
 
 }  // namespace
 }  // namespace vlmops

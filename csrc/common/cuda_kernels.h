@@ -5,6 +5,7 @@
 
 #include <cstddef>
 
+#include "ops/mlp_projector/mlp_projector.h"
 #include "ops/mrope/mrope.h"
 #include "ops/patch_embed/patch_embed.h"
 #include "ops/pixel_shuffle/pixel_shuffle.h"
@@ -28,6 +29,10 @@ struct CudaKernels {
   pixel_shuffle::CudaNormBackwardParts pixel_shuffle_norm_backward_parts;
   pixel_shuffle::CudaNormBackward pixel_shuffle_norm_backward;
   pixel_shuffle::CudaWeightGrad pixel_shuffle_weight_grad;
+  mlp_projector::CudaNorm mlp_projector_norm;
+  mlp_projector::CudaNorm mlp_projector_norm_backward;
+  mlp_projector::CudaActivate mlp_projector_activate;
+  mlp_projector::CudaActivate mlp_projector_activate_backward;
 };
 
 }  // namespace vlmops
