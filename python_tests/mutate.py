@@ -171,10 +171,11 @@ MUTATIONS = {
     "tokens: the first sequence's rows for all": (
         "ops/patch_embed/patch_embed_cpu.h", "image * q.index_stride[0] + ", ""),
     "tokens: norm without epsilon": (
-        "ops/patch_embed/patch_embed_cpu.h", "square + p.norm_eps", "square"),
+        "ops/patch_embed/patch_embed_cpu.h", "p.norm == Norm::kLayer, p.norm_eps)",
+        "p.norm == Norm::kLayer, 0.0f)"),
     "tokens: LayerNorm without its mean": (
-        "ops/patch_embed/patch_embed_cpu.h", "p.norm == Norm::kLayer ? moment",
-        "false ? moment"),
+        "ops/patch_embed/patch_embed_cpu.h", "p.norm == Norm::kLayer, p.norm_eps)",
+        "false, p.norm_eps)"),
     "tokens: norm without its bias": (
         "ops/patch_embed/patch_embed_cpu.h", "if (p.norm_bias.data != nullptr)", "if (false)"),
     "patches: a remainder of rows is read": (

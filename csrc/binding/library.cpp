@@ -1,4 +1,5 @@
-// What belongs to the library rather than to an op: the choice of the instruction set.
+// What belongs to the library rather than to an op: the choice of the instruction set, and whether
+// a CPU tensor goes to the emulated GPU.
 #include <torch/csrc/stable/library.h>
 
 #include <atomic>
@@ -7,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "binding/cuda.h"
 #include "common/cpu_kernels.h"
 
 namespace vlmops {
@@ -62,6 +64,10 @@ std::string set_cpu_isa(const std::string& cap) {
   return cpu_isa();
 }
 
+bool emulated(const torch::stable::Tensor& tensor) {
+  return !is_on_gpu(tensor) && launchers_for(tensor) != nullptr;
+}
+
 }  // namespace
 
 const CpuKernels& cpu_kernels() {
@@ -79,9 +85,11 @@ const CpuKernels& cpu_kernels() {
 STABLE_TORCH_LIBRARY_FRAGMENT(vlmops, m) {
   m.def("cpu_isa() -> str");
   m.def("set_cpu_isa(str cap) -> str");
+  m.def("emulated(Tensor tensor) -> bool");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(vlmops, CompositeExplicitAutograd, m) {
   m.impl("cpu_isa", TORCH_BOX(&vlmops::cpu_isa));
   m.impl("set_cpu_isa", TORCH_BOX(&vlmops::set_cpu_isa));
+  m.impl("emulated", TORCH_BOX(&vlmops::emulated));
 }

@@ -1,6 +1,7 @@
 // Compiled once per instruction set with -DVLMOPS_ISA=portable|avx2|avx512 and the matching -march.
 #include "common/cpu_kernels.h"
 
+#include "ops/mlp_projector/mlp_projector_cpu.h"
 #include "ops/mrope/mrope_cpu.h"
 #include "ops/patch_embed/patch_embed_cpu.h"
 #include "ops/pixel_shuffle/pixel_shuffle_cpu.h"
@@ -13,12 +14,20 @@
 namespace vlmops {
 
 extern const CpuKernels VLMOPS_CONCAT(kernels_, VLMOPS_ISA);
-const CpuKernels VLMOPS_CONCAT(kernels_, VLMOPS_ISA) = {
-    VLMOPS_STRING(VLMOPS_ISA),    &mrope::run,
-    &mrope::run_backward,         &patch_embed::pack,
-    &patch_embed::finish,         &patch_embed::write_prefix,
-    &patch_embed::unpack,         &patch_embed::column_sums,
-    &pixel_shuffle::forward,      &pixel_shuffle::inverse,
-    &pixel_shuffle::norm_backward};
+const CpuKernels VLMOPS_CONCAT(kernels_, VLMOPS_ISA) = {VLMOPS_STRING(VLMOPS_ISA),
+                                                        &mrope::run,
+                                                        &mrope::run_backward,
+                                                        &patch_embed::pack,
+                                                        &patch_embed::finish,
+                                                        &patch_embed::write_prefix,
+                                                        &patch_embed::unpack,
+                                                        &patch_embed::column_sums,
+                                                        &pixel_shuffle::forward,
+                                                        &pixel_shuffle::inverse,
+                                                        &pixel_shuffle::norm_backward,
+                                                        &mlp_projector::norm,
+                                                        &mlp_projector::norm_backward,
+                                                        &mlp_projector::activate,
+                                                        &mlp_projector::activate_backward};
 
 }  // namespace vlmops

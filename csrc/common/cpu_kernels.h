@@ -1,6 +1,7 @@
 // The CPU kernels of every op, one table per instruction set; chosen at run time.
 #pragma once
 
+#include "ops/mlp_projector/mlp_projector.h"
 #include "ops/mrope/mrope.h"
 #include "ops/patch_embed/patch_embed.h"
 #include "ops/pixel_shuffle/pixel_shuffle.h"
@@ -19,6 +20,10 @@ struct CpuKernels {
   pixel_shuffle::CpuKernel pixel_shuffle;
   pixel_shuffle::CpuKernel pixel_shuffle_inverse;
   pixel_shuffle::CpuNormBackward pixel_shuffle_norm_backward;
+  mlp_projector::CpuNorm mlp_projector_norm;
+  mlp_projector::CpuNormBackward mlp_projector_norm_backward;
+  mlp_projector::CpuActivate mlp_projector_activate;
+  mlp_projector::CpuActivateBackward mlp_projector_activate_backward;
 };
 
 // The table in force: the best that this machine runs, capped by VLMOPS_CPU_ISA. Throws

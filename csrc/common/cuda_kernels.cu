@@ -33,7 +33,11 @@ const CudaKernels kernels = {&describe_status,
                              &mrope::run_norm_backward_cuda,
                              &patch_embed::run_cuda,
                              &patch_embed::pack_cuda,
-                             &patch_embed::finish_cuda};
+                             &patch_embed::finish_cuda,
+                             &mlp_projector::norm_cuda,
+                             &mlp_projector::norm_backward_cuda,
+                             &mlp_projector::activate_cuda,
+                             &mlp_projector::activate_backward_cuda};
 
 }  // namespace
 }  // namespace vlmops

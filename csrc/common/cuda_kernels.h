@@ -5,6 +5,7 @@
 
 #include <cstddef>
 
+#include "ops/mlp_projector/mlp_projector.h"
 #include "ops/mrope/mrope.h"
 #include "ops/patch_embed/patch_embed.h"
 
@@ -22,6 +23,10 @@ struct CudaKernels {
   patch_embed::CudaRun patch_embed;
   patch_embed::CudaPack patch_embed_pack;
   patch_embed::CudaFinish patch_embed_finish;
+  mlp_projector::CudaNorm mlp_projector_norm;
+  mlp_projector::CudaNorm mlp_projector_norm_backward;
+  mlp_projector::CudaActivate mlp_projector_activate;
+  mlp_projector::CudaActivate mlp_projector_activate_backward;
 };
 
 }  // namespace vlmops

@@ -14,6 +14,12 @@ namespace vlmops {
 enum class DType : int { kFloat32, kBFloat16, kFloat16 };
 enum class IntType : int { kInt64, kInt32, kInt16, kInt8, kUInt8 };
 
+// Numbers next to each other, one for each channel; null where there is none.
+struct Row {
+  const void* data;
+  DType dtype;
+};
+
 // Storage of the 16-bit floats; arithmetic happens in float32 only.
 struct bfloat16 {
   uint16_t bits;

@@ -100,12 +100,12 @@ def linear(
             f"vlmops.ops.linear: activation: expected one of {', '.join(_ACTIVATIONS)}, "
             f"got {activation!r}"
         )
-    plain = not torch.compiler.is_compiling() and _plain(x, weight, bias)
+    plain = not torch.compiler.is_compiling() and is_plain(x, weight, bias)
     if plain:
         _check(x, weight, bias)
         out = _product(x, weight, bias, activation)
     else:
-        out = _activated(functional.linear(x, weight, bias), activation)
+        out = activated(functional.linear(x, weight, bias), activation)
     if residual is None:
         return out
     if residual.shape != out.shape or (plain and residual.dtype != out.dtype):
@@ -127,7 +127,7 @@ def reference(
     out = x.double() @ weight.double().t()
     if bias is not None:
         out = out + bias.double()
-    out = _activated(out, activation)
+    out = activated(out, activation)
     return out if residual is None else out + residual.double()
 
 
@@ -157,6 +157,44 @@ def for_panels(dtype: torch.dtype, n: int, k: int) -> Callable[..., Tensor]:
     return functional.linear
 
 
+def product(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: Activation | None,
+    finish: Callable[[Tensor, Activation], Tensor],
+) -> Tensor:
+    """`linear` without derivatives, for an op that has kernels of its own for activations.
+
+    Args:
+        x: ``[rows, K]``, hundreds of rows; a plain CPU tensor, as the next two are.
+        weight: ``[N, K]``.
+        bias: ``[N]`` or None.
+        activation: As in `linear`.
+        finish: Applies an activation to the product, which it may overwrite, where oneDNN does not
+            do so while the product is in the cache.
+    """
+    n, k = weight.shape
+    rows, dtype = len(x), x.dtype
+    if rows * n * k == 0:
+        faster = False
+    elif dtype == torch.float32:
+        faster = for_panels(dtype, n, k) is not functional.linear
+    else:
+        faster = wins(dtype, n, k)[_bracket(rows)]
+    if faster and dtype != torch.float32:
+        return _panels(x, weight, bias, activation)
+    # With AVX2 oneDNN takes four times as long for it as a pass over the memory.
+    fused = activation in _FUSED and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    if faster:  # it packs the weight anyway; MKL's bits change with the number of threads
+        out = _onednn(x, weight.contiguous(), bias, activation if fused else None)
+    elif fused and rows >= _FUSE_FROM and _fuses(dtype, weight, activation):
+        out = _onednn(x, weight, bias, activation)
+    else:
+        out, fused = functional.linear(x, weight, bias), False
+    return out if fused or activation is None else finish(out, activation)
+
+
 def has_alternative(dtype: torch.dtype) -> bool:
     """Whether there is another way than F.linear."""
     served = (torch.float32, torch.bfloat16, torch.float16)
@@ -169,6 +207,11 @@ def wins(dtype: torch.dtype, n: int, k: int) -> Wins:
     if found is None:
         found = _default(None if is_small(n, k) else dtype)
     return found
+
+
+def _bracket(rows: int) -> int:
+    """The place in `FROM_ROWS` of what holds for a number of rows, 1 or more."""
+    return bisect.bisect_right(FROM_ROWS, rows) - 1
 
 
 def is_small(n: int, k: int) -> bool:
@@ -208,7 +251,7 @@ def multiplies(dtype: torch.dtype) -> bool:
     return True
 
 
-def _plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+def is_plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether nothing but the values of these tensors is at stake."""
     return (
         type(x) is Tensor
@@ -255,19 +298,19 @@ def _product(
     wants_grad = torch.is_grad_enabled() and (
         x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     )
-    faster = rows * n > 0 and wins(dtype, n, k)[bisect.bisect_right(FROM_ROWS, rows) - 1]
+    faster = rows * n > 0 and wins(dtype, n, k)[_bracket(rows)]
     # Gradients come with transposed weights: with AVX2 oneDNN is slower then, with AVX-512 hardly
     # faster, and with other strides its results are not to be relied on.
     if faster and dtype == torch.float32:
         faster = weight.is_contiguous()
     if not faster:
         if wants_grad or rows < _FUSE_FROM or not _fuses(dtype, weight, activation):
-            return _activated(functional.linear(x, weight, bias), activation)
+            return activated(functional.linear(x, weight, bias), activation)
         return _onednn(x, weight, bias, activation)
     if not wants_grad:
         return alternative(x, weight, bias, activation)
     out: Tensor = _Linear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
-    return _activated(out, activation)
+    return activated(out, activation)
 
 
 def _fuses(dtype: torch.dtype, weight: Tensor, activation: Activation | None) -> bool:
@@ -292,7 +335,7 @@ def _onednn(
     out: Tensor = torch.ops.mkldnn._linear_pointwise.default(
         x.contiguous(), weight, bias, attr, [], algorithm
     )
-    return out if activation in _FUSED else _activated(out, activation)
+    return out if activation in _FUSED else activated(out, activation)
 
 
 def _panels(
@@ -311,12 +354,13 @@ def _panels(
             if onednn and panel.is_contiguous():
                 product = _onednn(rows, panel, part, activation)
             else:
-                product = _activated(functional.linear(rows, panel, part), activation)
+                product = activated(functional.linear(rows, panel, part), activation)
             written[:, start : start + height] = product
     return out
 
 
-def _activated(out: Tensor, activation: Activation | None) -> Tensor:
+def activated(out: Tensor, activation: Activation | None) -> Tensor:
+    """``activation(out)`` by torch's operators."""
     return out if activation is None else _ACTIVATIONS[activation](out)
 
 

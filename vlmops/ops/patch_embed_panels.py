@@ -168,7 +168,7 @@ def _parts(rows: int, most: int) -> Iterator[tuple[int, int]]:
 def forward(*args: Any) -> Tensor:
     """The op on the CPU and on a GPU; on the emulated one where a test has put it."""
     a = Arguments(*args)
-    on_gpu = a.weight.is_cuda or torch.ops.vlmops.patch_embed_emulated(a.weight)
+    on_gpu = a.weight.is_cuda or torch.ops.vlmops.emulated(a.weight)
     if on_gpu and not goes_in_panels(a):
         result: Tensor = torch.ops.vlmops.patch_embed_launch(*args)
         return result

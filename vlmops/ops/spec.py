@@ -91,6 +91,9 @@ class Spec:
     """What an op that is mostly matrix products cannot beat: those alone, on operands that lie
     ready, by direction (forward, backward) and by who computes them."""
 
+    casts_under_autocast: Sequence[str] = ()
+    """Arguments that autocast casts, as it does those of products; of other ops it casts none."""
+
     def differentiable_in(self, args: Arguments) -> list[str]:
         """The arguments of a call that get gradients."""
         given = ((name, args[name]) for name in self.differentiable)

@@ -622,8 +622,6 @@ Tensor column_sums(const Tensor& rows) {
   return sums;
 }
 
-bool emulated(const Tensor& tensor) { return launchers_for(tensor) != nullptr; }
-
 }  // namespace
 }  // namespace vlmops::patch_embed
 
@@ -654,7 +652,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(vlmops, m) {
       "Tensor? "
       "pixel_map, bool listed, bool channels_last, int[] image_sizes) -> ()");
   m.def("patch_embed_column_sums(Tensor rows) -> Tensor");
-  m.def("patch_embed_emulated(Tensor tensor) -> bool");
 }
 
 #define VLMOPS_PATCH_EMBED_IMPL(m)                                                \
@@ -663,8 +660,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(vlmops, m) {
   m.impl("patch_embed_empty",                                                     \
          TORCH_BOX(&vlmops::patch_embed::unpacked<vlmops::patch_embed::empty>));  \
   m.impl("patch_embed_pack", TORCH_BOX(&vlmops::patch_embed::pack));              \
-  m.impl("patch_embed_finish", TORCH_BOX(&vlmops::patch_embed::finish));          \
-  m.impl("patch_embed_emulated", TORCH_BOX(&vlmops::patch_embed::emulated))
+  m.impl("patch_embed_finish", TORCH_BOX(&vlmops::patch_embed::finish))
 
 STABLE_TORCH_LIBRARY_IMPL(vlmops, CPU, m) {
   VLMOPS_PATCH_EMBED_IMPL(m);

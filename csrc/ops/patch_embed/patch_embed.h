@@ -10,12 +10,6 @@ enum class Norm : int { kNone, kLayer, kRms };
 
 constexpr int kMaxPositions = 4;
 
-// A vector of D channels, each next to the other; null where there is none.
-struct Row {
-  const void* data;
-  DType dtype;
-};
-
 // Rows of a table that are added to tokens: the sum over taps i of weight[i] * table[index[i]].
 struct Position {
   const void* table;  // [rows, D], channels side by side

@@ -14,34 +14,13 @@
 // takes a third of the time of a loop. finish adds a token up in float32 in L1 and rounds it once.
 #pragma once
 
-#include "common/simd.h"
+#include "common/rows.h"
 #include "ops/patch_embed/patch_embed.h"
 
 namespace vlmops::patch_embed {
 namespace {
 
 constexpr int64_t kMaxRow = 4096;  // floats of a token that are added up at a time
-
-// f(a null pointer of the type).
-template <class F>
-VLMOPS_INLINE void with_type(DType dtype, const F& f) {
-  switch (dtype) {
-    case DType::kFloat32:
-      return f(static_cast<float*>(nullptr));
-    case DType::kBFloat16:
-      return f(static_cast<bfloat16*>(nullptr));
-    case DType::kFloat16:
-      return f(static_cast<float16*>(nullptr));
-  }
-}
-
-// f(n) for n vectors of kFloats and then single elements.
-template <class F>
-VLMOPS_INLINE void by_vectors(int64_t n, const F& f) {
-  int64_t i = 0;
-  for (; i + kFloats <= n; i += kFloats) f(Lanes<kFloats>(), i);
-  for (; i < n; ++i) f(Lanes<1>(), i);
-}
 
 template <class To, class From>
 inline To rounded(From x) {
@@ -320,33 +299,6 @@ inline void write_row(const Params& p, int64_t token, int64_t first, const float
   });
 }
 
-struct Scale {
-  float mean, factor;
-};
-
-// Of D channels: what LayerNorm and RMSNorm subtract, and multiply by. In two passes: a row whose
-// values hardly differ keeps its variance.
-template <class T>
-inline Scale statistics(const Params& p, const T* row) {
-  const auto moment = [&](float mean, auto of) {
-    Vec<float, kFloats> sums = {};
-    float sum = 0.0f;
-    by_vectors(p.channels, [&](auto lanes, int64_t i) VLMOPS_INLINED {
-      constexpr int width = decltype(lanes)::value;
-      const auto x = of(load<width>(row + i) - mean);
-      if constexpr (width == kFloats) {
-        sums += x;
-      } else {
-        sum += x[0];
-      }
-    });
-    return (sum_lanes<kFloats>(sums) + sum) / static_cast<float>(p.channels);
-  };
-  const float mean = p.norm == Norm::kLayer ? moment(0.0f, [](auto x) { return x; }) : 0.0f;
-  const float square = moment(mean, [](auto x) { return x * x; });
-  return {mean, 1.0f / __builtin_sqrtf(square + p.norm_eps)};
-}
-
 inline void normalise(const Params& p, Scale scale, float* sum, int64_t first, int64_t n) {
   by_vectors(n, [&](auto lanes, int64_t i) VLMOPS_INLINED {
     constexpr int width = decltype(lanes)::value;
@@ -401,7 +353,8 @@ inline void finish_rows(const Params& p, int64_t begin, int64_t end, const T* pr
       continue;
     }
     Scale scale{};
-    if (p.norm != Norm::kNone) scale = statistics(p, row);
+    if (p.norm != Norm::kNone)
+      scale = statistics(row, p.channels, p.norm == Norm::kLayer, p.norm_eps);
     for (int64_t first = 0; first < p.channels; first += kMaxRow) {
       const int64_t count = p.channels - first < kMaxRow ? p.channels - first : kMaxRow;
       alignas(64) float sum[kMaxRow];
