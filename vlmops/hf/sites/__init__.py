@@ -59,7 +59,8 @@ class Site:
 
 def all_sites() -> dict[str, Site]:
     """Op -> site."""
-    from vlmops.hf.sites import linear, mrope, patch_embed
+    from vlmops.hf.sites import linear, mlp_projector, mrope, patch_embed
 
     # Linear layers last: those that another op has absorbed are not theirs.
-    return {site.op: site for site in (mrope.SITE, patch_embed.SITE, linear.SITE)}
+    every = (mrope.SITE, patch_embed.SITE, mlp_projector.SITE, linear.SITE)
+    return {site.op: site for site in every}
