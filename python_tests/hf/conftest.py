@@ -19,3 +19,8 @@ def only_mrope(monkeypatch):
 @pytest.fixture
 def only_patch_embed(monkeypatch):
     _only("patch_embed", monkeypatch)
+
+
+@pytest.fixture
+def only_mlp_projector(monkeypatch):
+    _only("mlp_projector", monkeypatch)

@@ -33,7 +33,8 @@ _ACTIVATIONS: tuple[Activation, ...] = ("gelu", "gelu_tanh", "quick_gelu", "silu
 _SIDE = 12  # of a picture in tokens: 2, 3 and 4 divide it
 _TOKENS = 48  # of what is no picture: 4 and 16 divide it
 _LINEARS = range(2, 5)  # how many linear layers a projector has
-_CONTAINERS = (nn.Sequential, nn.ModuleList)
+LISTS = (nn.Sequential, nn.ModuleList)
+"""What holds layers, among others."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,6 +107,7 @@ def candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         if (
             path
             and linears is not None
+            and type(module).forward is not nn.Module.forward
             and not _in_a_layer(model, path)
             and not _in_a_block(model.get_submodule(path.rpartition(".")[0]), module, linears)
             and not _is_head(linears, tables)
@@ -140,7 +142,7 @@ def _in_a_layer(model: nn.Module, path: str) -> bool:
     count = _count(model.get_submodule(path))
     for depth in range(1, len(names) - 1):
         outer = model.get_submodule(".".join(names[:depth]))
-        if isinstance(outer, _CONTAINERS) and _count(outer.get_submodule(names[depth])) > count:
+        if isinstance(outer, LISTS) and _count(outer.get_submodule(names[depth])) > count:
             return True
     return False
 
@@ -151,7 +153,7 @@ def _count(module: nn.Module) -> int:
 
 def _in_a_block(parent: nn.Module, module: nn.Module, linears: list[Any]) -> bool:
     width = linears[0].in_features
-    if linears[-1].out_features != width or isinstance(parent, _CONTAINERS):
+    if linears[-1].out_features != width or isinstance(parent, LISTS):
         return False
     own = set(module.parameters())
     others = [p for p in parent.parameters() if p.dim() > 1 and p not in own]
@@ -296,7 +298,9 @@ def _looked_up(forward: Any) -> set[str]:
 
 def _traced(twin: Any, forward: Any) -> tuple[list[tuple[Any, ...]], list[_Call]]:
     """Arguments that the forward takes, and the calls of its parts with the first of them."""
-    first, inputs, failed = [], [], ""
+    first: list[_Call] = []
+    inputs: list[tuple[Any, ...]] = []
+    failed = ""
     for given in _arguments(twin, forward):
         if len(inputs) == 2 or (inputs and given[0].shape[-1] != inputs[0][0].shape[-1]):
             break
@@ -407,8 +411,8 @@ def _why_not(twin: Any, calls: list[_Call]) -> str:
     made = [c.returned for c in calls if isinstance(twin.get_submodule(c.path), _Sparse)]
     for call in calls:
         part = twin.get_submodule(call.path)
-        unknown = not isinstance(part, _Sparse) and _activation(part) is None
-        if unknown and not part._parameters and any(_same(call.given, out) for out in made):
+        known = isinstance(part, _Sparse | nn.Dropout | nn.Identity) or _activation(part)
+        if not known and not part._parameters and any(_same(call.given, out) for out in made):
             return f"{type(part).__name__} is no activation that vlmops.mlp_projector knows"
     return "more than an activation or a gate lies between its linear layers"
 
@@ -474,6 +478,7 @@ def _dropping(twin: Any, forward: Any, layout: Layout, given: tuple[Any, ...]) -
         if not torch.equal(forward(twin, *given), evaluated):
             found.append(name)
         setattr(twin, name, 0.0 if name in found else value)
+    twin.training = True
     trained = forward(twin, *given)
     twin.training = False
     if not torch.equal(trained, forward(twin, *given)):
@@ -516,7 +521,7 @@ class _Series:
         return x
 
 
-Project = Callable[[Any, Chain, Tensor], Tensor]
+Project = Callable[[Any, Chain, Any], Any]
 
 
 def shadow(module: Any, layout: Layout, project: Project) -> Any:
@@ -545,7 +550,7 @@ def shadow(module: Any, layout: Layout, project: Project) -> Any:
 def _shadowed(part: Any, path: str, roles: dict[str, Any]) -> Any:
     if path in roles:
         return _Role(part, roles[path])
-    if not isinstance(part, _CONTAINERS) or not any(p.startswith(f"{path}.") for p in roles):
+    if not isinstance(part, LISTS) or not any(p.startswith(f"{path}.") for p in roles):
         return part
     parts = [_shadowed(child, f"{path}.{name}", roles) for name, child in part._modules.items()]
     return _Series(parts) if isinstance(part, nn.Sequential) else parts
@@ -605,7 +610,7 @@ def _part(module: Any, path: str) -> Any:
     return module
 
 
-def _projected(module: Any, chain: Chain, x: Tensor) -> Tensor:
+def _projected(module: Any, chain: Chain, x: Any) -> Any:
     """The op's result, or that of the parts where these have to run."""
     if not isinstance(x, Tensor) or x.dim() == 0:
         return by_parts(module, chain, x)

@@ -63,11 +63,15 @@ def find(model: nn.Module) -> Iterator[Place | Refused | AlreadyPatched]:
     tune((m.weight for p in served for m in p.details.linears if m.weight.is_cpu), _SECONDS)
     yield from served
     for path, reason in failed.items():
-        outer, _, name = path.rpartition(".")
+        outer = path.rpartition(".")[0]
         inside = any(path.startswith(f"{other}.") for other in failed)
         holds = any(other.startswith(f"{path}.") for other in done)
         # In a list what is no projector is a layer, which nobody takes for one.
-        if not inside and not holds and not isinstance(model.get_submodule(outer), nn.ModuleList):
+        if (
+            not inside
+            and not holds
+            and not isinstance(model.get_submodule(outer), projectors.LISTS)
+        ):
             yield Refused(Place(path, type(model.get_submodule(path)).__name__, 1), reason)
 
 
@@ -93,7 +97,8 @@ def check(place: Place) -> str | None:
     """Runs the op against the parts of each chain; once per kind and dtype."""
     found: _Projector = place.details
     for chain in found.layout.chains:
-        dtype = found.module.get_submodule(chain.fc1).weight.dtype
+        fc1: Any = found.module.get_submodule(chain.fc1)
+        dtype = fc1.weight.dtype
         biases = tuple(found.module.get_submodule(p).bias is not None for p in chain.linears)
         norm = None if chain.norm is None else type(found.module.get_submodule(chain.norm))
         key = chain, norm, biases, dtype
@@ -122,21 +127,16 @@ def _difference(module: nn.Module, chain: Chain, dtype: torch.dtype) -> str | No
                 name: None if p is None else nn.Parameter(torch.empty(k), False)
                 for name, p in part._parameters.items()
             }
-            if isinstance(made, nn.LayerNorm):
+            if hasattr(made, "normalized_shape"):
                 made.normalized_shape = (k,)
         small.add_module(f"part{i}", made)
     for parameter in small.parameters():
         scale = parameter[0].numel() ** -0.5
         parameter.copy_(torch.randn(parameter.shape, generator=draw) * scale)
         parameter.data = parameter.data.to(dtype)
-    renamed = dataclasses.replace(
-        chain,
-        **{
-            field: names[getattr(chain, field)]
-            for field in ("fc1", "act", "fc2", "gate", "out", "norm")
-            if getattr(chain, field) is not None
-        },
-    )
+    fields = ("fc1", "act", "fc2", "gate", "out", "norm")
+    paths: dict[str, Any] = {field: names.get(getattr(chain, field)) for field in fields}
+    renamed = dataclasses.replace(chain, **paths)
     x = torch.randn(_ROWS, k, generator=draw).to(dtype)
     ours: Tensor = projectors.projected(small, renamed, x)
     theirs = projectors.by_parts(small, renamed, x)

@@ -1,12 +1,16 @@
 """Idefics 1 to 3, SmolVLM."""
 
-from vlmops.hf.targets import patches, text
+from vlmops.hf.targets import patches, projector, text
 
 _TOWER = patches("model.vision_model.embeddings")
 
 EXPECTED = {
     "idefics": (_TOWER, text("model.*.*.*")),  # a rotary module in each attention module
-    "idefics2": (_TOWER, text("model.text_model")),
+    "idefics2": (
+        _TOWER,
+        projector("model.connector.modality_projection"),
+        text("model.text_model"),
+    ),
     "idefics3": (_TOWER, text("model.text_model")),
     "smolvlm": (_TOWER, text("model.text_model")),
 }

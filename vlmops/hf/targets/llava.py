@@ -1,6 +1,6 @@
 """LLaVA and what is built like it: any tower, a projector, any language model."""
 
-from vlmops.hf.targets import Expected, patches, text, tower
+from vlmops.hf.targets import Expected, patches, projector, text, tower
 
 _PIXTRAL = Expected(
     "mrope",
@@ -23,25 +23,30 @@ _TOWERS = (
     _with("model.vision_tower.patch_conv", "pixtral"),
 )
 
+_PROJECTOR = projector("model.multi_modal_projector")
+
 EXPECTED = {
     "internvl": (
         _with("model.vision_tower.embeddings", "internvl_vision"),
+        _PROJECTOR,
         text(),
     ),
-    "llava": (*_TOWERS, _PIXTRAL, text()),
-    "llava_next": (*_TOWERS, text()),
-    "llava_next_video": (*_TOWERS, text()),
-    "llava_onevision": (*_TOWERS, text()),
-    "mistral3": (*_TOWERS, _PIXTRAL, text()),
+    "llava": (*_TOWERS, _PIXTRAL, _PROJECTOR, text()),
+    "llava_next": (*_TOWERS, _PROJECTOR, text()),
+    "llava_next_video": (*_TOWERS, _PROJECTOR, text()),
+    "llava_onevision": (*_TOWERS, _PROJECTOR, text()),
+    "mistral3": (*_TOWERS, _PIXTRAL, _PROJECTOR, text()),
     "video_llama_3": (
         patches("model.vision_model.embeddings.patch_embedding"),
         tower("model.vision_model"),
+        projector("model.projector"),
         text(),
     ),
     "video_llava": (
         _with("model.image_tower.embeddings", "clip_vision_model"),
         _with("model.video_tower.embeddings", "clip_vision_model"),
+        _PROJECTOR,
         text(),
     ),
-    "vipllava": (*_TOWERS, text()),
+    "vipllava": (*_TOWERS, _PROJECTOR, text()),
 }
