@@ -460,8 +460,10 @@ PROJECTOR_MUTATIONS = {
     "results not proved": (
         PROJECTORS, "if not error <= _TOLERANCE * max(",
         "if False and not error <= _TOLERANCE * max("),
+    "features written to": (
+        PROJECTORS, "if not torch.equal(given[0], untouched):", "if False:"),
     "norm with another epsilon": (PROJECTORS, "norm_eps=chain.eps", "norm_eps=1e-5"),
-    "no second activation": (PROJECTORS, "out_activation=chain.out_activation", ""),
+    "no second activation": (PROJECTORS, "out_activation=chain.out_activation", "out_activation=None"),
     "gate and layer swapped": (
         PROJECTORS, "gate_weight=None if gate is None else gate.weight",
         "gate_weight=None if gate is None else fc1.weight"),

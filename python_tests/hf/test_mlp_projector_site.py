@@ -343,6 +343,8 @@ CALLED = {
     "subclass": lambda m, x: m(x.as_subclass(Wrapped)),
     "meta": lambda m, x: m.to("meta")(x.to("meta")).shape,
     "float64": lambda m, x: m(x.double()),
+    "bfloat16": lambda m, x: m(x.bfloat16()),
+    "two_dtypes": lambda m, x: m.second.bfloat16() and m(x),
     "width": lambda m, x: m(x[..., 1:]),
 }
 
@@ -411,6 +413,13 @@ class Scaled(Made):
         return self.second(2 * self.activation(self.first(x)))
 
 
+class InPlace(Made):
+    """What a layer returned stays where it is, and changes."""
+
+    def forward(self, x):
+        return self.second(self.activation(self.first(x)).mul_(2))
+
+
 class Residual(Made):
     def __init__(self):
         super().__init__(nn.GELU())
@@ -445,6 +454,11 @@ UNLIKE = {
     "scaled": (lambda: Scaled(nn.GELU()), "more than an activation or a gate lies between"),
     "activation": (lambda: Made(nn.Tanh()), "Tanh is no activation that vlmops.mlp_projector"),
     "in_place": (lambda: Made(nn.ReLU(inplace=True)), "more than an activation or a gate lies"),
+    "written": (lambda: InPlace(nn.GELU()), "its results differ by"),
+    "homogeneous": (
+        lambda: InPlace(nn.ReLU(), bias=False),
+        "it writes to what its layers return",
+    ),
     "inputs": (lambda: TwoInputs(nn.GELU()), "its forward wants mask, which vlmops does not know"),
     "tuple": (lambda: NoTensor(nn.GELU()), "it returns a tuple, not a tensor"),
     "raising": (lambda: Raising(nn.GELU()), "its forward raised NotImplementedError"),

@@ -258,7 +258,7 @@ def _proved(module: Any) -> Layout:
     names = tuple(n for n in sorted(_looked_up(inspect.unwrap(forward))) if hasattr(module, n))
     layout = Layout(chains, names, parts)
     for given in inputs:
-        expected = forward(twin, *given)
+        expected, untouched = forward(twin, *given), given[0].clone()
         ran: list[Chain] = []
 
         def explained(m: Any, chain: Chain, x: Tensor, ran: list[Chain] = ran) -> Tensor:
@@ -266,6 +266,8 @@ def _proved(module: Any) -> Layout:
             return _explained(m, chain, x)
 
         _compare(forward(shadow(twin, layout, explained), *given), expected)
+        if not torch.equal(given[0], untouched):  # what a layer made was, and is not made here
+            raise _UnlikeError("it writes to what its layers return")
         if set(ran) != set(chains):
             raise _UnlikeError("its forward calls its parts by way of something else")
     return dataclasses.replace(layout, probabilities=_dropping(twin, forward, layout, inputs[0]))
