@@ -484,7 +484,75 @@ PROJECTOR_MUTATIONS = {
         'return dispatch.refuses("mlp_projector", found.linears[0].weight.device)',
         "return None"),
 }  # fmt: skip
-SITES = {"patch_embed": SITE_MUTATIONS, "mlp_projector": PROJECTOR_MUTATIONS}
+SHUFFLE_SITE = "vlmops.hf.sites.pixel_shuffle"
+MOVERS, MERGERS = "vlmops.hf.shuffles", "vlmops.hf.mergers"
+SHUFFLE_MUTATIONS = {
+    "unchanged": (SHUFFLE_SITE, "if key not in _checked:", "if key not in _checked:"),
+    "another scale": (
+        SHUFFLE_SITE, "if type(known) is type(scale) and known == scale:", "if True:"),
+    "a scale of another type": (SHUFFLE_SITE, "type(known) is type(scale) and ", ""),
+    "numbers not looked at": (
+        SHUFFLE_SITE, "if any(shuffles.number(module, name) != value", "if False and any(0"),
+    "wrong calls": (SHUFFLE_SITE, "if len(args) > len(names) or given.keys() != set(names):",
+                    "if False:"),
+    "small tensors": (SHUFFLE_SITE, "if shuffles.is_small(x):", "if False:"),
+    "no numeric check": (SHUFFLE_SITE, "or not torch.equal(got, expected):", "or False:"),
+    "decorated": (SHUFFLE_SITE, "if function is not mover.function:", "if False:"),
+    "functions of others": (
+        SHUFFLE_SITE, 'if function.__globals__["__name__"] != home:', "if False:"),
+    "changed methods": (SHUFFLE_SITE, "reason = changed(module, details.method)",
+                        "reason = None"),
+    "devices without a kernel": (
+        SHUFFLE_SITE, 'return dispatch.refuses("pixel_shuffle", weight.device)', "return None"),
+    "watched parts": (SHUFFLE_SITE, "reason = details.does.refuses(module)", "pass"),
+    "signature": (
+        SHUFFLE_SITE, "    replacement.__signature__ = inspect.signature(function)\n", ""),
+    "pools of a projector": (SHUFFLE_SITE, "if not found and mergers", "if mergers"),
+    "no square": (MOVERS, "if h * w != x.shape[1]:", "if False:"),
+    "odd grids": (MOVERS, "if h % self.factor or w % self.factor:", "if False:"),
+    "ranks": (MOVERS, "if x.dim() != (4 if self.takes_grid else 3) or x.numel() == 0:",
+              "if x.numel() == 0:"),
+    "no tokens": (MOVERS, " or x.numel() == 0:", ":"),
+    "methods that write": (MOVERS, 'step.opname == "STORE_ATTR"', "False"),
+    "any name": (MOVERS, "len(numbers) != len(names - _NAMES) or None in numbers.values()",
+                 "False"),
+    "squares alone": (
+        MOVERS, "((2 * factor, 3 * factor), (3 * factor, factor))", "((factor, factor),) * 2"),
+    "channels in any order": (MOVERS, "if torch.equal(y.double(), expected):", "if True:"),
+    "orders that are refused": (
+        MOVERS, 'return "it merges blocks of tokens in an order of its own"', "return None"),
+    "defaults": (MOVERS, "or ([default] if _factor(default) else [])", ""),
+    "classes of ours": (MOVERS, "() if is_ours(cls) else vars(cls).items()",
+                        "vars(cls).items()"),
+    "one row": (MERGERS, "if any(min(grid) < factor for grid in grids):", "if False:"),
+    "tokens missing": (MERGERS, "sum(h * w for h, w in grids) != len(x) or ", ""),
+    "no images": (MERGERS, " or x.numel() == 0:\n            return None\n        if any(min(",
+                  ":\n            return None\n        if any(min("),
+    "sizes that are no integers": (
+        MERGERS, "all(type(n) is int for pair in pairs for n in pair)", "True"),
+    "no product": (MERGERS, "getattr(module, self.linear)(merged)", "merged"),
+    "what is not proved": (MERGERS, " and torch.equal(y, expected)", ""),
+    "no comparison": (MERGERS, "or not torch.equal(got, expected):", "or False:"),
+    "other sizes": (MERGERS, " or x.shape[1] != self.side**2 or", " or"),
+    "autocast": (MERGERS, " or torch.is_autocast_enabled(x.device.type):", ":"),
+    "eps of a pooling": (MERGERS, "eps=self.eps,", "eps=1e-2,"),
+    "offset of a pooling": (MERGERS, "norm_offset=self.offset,", ""),
+    "pooling not compared": (MERGERS, "if error <= _TOLERANCE:", "if True:"),
+    "norms that are watched": (
+        MERGERS, "if weight is None or not plain.bypassable(norm, self.norm_class):",
+        "if weight is None:"),
+    "pools that are watched": (
+        MERGERS, "not plain.bypassable(pool, nn.AvgPool2d) or not is_pool(pool, self.factor)",
+        "False"),
+    "pools with a remainder": (MERGERS, "and not module.ceil_mode", ""),
+    "padded pools": (MERGERS, "and module.padding in (0, (0, 0))", ""),
+    "pools that overlap": (MERGERS, "and module.stride in (side, (side, side))", ""),
+}  # fmt: skip
+SITES = {
+    "patch_embed": SITE_MUTATIONS,
+    "pixel_shuffle": SHUFFLE_MUTATIONS,
+    "mlp_projector": PROJECTOR_MUTATIONS,
+}
 
 
 def build(source, build_dir):

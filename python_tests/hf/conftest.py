@@ -3,6 +3,7 @@
 import pytest
 
 from vlmops.hf import patch as patching
+from vlmops.hf import shuffles
 
 
 def _only(op, monkeypatch):
@@ -19,6 +20,13 @@ def only_mrope(monkeypatch):
 @pytest.fixture
 def only_patch_embed(monkeypatch):
     _only("patch_embed", monkeypatch)
+
+
+@pytest.fixture
+def only_pixel_shuffle(monkeypatch):
+    """And no tensor is too small for it."""
+    _only("pixel_shuffle", monkeypatch)
+    monkeypatch.setattr(shuffles, "SMALL", 0)
 
 
 @pytest.fixture

@@ -410,7 +410,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "gemma3": Family(
         "Gemma3ForConditionalGeneration",
-        _squares(8, 4),
+        _squares(16, 4),
         {
             "head_dim": 16,
             "sliding_window": 8,
@@ -420,7 +420,7 @@ FAMILIES: dict[str, Family] = {
                 "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
             },
         },
-        _SIGLIP,
+        {**_SIGLIP, "image_size": 16},
         {"model.language_model": 3},
         {"image_token_index": IMAGE, "mm_tokens_per_image": 4},
         lacks=dict.fromkeys(("yarn", "longrope"), "layer types of two scalings are refused"),

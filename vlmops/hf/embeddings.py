@@ -153,7 +153,7 @@ def _unfit(module: nn.Module, convolution: str) -> str | None:
 
 def _proved(module: Any, convolution: str) -> Layout:
     """The layout by which the patched forward gives what the module's own does."""
-    twin = _twin(module, torch.Generator().manual_seed(0))
+    twin = random_twin(module, torch.Generator().manual_seed(0))
     layout = _computed(twin, convolution) if _wants_more(module) else _guessed(twin, convolution)
     forward = patched_class(module, layout).forward
     for size in (layout.size,) if layout.size else _some_sizes(twin.get_submodule(convolution)):
@@ -179,7 +179,7 @@ def _is_off(twin: Any, given: list[Tensor], name: str, expected: Tensor) -> bool
         return False
 
 
-def _twin(module: Any, draw: torch.Generator) -> Any:
+def random_twin(module: Any, draw: torch.Generator) -> Any:
     """A module of the same class and sizes on the CPU, with random numbers in float32."""
     made: Any = object.__new__(type(module))
     made.__dict__.update(module.__dict__)
@@ -198,7 +198,9 @@ def _twin(module: Any, draw: torch.Generator) -> Any:
 
     made._parameters = {name: drawn(p) for name, p in module._parameters.items()}
     made._buffers = {name: drawn(b) for name, b in module._buffers.items()}
-    made._modules = {n: None if c is None else _twin(c, draw) for n, c in module._modules.items()}
+    made._modules = {
+        n: None if c is None else random_twin(c, draw) for n, c in module._modules.items()
+    }
     made.training = False
     return made
 

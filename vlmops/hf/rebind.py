@@ -94,6 +94,11 @@ def original_class(module: nn.Module) -> type[nn.Module] | None:
     return vars(type(module)).get(_ORIGINAL)
 
 
+def is_ours(cls: type) -> bool:
+    """Whether a class is one from `subclass`."""
+    return _ORIGINAL in vars(cls)
+
+
 def was_patched(module: nn.Module) -> bool:
     """Whether a module is patched, even if somebody put a class of their own on top since."""
     return hasattr(type(module), _ORIGINAL)

@@ -11,7 +11,9 @@
 //
 // pack walks a row of the grid at a time, channel by channel and pixel row by pixel row, so that
 // memory is read in order; runs of 14 and 16 pixels are moved by code made for that length, which
-// takes a third of the time of a loop. finish adds a token up in float32 in L1 and rounds it once.
+// takes a third of the time of a loop. finish adds a token up in float32 in L1 and rounds it once; a
+// row of the product may be the token itself, or one row (the bias) may stand for all, where products
+// are added afterwards (16 bits). unpack is pack's way back, for gradients.
 #pragma once
 
 #include "common/rows.h"

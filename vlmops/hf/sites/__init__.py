@@ -59,8 +59,8 @@ class Site:
 
 def all_sites() -> dict[str, Site]:
     """Op -> site."""
-    from vlmops.hf.sites import linear, mlp_projector, mrope, patch_embed
+    from vlmops.hf.sites import linear, mlp_projector, mrope, patch_embed, pixel_shuffle
 
     # Linear layers last: those that another op has absorbed are not theirs.
-    every = (mrope.SITE, patch_embed.SITE, mlp_projector.SITE, linear.SITE)
-    return {site.op: site for site in every}
+    sites = (mrope.SITE, patch_embed.SITE, pixel_shuffle.SITE, mlp_projector.SITE, linear.SITE)
+    return {site.op: site for site in sites}

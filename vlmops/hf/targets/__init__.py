@@ -36,6 +36,11 @@ def patches(path: str, sites: Callable[[Any], int] = lambda _: 1) -> Expected:
     return Expected("patch_embed", path, sites)
 
 
+def shuffle(path: str, sites: Callable[[Any], int] = lambda _: 1) -> Expected:
+    """What merges blocks of tokens, once a forward; sites: 0 for configs that do without."""
+    return Expected("pixel_shuffle", path, sites)
+
+
 def projector(path: str, sites: Callable[[Any], int] = lambda _: 1) -> Expected:
     """What takes features of images to the width of the text model."""
     return Expected("mlp_projector", path, sites)

@@ -1,7 +1,19 @@
 """Gemma 3 and PaliGemma: a SigLIP tower, which has no rotary embedding."""
 
-from vlmops.hf.targets import patches, text
+from typing import Any
 
-EXPECTED = dict.fromkeys(
-    ("gemma3", "paligemma"), (patches("model.vision_tower.embeddings"), text())
-)
+from vlmops.hf.targets import patches, shuffle, text
+
+
+def _pools(config: Any) -> int:
+    """Unless there are as many tokens as patches."""
+    vision = config.vision_config
+    return int((vision.image_size // vision.patch_size) ** 2 > config.mm_tokens_per_image)
+
+
+_TOWER = patches("model.vision_tower.embeddings")
+
+EXPECTED = {
+    "gemma3": (_TOWER, shuffle("model.multi_modal_projector", _pools), text()),
+    "paligemma": (_TOWER, text()),
+}

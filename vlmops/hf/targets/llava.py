@@ -1,6 +1,8 @@
 """LLaVA and what is built like it: any tower, a projector, any language model."""
 
-from vlmops.hf.targets import Expected, patches, projector, text, tower
+from typing import Any
+
+from vlmops.hf.targets import Expected, patches, projector, shuffle, text, tower
 
 _PIXTRAL = Expected(
     "mrope",
@@ -24,18 +26,30 @@ _TOWERS = (
 )
 
 _PROJECTOR = projector("model.multi_modal_projector")
+_MERGER = shuffle("model.multi_modal_projector.patch_merger")
+
+
+def _averages(config: Any) -> int:
+    return int(config.spatial_pool_mode == "average")
+
 
 EXPECTED = {
     "internvl": (
         _with("model.vision_tower.embeddings", "internvl_vision"),
+        shuffle("model"),
         _PROJECTOR,
         text(),
     ),
     "llava": (*_TOWERS, _PIXTRAL, _PROJECTOR, text()),
     "llava_next": (*_TOWERS, _PROJECTOR, text()),
-    "llava_next_video": (*_TOWERS, _PROJECTOR, text()),
+    "llava_next_video": (
+        *_TOWERS,
+        shuffle("model.vision_resampler.pool", _averages),
+        _PROJECTOR,
+        text(),
+    ),
     "llava_onevision": (*_TOWERS, _PROJECTOR, text()),
-    "mistral3": (*_TOWERS, _PIXTRAL, _PROJECTOR, text()),
+    "mistral3": (*_TOWERS, _PIXTRAL, _MERGER, _PROJECTOR, text()),
     "video_llama_3": (
         patches("model.vision_model.embeddings.patch_embedding"),
         tower("model.vision_model"),

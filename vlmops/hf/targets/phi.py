@@ -1,10 +1,11 @@
 """Phi-4-multimodal: all hangs off the decoder."""
 
-from vlmops.hf.targets import patches, text
+from vlmops.hf.targets import patches, shuffle, text
 
 EXPECTED = {
     "phi4_multimodal": (
         patches("model.embed_tokens_extend.image_embed.img_processor.embeddings"),
+        shuffle("model.embed_tokens_extend.image_embed.image_token_compression"),
         text("model"),
     )
 }
