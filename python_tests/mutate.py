@@ -123,7 +123,7 @@ MUTATIONS = {
     "patches: pixels lie side by side": (
         "ops/patch_embed/patch_embed_cpu.h", "} else if (stride != 1) {", "} else if (false) {"),
     "patches: drop the tail of a run": (
-        "ops/patch_embed/patch_embed_cpu.h", "for (; i < n; ++i) f(Lanes<1>(), i);",
+        "common/rows.h", "for (; i < n; ++i) f(Lanes<1>(), i);",
         "for (; i < n - 1; ++i) f(Lanes<1>(), i);"),
     "patches: the first channel's map for all": (
         "ops/patch_embed/patch_embed_cpu.h", "p.map + c * p.map_columns", "p.map"),
@@ -188,6 +188,38 @@ MUTATIONS = {
         "} else if (q.rows < tokens - 1) {"),
     "tokens: packed images begin at 0": (
         "ops/patch_embed/patch_embed.cpp", "token += g.images * whole.tokens();", ""),
+    "projector: no slope of the normal distribution": (
+        "ops/mlp_projector/mlp_projector_cpu.h", "below + 0.398942280f * x * e", "below"),
+    "projector: tanh's slope without its cube": (
+        "ops/mlp_projector/mlp_projector_cpu.h", "0.214064449f", "0.0713548163f"),
+    "projector: quick_gelu's slope": (
+        "ops/mlp_projector/mlp_projector_cpu.h", "1.702f * one", "one"),
+    "projector: relu lets gradients through": (
+        "ops/mlp_projector/mlp_projector_cpu.h", "x <= 0.0f ? zero : one", "one"),
+    "projector: a gate's gradient without what it multiplies": (
+        "ops/mlp_projector/mlp_projector_cpu.h", "g * x * y.slope", "g * y.slope"),
+    "projector: what a gate multiplies gets all of the gradient": (
+        "ops/mlp_projector/mlp_projector_cpu.h", "grad_hidden + i, g * y.f", "grad_hidden + i, g"),
+    "projector: no offset": (
+        "ops/mlp_projector/mlp_projector_cpu.h", " + p.offset", ""),
+    "projector: no bias of the norm": (
+        "ops/mlp_projector/mlp_projector_cpu.h", "p.bias.data == nullptr ? Vec", "true ? Vec"),
+    "projector: a norm's gradient keeps its mean": (
+        "ops/mlp_projector/mlp_projector_cpu.h", "(g - mean - y * slope)", "(g - y * slope)"),
+    "projector: a norm's gradient along the row": (
+        "ops/mlp_projector/mlp_projector_cpu.h", "(g - mean - y * slope)", "(g - mean)"),
+    "projector: rows as if x were contiguous": (
+        "ops/mlp_projector/mlp_projector_cpu.h", "row * p.x_stride", "row * p.width"),
+    "projector: a row less in each part": (
+        "ops/mlp_projector/mlp_projector_cpu.h",
+        "(left < kPartRows ? left : kPartRows)", "(left < kPartRows ? left : kPartRows) - 1"),
+    "projector: all sums into the first part": (
+        "ops/mlp_projector/mlp_projector_cpu.h", "  sums += part * width;\n", ""),
+    "projector: weights of another dtype": (
+        "ops/mlp_projector/mlp_projector.cpp", "  same_dtype(weight, x);\n", ""),
+    "projector: a gate of another width": (
+        "ops/mlp_projector/mlp_projector.cpp",
+        "gate_bias, input, depth, hidden);", "gate_bias, input, depth, -1);"),
 }  # fmt: skip
 
 # op -> name -> (text in vlmops/ops/<op>_triton.py, replacement)
@@ -276,6 +308,17 @@ TRITON_MUTATIONS = {"mrope": {
     "pack: the first image's patches": ("panel[low - begin : high - begin]", "panel[: high - low]"),
     "pack: from the start of an image": ("*strides, low - start, high", "*strides, 0, high"),
     "no limit of the norm": ("channels > MAX_NORM_CHANNELS", "False"),
+}, "mlp_projector": {
+    "unchanged": ("import os", "import os"),
+    "the largest for the sum": (
+        "tl.sum(b_of_hidden.to(tl.float32), 0)", "tl.max(b_of_hidden.to(tl.float32), 0)"),
+    "the gate alone": ("b_y *= b_x", "b_y *= 1.0"),
+    "a norm's gradient keeps its mean": ("b_of_x -= tl.sum(b_g, 0) / W", "b_of_x -= 0.0"),
+    "rows as if x were contiguous": ("i_row * s_x * VEC", "i_row * W"),
+    "no offset": (".to(tl.float32) + offset", ".to(tl.float32)"),
+    "no mean": ("b_x - b_mean, 0.0)", "b_x, 0.0)"),
+    "sums of rows beyond the last": ("m_row, m_d = o_row < n_rows,", "m_row, m_d = o_row >= 0,"),
+    "a gate's gradient without what it multiplies": ("b_g * b_x * b_slope", "b_g * b_slope"),
 }}  # fmt: skip
 
 # name -> (file below csrc/, text, replacement); run on the emulator
@@ -369,6 +412,27 @@ CUDA_MUTATIONS = {
     "forget the last part of a float32 sum": (
         "ops/patch_embed/patch_embed.cuh", "first_channel, multiply);\n  add_part();",
         "first_channel, multiply);"),
+    "projector: every other row of a part": (
+        "ops/mlp_projector/mlp_projector.cuh", "row += kSumWarps", "row += 2 * kSumWarps"),
+    "projector: sums before all warps have written theirs": (
+        "ops/mlp_projector/mlp_projector.cuh", "own.v[e];\n  __syncthreads();", "own.v[e];"),
+    "projector: sums of half of the warps": (
+        "ops/mlp_projector/mlp_projector.cuh", "w < kSumWarps; ++w", "w < kSumWarps / 2; ++w"),
+    "projector: elements beyond whole packs": (
+        "ops/mlp_projector/mlp_projector.cuh", "if (i < elements - packs * V)", "if (false)"),
+    "projector: rows as if x were contiguous": (
+        "ops/mlp_projector/mlp_projector.cuh", "row * p.x_stride", "row * p.width"),
+    "projector: a row's sums are written over too early": (
+        "ops/mlp_projector/mlp_projector.cuh",
+        "  __syncthreads();\n  return sum;", "  return sum;"),
+    "projector: rms with a mean in its gradient": (
+        "ops/mlp_projector/mlp_projector.cuh", "p.layer ? sum.a / width : 0.0f", "sum.a / width"),
+    "projector: packs where x is not aligned": (
+        "ops/mlp_projector/mlp_projector.cu", "all_aligned(p.x, ", "all_aligned("),
+    "projector: packs beyond the end of a row": (
+        "ops/mlp_projector/mlp_projector.cu", "p.width % pack == 0 && ", ""),
+    "projector: packs in rows that do not begin on one": (
+        "ops/mlp_projector/mlp_projector.cu", "p.x_stride % pack == 0 &&\n", "\n"),
 }  # fmt: skip
 
 # Under the name of a module in vlmops, the file at a path.

@@ -25,7 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from vlmops.ops import mrope_triton, patch_embed_triton
+from vlmops.ops import mlp_projector_triton, mrope_triton, patch_embed_triton
 from vlmops.ops.patch_embed import Position, arguments
 
 ARCHITECTURES = (80, 90, 100, 120)
@@ -183,9 +183,44 @@ def patch_embed_calls():
     }  # fmt: skip
 
 
+def mlp_projector_calls():
+    run, kernels = mlp_projector_triton, mlp_projector_triton.KERNELS
+
+    def hidden(rows=2880, width=4096, dtype=torch.bfloat16):
+        return torch.empty(rows, width, dtype=dtype)
+
+    def activate(registers, wide, gate, kind, dtype=torch.bfloat16):
+        h = hidden(dtype=dtype)
+        call = functools.partial(kernels.activate, h, h if gate else None, kind, h)
+        return Budget(run, "activate_kernel", call, registers, wide)
+
+    def backward(registers, wide, gate, kind):
+        h = hidden()
+        call = functools.partial(
+            kernels.activate_backward, h, h, h if gate else None, kind, h, True, True, gate
+        )
+        return Budget(run, "activate_backward_kernel", call, registers, wide)
+
+    x, row = hidden(3328), torch.empty(4096, dtype=torch.bfloat16)
+    norm = functools.partial(kernels.norm, x, "layer", row, row, 1e-5, 0.0)
+    norm_backward = functools.partial(
+        kernels.norm_backward, x, x, "layer", row, 1e-5, 0.0, x, True, True
+    )
+    return {
+        "gelu bf16": activate(64, 1, False, "gelu"),
+        "gelu fp32": activate(64, 2, False, "gelu", torch.float32),
+        "swiglu bf16": activate(64, 1, True, "silu"),
+        "gelu backward bf16": backward(96, 4, False, "gelu"),
+        "swiglu backward bf16": backward(96, 6, True, "silu"),
+        "layer norm bf16": Budget(run, "norm_kernel", norm, 64, 2),
+        "layer norm backward bf16": Budget(run, "norm_backward_kernel", norm_backward, 96, 2),
+        "layer norm sums bf16": Budget(run, "norm_sums_kernel", norm_backward, 64, 0),
+    }  # fmt: skip
+
+
 def calls():
     """name -> `Budget`"""
-    return {**mrope_calls(), **patch_embed_calls()}
+    return {**mlp_projector_calls(), **mrope_calls(), **patch_embed_calls()}
 
 
 def key(kernel, recorder):

@@ -40,8 +40,8 @@ struct Scale {
   float mean, factor;
 };
 
-// Of a row of n: what LayerNorm (`layer`) and RMSNorm subtract, and multiply by. In two passes: a
-// row whose values hardly differ keeps its variance.
+// Of a row of n: what LayerNorm (`layer`) and RMSNorm subtract, and multiply by. The mean
+// is mended once: long sums of numbers far from 0 lose digits. Passes but the first are over L1.
 template <class T>
 inline Scale statistics(const T* row, int64_t n, bool layer, float eps) {
   const auto moment = [&](float mean, auto of) {
@@ -58,8 +58,10 @@ inline Scale statistics(const T* row, int64_t n, bool layer, float eps) {
     });
     return (sum_lanes<kFloats>(sums) + sum) / static_cast<float>(n);
   };
-  const float mean = layer ? moment(0.0f, [](auto x) { return x; }) : 0.0f;
-  const float square = moment(mean, [](auto x) { return x * x; });
+  const auto itself = [](auto x) VLMOPS_INLINED { return x; };
+  float mean = layer ? moment(0.0f, itself) : 0.0f;
+  if (layer) mean += moment(mean, itself);
+  const float square = moment(mean, [](auto x) VLMOPS_INLINED { return x * x; });
   return {mean, 1.0f / __builtin_sqrtf(square + eps)};
 }
 

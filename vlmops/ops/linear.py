@@ -140,6 +140,12 @@ def alternative(
     return _panels(x, weight, bias, activation)
 
 
+def differentiable_alternative(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`alternative` with derivatives."""
+    out: Tensor = _Linear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
+    return out
+
+
 def for_panels(dtype: torch.dtype, n: int, k: int) -> Callable[..., Tensor]:
     """``f(x, weight, bias)`` for hundreds of rows in the cache: F.linear or oneDNN.
 
@@ -309,8 +315,7 @@ def _product(
         return _onednn(x, weight, bias, activation)
     if not wants_grad:
         return alternative(x, weight, bias, activation)
-    out: Tensor = _Linear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
-    return activated(out, activation)
+    return activated(differentiable_alternative(x, weight, bias), activation)
 
 
 def _fuses(dtype: torch.dtype, weight: Tensor, activation: Activation | None) -> bool:

@@ -46,6 +46,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -280,15 +281,14 @@ def _backward(
             result: list[Tensor] = ops.backward(grad, kept, needs, *args)
         return result
     tensors = a.differentiable
-    wanted = [i for i, needed in enumerate(needs) if needed and tensors[i] is not None]
-    for i in wanted:
-        t = tensors[i]
-        if t is not None and not t.requires_grad:
-            tensors[i] = t.detach().requires_grad_()
-    out = _plain(*tensors, *a[TENSORS:])
+    wanted = {}
+    for i, t in enumerate(tensors):
+        if needs[i] and t is not None:
+            wanted[i] = tensors[i] = t if t.requires_grad else t.detach().requires_grad_()
     grads = torch.autograd.grad(
-        out, [tensors[i] for i in wanted], grad, create_graph=True, materialize_grads=True
-    )
+        _plain(*tensors, *a[TENSORS:]), list(wanted.values()), grad, create_graph=True,
+        materialize_grads=True,
+    )  # fmt: skip
     found = dict(zip(wanted, grads, strict=True))
     return [found.get(i, grad.new_empty(0)) for i in range(TENSORS)]
 
@@ -301,7 +301,7 @@ def _fake(*args: Any) -> list[Tensor]:
                 f"vlmops.mlp_projector: {name}: expected a tensor on {a.x.device}, where x is, got "
                 f"one on {tensor.device}"
             )
-    rows = a.x.shape[:-1].numel()
+    rows = math.prod(a.x.shape[:-1])
     kept = [a.x.new_empty(rows, width) for width in a.widths()] if a.keep else []
     return [a.x.new_empty(a.shape()), *kept]
 

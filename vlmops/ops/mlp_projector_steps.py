@@ -40,7 +40,8 @@ class Arguments(NamedTuple):
     @property
     def differentiable(self) -> list[Tensor | None]:
         """The tensors, in the order of `backward`'s gradients."""
-        return list(self[:TENSORS])
+        return [self.x, self.fc1_weight, self.fc1_bias, self.fc2_weight, self.fc2_bias,
+                self.gate_weight, self.gate_bias, self.norm_weight, self.norm_bias]  # fmt: skip
 
     def shape(self) -> tuple[int, ...]:
         """Of the result."""
@@ -59,6 +60,11 @@ class Arguments(NamedTuple):
 
 TENSORS = 9
 """How many of the arguments are tensors; they come first."""
+
+PANEL = 28 * 2**20
+"""Bytes of normalised rows that a CPU has at a time."""
+_LEAST = 1024
+"""Rows that make up for the packing of a weight, which each product begins with."""
 
 
 class Kernels(NamedTuple):
@@ -94,8 +100,7 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 else x.contiguous()
 
 
-def _normed(kernels: Kernels, a: Arguments) -> Tensor:
-    x = _rows(a.x)
+def _normed(kernels: Kernels, a: Arguments, x: Tensor) -> Tensor:
     if a.norm == "none":
         return x
     return kernels.norm(x, a.norm, a.norm_weight, a.norm_bias, a.norm_eps, a.norm_offset)
@@ -115,41 +120,73 @@ def forward(kernels: Kernels, *args: Any) -> list[Tensor]:
     a = Arguments(*args)
     with plainly():
         torch.ops.vlmops.mlp_projector_check(*args)
-        on_gpu, kept = _on_gpu(kernels, a.x), []
+        x = _rows(a.x)
+        step = _panel(a) if x.is_cpu else len(x)
+        if len(x) <= step:
+            out, *kept = _forward(kernels, a, x)
+            return [out.view(a.shape()), *kept]
+        whole: list[Tensor] = []
+        for begin in range(0, len(x), step):
+            parts = _forward(kernels, a, x[begin : begin + step])
+            whole = whole or [part.new_empty(len(x), part.shape[1]) for part in parts]
+            for to, part in zip(whole, parts, strict=True):
+                to[begin : begin + step] = part
+        return [whole[0].view(a.shape()), *whole[1:]]
 
-        def activated(x: Tensor, activation: str, gate: Tensor | None = None) -> Tensor:
-            if activation == "none" and gate is None:
-                return x
-            out = torch.empty_like(x) if a.keep else x
-            kernels.activate(x, gate, activation, out)
-            return out
 
-        def layer(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
-            if a.keep and activation != "none":
-                kept.append(layer(x, weight, bias, "none"))
-                return activated(kept[-1], activation)
-            if on_gpu or not products.is_plain(x, weight, bias):
-                if activation == "gelu_tanh" and x.is_cuda and bias is not None:
-                    # cuBLASLt applies tanh's gelu, and that alone, before it rounds.
-                    return torch._addmm_activation(bias, x, weight.t(), use_gelu=True)
-                return activated(functional.linear(x, weight, bias), activation)
-            fused = None if activation == "none" else cast(products.Activation, activation)
-            return products.product(x, weight, bias, fused, activated)
+def _panel(a: Arguments) -> int:
+    """Rows of x at a time on a CPU, so that those normalised lie in memory that was used before.
 
-        z = _normed(kernels, a)
-        if a.gate_weight is not None:
-            gate = layer(z, a.gate_weight, a.gate_bias, "none")
-            hidden = layer(z, a.fc1_weight, a.fc1_bias, "none")
-            if a.keep:
-                kept += [hidden, gate]
-            out = activated(hidden, a.activation, gate)
-        else:
-            out = layer(z, a.fc1_weight, a.fc1_bias, a.activation)
-            if a.keep and a.activation == "none" and a.fc2_weight is not None:
-                kept.append(out)
-        if a.fc2_weight is not None:
-            out = layer(out, a.fc2_weight, a.fc2_bias, a.out_activation)
-        return [out.view(a.shape()), *kept]
+    From 32 MB on malloc takes new pages from the system each time; writing to those costs 5 to 20
+    times as much. Other layers are results of products, which allocate alike whoever calls them.
+    """
+    rows = a.x.shape[:-1].numel()
+    if a.norm == "none":
+        return rows
+    most = max(_LEAST, PANEL // max(a.x.shape[-1] * a.x.element_size(), 1))
+    return -(-rows // max(-(-rows // most), 1))
+
+
+def _forward(kernels: Kernels, a: Arguments, x: Tensor) -> list[Tensor]:
+    """`forward` of rows ``[rows, K]``."""
+    on_gpu = _on_gpu(kernels, x)
+    kept: list[Tensor] = []
+
+    def activated(x: Tensor, activation: str, gate: Tensor | None = None) -> Tensor:
+        if activation == "none" and gate is None:
+            return x
+        out = torch.empty_like(x) if a.keep else x
+        kernels.activate(x, gate, activation, out)
+        return out
+
+    def layer(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+        if a.keep and activation != "none":
+            kept.append(layer(x, weight, bias, "none"))
+            return activated(kept[-1], activation)
+        if activation == "gelu_tanh" and x.is_cuda and bias is not None:
+            # cuBLASLt applies tanh's gelu, and that alone, before it rounds.
+            return torch._addmm_activation(bias, x, weight.t(), use_gelu=True)
+        if not products.is_plain(x, weight, bias):
+            return activated(functional.linear(x, weight, bias), activation)
+        if on_gpu:  # an emulated one
+            return activated(products.product(x, weight, bias, None, activated), activation)
+        fused = None if activation == "none" else cast(products.Activation, activation)
+        return products.product(x, weight, bias, fused, activated)
+
+    z = _normed(kernels, a, x)
+    if a.gate_weight is not None:
+        gate = layer(z, a.gate_weight, a.gate_bias, "none")
+        hidden = layer(z, a.fc1_weight, a.fc1_bias, "none")
+        if a.keep:
+            kept += [hidden, gate]
+        out = activated(hidden, a.activation, gate)
+    else:
+        out = layer(z, a.fc1_weight, a.fc1_bias, a.activation)
+        if a.keep and a.activation == "none" and a.fc2_weight is not None:
+            kept.append(out)
+    if a.fc2_weight is not None:
+        out = layer(out, a.fc2_weight, a.fc2_bias, a.out_activation)
+    return [out, *kept]
 
 
 def backward(
@@ -172,8 +209,12 @@ def _gradients(
 ) -> list[Tensor | None]:
     on_gpu = _on_gpu(kernels, a.x)
 
-    def through(g: Tensor, weight: Tensor) -> Tensor:
-        return g @ weight if on_gpu else products.linear(g, weight.t())
+    def through(g: Tensor, weight: Tensor, to: Tensor | None = None) -> Tensor:
+        if on_gpu:
+            return g @ weight
+        if to is None or not (g.dtype == torch.float32 or products.multiplies(g.dtype)):
+            return products.linear(g, weight.t())
+        return torch.mm(g, weight, out=to)
 
     def of_weight(g: Tensor, x: Tensor) -> Tensor:
         return g.t() @ x if on_gpu else products.linear(g.t(), x.t())
@@ -181,7 +222,7 @@ def _gradients(
     (x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, gate_weight, gate_bias, norm_weight,
      norm_bias) = needs  # fmt: skip
     below = x or norm_weight or norm_bias
-    of_hidden = below or fc1_weight or fc1_bias or gate_weight or gate_bias
+    needs_hidden = below or fc1_weight or fc1_bias or gate_weight or gate_bias
     found: dict[str, Tensor] = {}
     layers = iter(kept)
     g = _rows(grad).contiguous()
@@ -191,18 +232,21 @@ def _gradients(
     above = g
     if a.fc2_weight is not None:
         if a.out_activation != "none":
-            above, _, _, sums, _ = kernels.activate_backward(
-                g, next(layers), None, a.out_activation, False, fc2_bias, False
+            above = torch.empty_like(g)
+            _, _, sums, _ = kernels.activate_backward(
+                g, next(layers), None, a.out_activation, above, False, fc2_bias, False
             )
             found["fc2_bias"] = sums.sum(0)
         elif fc2_bias:
             found["fc2_bias"] = g.sum(0)
-        g = through(above, a.fc2_weight) if of_hidden else above
+        g = through(above, a.fc2_weight) if needs_hidden else above
     out, of_gate = hidden, None
-    if not plain and of_hidden:
-        g, of_gate, out, sums, gate_sums = kernels.activate_backward(
-            g, hidden, gate, a.activation, fc2_weight, fc1_bias, gate_bias
+    if not plain and needs_hidden:
+        of_hidden = torch.empty_like(g) if a.fc2_weight is None else g  # else nobody has seen g
+        of_gate, out, sums, gate_sums = kernels.activate_backward(
+            g, hidden, gate, a.activation, of_hidden, fc2_weight, fc1_bias, gate_bias
         )
+        g = of_hidden
         found |= {"fc1_bias": sums.sum(0), "gate_bias": gate_sums.sum(0)}
     elif not plain and fc2_weight and hidden is not None:
         out = torch.empty_like(hidden)
@@ -212,21 +256,26 @@ def _gradients(
     if fc2_weight and out is not None:
         found["fc2_weight"] = of_weight(above, out)
     del out
+    z = None
     if fc1_weight or gate_weight:
-        z = _normed(kernels, a)
+        z = _normed(kernels, a, _rows(a.x))
         if fc1_weight:
             found["fc1_weight"] = of_weight(g, z)
         if gate_weight and of_gate is not None:
             found["gate_weight"] = of_weight(of_gate, z)
     if below:
-        of_z = through(g, a.fc1_weight)
+        of_z = through(g, a.fc1_weight, None if a.norm == "none" else z)  # z is of no more use
         if a.gate_weight is not None and of_gate is not None:
             of_z = of_z.add_(through(of_gate, a.gate_weight))
         found["x"] = of_z
         if a.norm != "none":
-            found["x"], sums, bias_sums = kernels.norm_backward(
-                of_z, _rows(a.x), a.norm, a.norm_weight, a.norm_eps, a.norm_offset, x, norm_weight,
-                norm_bias,
+            # A GPU reads the gradient again for its sums.
+            of_x = None if not x else torch.empty_like(of_z) if on_gpu else of_z
+            sums, bias_sums = kernels.norm_backward(
+                of_z, _rows(a.x), a.norm, a.norm_weight, a.norm_eps, a.norm_offset, of_x,
+                norm_weight, norm_bias,
             )  # fmt: skip
+            if of_x is not None:
+                found["x"] = of_x
             found |= {"norm_weight": sums.sum(0), "norm_bias": bias_sums.sum(0)}
     return [found.get(name) for name in Arguments._fields[:TENSORS]]

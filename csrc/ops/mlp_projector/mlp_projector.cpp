@@ -189,17 +189,16 @@ float* floats(Tensor& t, bool needed) {
   return needed ? static_cast<float*>(t.mutable_data_ptr()) : nullptr;
 }
 
-// The gradient of x, and parts of those of weight and bias, which add up to them; empty where they
-// are not asked for.
+// Writes the gradient of x, where grad_x is given; on the CPU it may be grad itself. Returns parts
+// of the gradients of weight and bias, which add up to them; empty where they are not asked for.
 std::vector<Tensor> norm_backward(const Tensor& grad, const Tensor& x, const std::string& kind,
                                   const OptionalTensor& weight, double eps, double offset,
-                                  bool needs_x, bool needs_weight, bool needs_bias) {
+                                  OptionalTensor grad_x, bool needs_weight, bool needs_bias) {
   const KeptRow w{"norm_weight", weight}, none{"norm_bias", std::nullopt};
   Norm p = norm_of(x, kind, w, none, eps, offset);
   p.grad = grad.const_data_ptr();
-  Tensor grad_x = torch::stable::new_empty(x, Sizes{needs_x ? p.rows : 0, p.width});
+  if (grad_x.has_value()) p.grad_x = grad_x->mutable_data_ptr();
   Tensor weight_sums = sums_like(x, needs_weight), bias_sums = sums_like(x, needs_bias);
-  if (needs_x) p.grad_x = grad_x.mutable_data_ptr();
   p.weight_sums = floats(weight_sums, needs_weight);
   p.bias_sums = floats(bias_sums, needs_bias);
   const Launch launch(x);
@@ -209,7 +208,7 @@ std::vector<Tensor> norm_backward(const Tensor& grad, const Tensor& x, const std
     launch.reads(x, "x");
     launch.reads(grad, "the gradient");
     launch.reads(w.tensor, "norm_weight");
-    launch.writes(grad_x, "the gradient of x");
+    if (grad_x.has_value()) launch.writes(*grad_x, "the gradient of x");
     launch.writes(scales, "mean and factor");
     launch.writes(weight_sums, "sums of norm_weight");
     launch.writes(bias_sums, "sums of norm_bias");
@@ -219,7 +218,7 @@ std::vector<Tensor> norm_backward(const Tensor& grad, const Tensor& x, const std
     torch::stable::parallel_for(0, parts_of(p.rows), grain(kPartRows * p.width),
                                 [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
   }
-  return {grad_x, weight_sums, bias_sums};
+  return {weight_sums, bias_sums};
 }
 
 Activate activate_of(const Tensor& hidden, const OptionalTensor& gate,
@@ -251,18 +250,17 @@ void activate(const Tensor& hidden, const OptionalTensor& gate, const std::strin
                               [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
 }
 
-// The gradients of hidden and gate, the activated layer, and parts of the sums of both gradients;
-// empty where they are not asked for.
+// Writes the gradient of hidden, which may lie where grad does. Returns that of gate, the activated
+// layer, and parts of the sums of both gradients; empty where they are not asked for.
 std::vector<Tensor> activate_backward(const Tensor& grad, const Tensor& hidden,
                                       const OptionalTensor& gate, const std::string& activation,
-                                      bool needs_out, bool needs_hidden_sums,
+                                      Tensor grad_hidden, bool needs_out, bool needs_hidden_sums,
                                       bool needs_gate_sums) {
   Activate p = activate_of(hidden, gate, activation);
   p.grad = grad.const_data_ptr();
   const Sizes whole{p.rows, p.width}, nothing{0, p.width};
   const bool gated = gate.has_value();
   needs_gate_sums = needs_gate_sums && gated;
-  Tensor grad_hidden = torch::stable::new_empty(hidden, whole);
   Tensor grad_gate = torch::stable::new_empty(hidden, gated ? whole : nothing);
   Tensor out = torch::stable::new_empty(hidden, needs_out ? whole : nothing);
   Tensor hidden_sums = sums_like(hidden, needs_hidden_sums);
@@ -274,7 +272,7 @@ std::vector<Tensor> activate_backward(const Tensor& grad, const Tensor& hidden,
   p.gate_sums = floats(gate_sums, needs_gate_sums);
   const Launch launch(hidden);
   if (launch.kernels != nullptr) {
-    launch.reads(grad, "the gradient");
+    if (p.grad_hidden != p.grad) launch.reads(grad, "the gradient");
     launch.reads(hidden, "the hidden layer");
     launch.reads(gate, "the gate");
     launch.writes(grad_hidden, "the gradient of the hidden layer");
@@ -288,7 +286,7 @@ std::vector<Tensor> activate_backward(const Tensor& grad, const Tensor& hidden,
     torch::stable::parallel_for(0, parts_of(p.rows), grain(kPartRows * p.width),
                                 [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
   }
-  return {grad_hidden, grad_gate, out, hidden_sums, gate_sums};
+  return {grad_gate, out, hidden_sums, gate_sums};
 }
 
 }  // namespace
@@ -314,12 +312,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(vlmops, m) {
       "offset) -> Tensor");
   m.def(
       "mlp_projector_norm_backward(Tensor grad, Tensor x, str norm, Tensor? weight, float eps, "
-      "float offset, bool needs_x, bool needs_weight, bool needs_bias) -> Tensor[]");
+      "float offset, Tensor(a!)? grad_x, bool needs_weight, bool needs_bias) -> Tensor[]");
   m.def(
       "mlp_projector_activate(Tensor hidden, Tensor? gate, str activation, Tensor(a!) out) -> ()");
   m.def(
       "mlp_projector_activate_backward(Tensor grad, Tensor hidden, Tensor? gate, str activation, "
-      "bool needs_out, bool needs_hidden_sums, bool needs_gate_sums) -> Tensor[]");
+      "Tensor(a!) grad_hidden, bool needs_out, bool needs_hidden_sums, bool needs_gate_sums) -> "
+      "Tensor[]");
 }
 
 #define VLMOPS_MLP_PROJECTOR_IMPL(m)                                                       \

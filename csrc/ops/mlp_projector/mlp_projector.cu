@@ -1,0 +1,127 @@
+// Launches of what surrounds a projector's products on NVIDIA GPUs: Params and a stream in, an
+// error's number out. No torch.
+#include <limits>
+
+#include "ops/mlp_projector/mlp_projector.cuh"
+
+namespace vlmops::mlp_projector {
+namespace {
+
+constexpr int kInvalidValue = 1;  // cudaErrorInvalidValue
+
+int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
+
+bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
+
+template <class... Pointers>
+bool all_aligned(Pointers... pointers) {
+  return (aligned(pointers) && ...);  // null is
+}
+
+// f.run<T, V>() with 16 bytes at a time if `wide`, else 1 element.
+template <class T, class F>
+int by_width(bool wide, const F& f) {
+  return wide ? f.template run<T, kPack<T>>() : f.template run<T, 1>();
+}
+
+template <class F>
+int by_dtype(DType dtype, bool wide, const F& f) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return by_width<float>(wide, f);
+    case DType::kBFloat16:
+      return by_width<bfloat16>(wide, f);
+    case DType::kFloat16:
+      return by_width<float16>(wide, f);
+  }
+  return 0;
+}
+
+int pack_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : 8; }
+
+template <class Params>
+int launch_1d(void (*kernel)(Params), int64_t blocks, int threads, const Params& p, void* stream) {
+  if (blocks > std::numeric_limits<int>::max()) return kInvalidValue;
+  return launch(kernel, dim3(static_cast<unsigned>(blocks)), dim3(threads), 0, stream, p);
+}
+
+// Blocks of a kernel that sums V columns in each thread.
+template <int V>
+int64_t tiles(int64_t rows, int64_t width) {
+  return divide_up(width, kWarpSize * V) * parts_of(rows);
+}
+
+struct RunActivate {
+  const Activate& p;
+  void* stream;
+  template <class T, int V>
+  int run() const {
+    const int64_t packs = divide_up(p.rows * p.width, V);
+    return launch_1d(mlp_projector_activate_kernel<T, V>, divide_up(packs, kThreads), kThreads, p,
+                     stream);
+  }
+};
+
+struct RunActivateBackward {
+  const Activate& p;
+  void* stream;
+  template <class T, int V>
+  int run() const {
+    return launch_1d(mlp_projector_activate_backward_kernel<T, V>, tiles<V>(p.rows, p.width),
+                     kThreads, p, stream);
+  }
+};
+
+struct RunNorm {
+  const Norm& p;
+  void* stream;
+  template <class T, int V>
+  int run() const {
+    return launch_1d(mlp_projector_norm_kernel<T, V>, p.rows, kRowThreads, p, stream);
+  }
+};
+
+struct RunNormBackward {
+  const Norm& p;
+  void* stream;
+  template <class T, int V>
+  int run() const {
+    const int status =
+        launch_1d(mlp_projector_norm_backward_kernel<T, V>, p.rows, kRowThreads, p, stream);
+    if (status != 0 || (p.weight_sums == nullptr && p.bias_sums == nullptr)) return status;
+    return launch_1d(mlp_projector_norm_sums_kernel<T, V>, tiles<V>(p.rows, p.width), kThreads, p,
+                     stream);
+  }
+};
+
+bool is_wide(const Norm& p) {
+  const int pack = pack_of(p.dtype);
+  return p.width % pack == 0 && p.x_stride % pack == 0 &&
+         all_aligned(p.x, p.weight.data, p.bias.data, p.out, p.grad, p.grad_x);
+}
+
+}  // namespace
+
+int norm_cuda(const Norm& p, void* stream) {
+  if (p.rows * p.width == 0) return 0;
+  return by_dtype(p.dtype, is_wide(p), RunNorm{p, stream});
+}
+
+int norm_backward_cuda(const Norm& p, void* stream) {
+  if (p.rows * p.width == 0) return 0;  // no parts either: sums of nothing are 0
+  return by_dtype(p.dtype, is_wide(p), RunNormBackward{p, stream});
+}
+
+int activate_cuda(const Activate& p, void* stream) {
+  if (p.rows * p.width == 0) return 0;
+  return by_dtype(p.dtype, all_aligned(p.hidden, p.gate, p.out), RunActivate{p, stream});
+}
+
+int activate_backward_cuda(const Activate& p, void* stream) {
+  if (p.rows * p.width == 0) return 0;
+  const bool wide = p.width % pack_of(p.dtype) == 0 &&
+                    all_aligned(p.hidden, p.gate, p.grad, p.out, p.grad_hidden, p.grad_gate);
+  return by_dtype(p.dtype, wide, RunActivateBackward{p, stream});
+}
+
+}  // namespace vlmops::mlp_projector
