@@ -505,6 +505,49 @@ SITE_MUTATIONS = {
     "hooks inside": (AROUND, "if plain.watched(child):", "if False:"),
     "studied by shapes alone": (AROUND, "repr(described), ", ""),
 }  # fmt: skip
+PROJECTORS, PROJECTOR_SITE = "vlmops.hf.projectors", "vlmops.hf.sites.mlp_projector"
+PROJECTOR_MUTATIONS = {
+    "unchanged": (PROJECTORS, "_SIDE = 12", "_SIDE = 12"),
+    "parts not asked": (
+        PROJECTORS, "if part is None or not plain.bypassable(part, kind):", "if part is None:"),
+    "dropout": (
+        PROJECTORS, "if isinstance(part, nn.Dropout) and part.training and part.p > 0:",
+        "if False:"),
+    "dropout by a number": (
+        PROJECTORS, "return not module.training or all(", "return True or all("),
+    "training not tried": (PROJECTORS, "if not torch.equal(trained, ", "if False and (trained, "),
+    "autocast ignored": (
+        PROJECTORS, "or torch.is_autocast_enabled(x.device.type)", "or False"),
+    "mixed dtypes": (PROJECTORS, "or any(t.dtype != x.dtype for t in of_products)", ""),
+    "another width": (PROJECTORS, "or x.shape[-1] != of_products[0].shape[1]", ""),
+    "any activation": (PROJECTORS, "rtol=0, atol=1e-5", "rtol=0, atol=10"),
+    "results not proved": (
+        PROJECTORS, "if not error <= _TOLERANCE * max(",
+        "if False and not error <= _TOLERANCE * max("),
+    "features written to": (
+        PROJECTORS, "if not torch.equal(given[0], untouched):", "if False:"),
+    "norm with another epsilon": (PROJECTORS, "norm_eps=chain.eps", "norm_eps=1e-5"),
+    "no second activation": (PROJECTORS, "out_activation=chain.out_activation", "out_activation=None"),
+    "gate and layer swapped": (
+        PROJECTORS, "gate_weight=None if gate is None else gate.weight",
+        "gate_weight=None if gate is None else fc1.weight"),
+    "layers not absorbed": (
+        PROJECTORS, "linears = tuple(path for chain in layout.chains for path in chain.linears)",
+        "linears = ()"),
+    "layers of towers": (PROJECTORS, "and not _in_a_layer(model, path)", ""),
+    "blocks of towers": (
+        PROJECTORS, "return bool(others) and all(", "return False and all("),
+    "heads": (PROJECTORS, "and not _is_head(linears, tables)", ""),
+    "hooks inside": (PROJECTORS, "if plain.watched(part):", "if False:"),
+    "no numeric check": (
+        PROJECTOR_SITE, "if not error <= 2 * float(", "if False and not error <= 2 * float("),
+    "shapes not checked": (PROJECTOR_SITE, "if ours.shape != exact.shape or", "if"),
+    "weights of any dtype": (PROJECTOR_SITE, "if tensor.dtype not in plain.DTYPES or", "if"),
+    "devices without a kernel": (
+        PROJECTOR_SITE,
+        'return dispatch.refuses("mlp_projector", found.linears[0].weight.device)',
+        "return None"),
+}  # fmt: skip
 SHUFFLE_SITE = "vlmops.hf.sites.pixel_shuffle"
 MOVERS, MERGERS = "vlmops.hf.shuffles", "vlmops.hf.mergers"
 SHUFFLE_MUTATIONS = {
@@ -569,7 +612,11 @@ SHUFFLE_MUTATIONS = {
     "padded pools": (MERGERS, "and module.padding in (0, (0, 0))", ""),
     "pools that overlap": (MERGERS, "and module.stride in (side, (side, side))", ""),
 }  # fmt: skip
-SITES = {"patch_embed": SITE_MUTATIONS, "pixel_shuffle": SHUFFLE_MUTATIONS}
+SITES = {
+    "patch_embed": SITE_MUTATIONS,
+    "pixel_shuffle": SHUFFLE_MUTATIONS,
+    "mlp_projector": PROJECTOR_MUTATIONS,
+}
 
 
 def build(source, build_dir):

@@ -27,3 +27,8 @@ def only_pixel_shuffle(monkeypatch):
     """And no tensor is too small for it."""
     _only("pixel_shuffle", monkeypatch)
     monkeypatch.setattr(shuffles, "SMALL", 0)
+
+
+@pytest.fixture
+def only_mlp_projector(monkeypatch):
+    _only("mlp_projector", monkeypatch)

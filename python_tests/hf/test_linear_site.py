@@ -118,13 +118,18 @@ def test_with_mrope_logits_and_gradients_agree(family):
     model, batch = build(family), checks.batch_of(family, "several_images")
     expected, grads = checks.gradients(model, batch)
     report = vlmops.patch(model)
-    patches = sum(r.sites for r in report.rows if r.op == "patch_embed" and r.status == "patched")
+    patches, projectors = (
+        sum(r.sites for r in report.rows if r.op == op and r.status == "patched")
+        for op in ("patch_embed", "mlp_projector")
+    )
     rotations = sum(row_of(family).places.values())
-    assert report.counts == {"mrope": rotations, "patch_embed": patches, "linear": ANY}
+    counts = {"mrope": rotations, "patch_embed": patches, "mlp_projector": projectors}
+    assert report.counts == {**counts, "linear": ANY}
     with CountOps() as ran:
         got, our_grads = checks.gradients(model, batch)
     assert ran.counts[ONEDNN] > 0
     assert ran.counts["vlmops::patch_embed"] == patches
+    assert bool(ran.counts["vlmops::mlp_projector"]) == bool(projectors)
     checks.assert_agree(got, expected, family)
     checks.assert_gradients_agree(our_grads, grads)
 

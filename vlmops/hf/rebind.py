@@ -69,7 +69,7 @@ def subclass(
         original: The class of the module to patch; one of ours if another op has been there.
         key: Whatever the new forward depends on, `references` of the old one included.
         make_forward: Called once with a label, unique to the subclass, and returns the forward.
-        absorbs: Names of the children whose work the new forward does itself.
+        absorbs: Paths of the modules below whose work the new forward does itself.
         method: The method that is replaced, if it is not ``forward``.
         more: Further attributes of the subclass.
     """
@@ -128,8 +128,8 @@ def absorbed(model: nn.Module) -> set[nn.Module]:
     """The modules of a model whose work patched modules around them do."""
     found: set[nn.Module] = set()
     for module in model.modules():
-        names = vars(type(module)).get(_ABSORBS, ())
-        found.update(child for name, child in module.named_children() if name in names)
+        paths = vars(type(module)).get(_ABSORBS, ())
+        found.update(child for path, child in module.named_modules() if path in paths)
     return found
 
 

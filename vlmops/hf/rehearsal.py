@@ -37,17 +37,28 @@ class _StandIn(nn.Module):
         return torch.randn(*x.shape[:-1], self.out_features, generator=generator)
 
 
-def twin(module: Any, given: list[Tensor] | None = None, seed: int = 0) -> Any:
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is a linear layer, or whatever others have put in the place of one."""
+    return hasattr(module, "in_features") and hasattr(module, "out_features")
+
+
+def twin(
+    module: Any,
+    given: list[Tensor] | None = None,
+    seed: int = 0,
+    stand_in: Callable[[Any, int, list[Tensor]], nn.Module] = _StandIn,
+) -> Any:
     """A module of the same class in float32 on the CPU, with stand-ins for its linear layers.
 
     Args:
         module: The original, which is not touched.
         given: Collects what the stand-ins are given, in order.
-        seed: Of the noise, if the module is a linear layer itself.
+        seed: Of the stand-in, if the module is a linear layer itself.
+        stand_in: Makes one of a linear layer, a seed and ``given``.
     """
     given = [] if given is None else given
-    if hasattr(module, "in_features") and hasattr(module, "out_features"):
-        return _StandIn(module, seed, given)
+    if is_linear(module):
+        return stand_in(module, seed, given)
     made: Any = type(module).__new__(type(module))  # type: ignore[call-overload]
     made.__dict__.update({k: v for k, v in module.__dict__.items() if k != "forward"})
     for name, value in module.__dict__.items():
@@ -56,7 +67,7 @@ def twin(module: Any, given: list[Tensor] | None = None, seed: int = 0) -> Any:
     made._parameters = {name: _drawn(p) for name, p in module._parameters.items()}
     made._buffers = {name: _drawn(b) for name, b in module._buffers.items()}
     made._modules = {
-        name: None if child is None else twin(child, given, seed)
+        name: None if child is None else twin(child, given, seed, stand_in)
         for seed, (name, child) in enumerate(module._modules.items())
     }
     if getattr(module, "config", None) is not None:

@@ -41,6 +41,11 @@ def shuffle(path: str, sites: Callable[[Any], int] = lambda _: 1) -> Expected:
     return Expected("pixel_shuffle", path, sites)
 
 
+def projector(path: str, sites: Callable[[Any], int] = lambda _: 1) -> Expected:
+    """What takes features of images to the width of the text model."""
+    return Expected("mlp_projector", path, sites)
+
+
 def expected_places(model_type: str) -> tuple[Expected, ...]:
     """What is expected in a model of this ``config.model_type``; empty for unknown families."""
     return next((family[model_type] for family in families() if model_type in family), ())

@@ -1,12 +1,13 @@
 """Llama-4 and Llama-3.2-Vision (Mllama)."""
 
-from vlmops.hf.targets import Expected, patches, shuffle, tower
+from vlmops.hf.targets import Expected, patches, projector, shuffle, tower
 
 EXPECTED = {
     "llama4": (
         patches("vision_model.patch_embedding"),
         tower("vision_model"),
         shuffle("vision_model.vision_adapter"),
+        projector("vision_model.vision_adapter.mlp"),
         # One stands for a layer with positions.
         Expected(
             "mrope",

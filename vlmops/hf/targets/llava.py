@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from vlmops.hf.targets import Expected, patches, shuffle, text, tower
+from vlmops.hf.targets import Expected, patches, projector, shuffle, text, tower
 
 _PIXTRAL = Expected(
     "mrope",
@@ -25,6 +25,7 @@ _TOWERS = (
     _with("model.vision_tower.patch_conv", "pixtral"),
 )
 
+_PROJECTOR = projector("model.multi_modal_projector")
 _MERGER = shuffle("model.multi_modal_projector.patch_merger")
 
 
@@ -36,22 +37,30 @@ EXPECTED = {
     "internvl": (
         _with("model.vision_tower.embeddings", "internvl_vision"),
         shuffle("model"),
+        _PROJECTOR,
         text(),
     ),
-    "llava": (*_TOWERS, _PIXTRAL, text()),
-    "llava_next": (*_TOWERS, text()),
-    "llava_next_video": (*_TOWERS, shuffle("model.vision_resampler.pool", _averages), text()),
-    "llava_onevision": (*_TOWERS, text()),
-    "mistral3": (*_TOWERS, _PIXTRAL, _MERGER, text()),
+    "llava": (*_TOWERS, _PIXTRAL, _PROJECTOR, text()),
+    "llava_next": (*_TOWERS, _PROJECTOR, text()),
+    "llava_next_video": (
+        *_TOWERS,
+        shuffle("model.vision_resampler.pool", _averages),
+        _PROJECTOR,
+        text(),
+    ),
+    "llava_onevision": (*_TOWERS, _PROJECTOR, text()),
+    "mistral3": (*_TOWERS, _PIXTRAL, _MERGER, _PROJECTOR, text()),
     "video_llama_3": (
         patches("model.vision_model.embeddings.patch_embedding"),
         tower("model.vision_model"),
+        projector("model.projector"),
         text(),
     ),
     "video_llava": (
         _with("model.image_tower.embeddings", "clip_vision_model"),
         _with("model.video_tower.embeddings", "clip_vision_model"),
+        _PROJECTOR,
         text(),
     ),
-    "vipllava": (*_TOWERS, text()),
+    "vipllava": (*_TOWERS, _PROJECTOR, text()),
 }

@@ -1,12 +1,18 @@
 """ERNIE-4.5-VL and PaddleOCR-VL."""
 
-from vlmops.hf.targets import patches, text, tower
+from vlmops.hf.targets import patches, projector, text, tower
 
 EXPECTED = {
-    "ernie4_5_vl_moe": (tower("model.vision_tower", "depth"), text()),
+    "ernie4_5_vl_moe": (
+        tower("model.vision_tower", "depth"),
+        projector("model.resampler_model.spatial_linear"),
+        projector("model.resampler_model.temporal_linear"),
+        text(),
+    ),
     "paddleocr_vl": (
         patches("model.visual.vision_model.embeddings.patch_embedding"),
         tower("model.visual.vision_model.encoder"),
+        projector("model.projector"),
         text(),
     ),
 }

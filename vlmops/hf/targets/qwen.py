@@ -1,9 +1,19 @@
 """Qwen-VL from 2 on, and the thinker of Qwen2.5-Omni: one tower of packed patches."""
 
-from vlmops.hf.targets import patches, text, tower
+from vlmops.hf.targets import patches, projector, text, tower
 
-_PLACES = (patches("model.visual.patch_embed.proj"), tower("model.visual", "depth"), text())
-
-EXPECTED = dict.fromkeys(
-    ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen2_5_omni_thinker"), _PLACES
+_PLACES = (
+    patches("model.visual.patch_embed.proj"),
+    tower("model.visual", "depth"),
+    projector("model.visual.merger"),
+    text(),
 )
+_DEEPSTACK = projector(
+    "model.visual.deepstack_merger_list.0",
+    lambda config: int(len(config.vision_config.deepstack_visual_indexes) > 0),
+)
+
+EXPECTED = {
+    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen2_5_omni_thinker"), _PLACES),
+    **dict.fromkeys(("qwen3_vl", "qwen3_vl_moe"), (*_PLACES, _DEEPSTACK)),
+}
