@@ -5,6 +5,7 @@ from vlmops._library import cpu_isa
 from vlmops.dispatch import backend
 from vlmops.hf.patch import patch, patched, unpatch
 from vlmops.hf.report import PatchReport
+from vlmops.ops.hd_transform import hd_token_counts, hd_transform
 from vlmops.ops.mrope import mrope, mrope_, mrope_freq_axis
 from vlmops.ops.patch_embed import Position, patch_embed
 from vlmops.warmup import Warmup, warmup
@@ -17,6 +18,8 @@ __all__ = [
     "Warmup",
     "backend",
     "cpu_isa",
+    "hd_token_counts",
+    "hd_transform",
     "mrope",
     "mrope_",
     "mrope_freq_axis",

@@ -1,6 +1,7 @@
 // Compiled once per instruction set with -DVLMOPS_ISA=portable|avx2|avx512 and the matching -march.
 #include "common/cpu_kernels.h"
 
+#include "ops/hd_transform/hd_transform_cpu.h"
 #include "ops/mrope/mrope_cpu.h"
 #include "ops/patch_embed/patch_embed_cpu.h"
 
@@ -16,6 +17,8 @@ const CpuKernels VLMOPS_CONCAT(kernels_, VLMOPS_ISA) = {
     VLMOPS_STRING(VLMOPS_ISA), &mrope::run,
     &mrope::run_backward,      &patch_embed::pack,
     &patch_embed::finish,      &patch_embed::write_prefix,
-    &patch_embed::unpack,      &patch_embed::column_sums};
+    &patch_embed::unpack,      &patch_embed::column_sums,
+    &hd_transform::forward,    &hd_transform::backward,
+    &hd_transform::sums};
 
 }  // namespace vlmops

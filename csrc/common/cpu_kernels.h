@@ -1,6 +1,7 @@
 // The CPU kernels of every op, one table per instruction set; chosen at run time.
 #pragma once
 
+#include "ops/hd_transform/hd_transform.h"
 #include "ops/mrope/mrope.h"
 #include "ops/patch_embed/patch_embed.h"
 
@@ -15,6 +16,9 @@ struct CpuKernels {
   patch_embed::CpuPrefix patch_embed_prefix;
   patch_embed::CpuUnpack patch_embed_unpack;
   patch_embed::CpuColumnSums patch_embed_column_sums;
+  hd_transform::CpuKernel hd_transform;
+  hd_transform::CpuKernel hd_transform_backward;
+  hd_transform::CpuSums hd_transform_sums;
 };
 
 // The table in force: the best that this machine runs, capped by VLMOPS_CPU_ISA. Throws

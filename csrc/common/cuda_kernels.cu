@@ -33,7 +33,10 @@ const CudaKernels kernels = {&describe_status,
                              &mrope::run_norm_backward_cuda,
                              &patch_embed::run_cuda,
                              &patch_embed::pack_cuda,
-                             &patch_embed::finish_cuda};
+                             &patch_embed::finish_cuda,
+                             &hd_transform::forward_cuda,
+                             &hd_transform::backward_cuda,
+                             &hd_transform::sums_cuda};
 
 }  // namespace
 }  // namespace vlmops

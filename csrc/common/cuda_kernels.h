@@ -5,6 +5,7 @@
 
 #include <cstddef>
 
+#include "ops/hd_transform/hd_transform.h"
 #include "ops/mrope/mrope.h"
 #include "ops/patch_embed/patch_embed.h"
 
@@ -22,6 +23,9 @@ struct CudaKernels {
   patch_embed::CudaRun patch_embed;
   patch_embed::CudaPack patch_embed_pack;
   patch_embed::CudaFinish patch_embed_finish;
+  hd_transform::CudaKernel hd_transform;
+  hd_transform::CudaKernel hd_transform_backward;
+  hd_transform::CudaSums hd_transform_sums;
 };
 
 }  // namespace vlmops

@@ -6,7 +6,7 @@ import importlib
 
 from vlmops.ops.spec import Spec
 
-__all__ = ["mrope", "patch_embed"]
+__all__ = ["hd_transform", "mrope", "patch_embed"]
 
 
 def spec(op: str) -> Spec:
