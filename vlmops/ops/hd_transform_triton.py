@@ -11,8 +11,8 @@ bfloat16 are 20.6 MB each way, 9.6 us at the 4.3 TB/s that a copy reaches on an 
 never measured: 80 % of a copy for one image, launches (5 us each) for many small ones, where
 `vlmops`' CUDA kernel takes 32 images to a launch.
 
-Bits are moved as integers. C, f and the element type are in the compile key, sizes of pictures are
-not; strides are as far as whether 16 divides them.
+Bits are moved as integers. C, f, the element type and whether 8 divides all strides are in the
+compile key; sizes of pictures and the strides are not.
 """
 
 from __future__ import annotations
@@ -31,19 +31,23 @@ from vlmops.ops.hd_transform import Options, _all_needs
 
 # Kernel. i_ index, o_ offset, m_ mask, p_ pointer, b_ block of values, s_ stride, n_ count.
 
+_STRIDES = ["s_crop", "s_pixel", "s_x", "s_token", "s_y"]
 _SIZES = ["n_height", "n_width", "n_w_crop", "n_side", "n_prefix"]
 
 
-@triton.jit(do_not_specialize=_SIZES)
+@triton.jit(do_not_specialize=[*_STRIDES, *_SIZES])
 def place_kernel(
     p_x, p_newline, p_separator, p_y,
     s_crop: tl.int64, s_pixel: tl.int64, s_x: tl.int64, s_token: tl.int64, s_y: tl.int64,
     n_height: tl.int32, n_width: tl.int32, n_w_crop: tl.int32, n_side: tl.int32,
     n_prefix: tl.int32,
     C: tl.constexpr, F: tl.constexpr, MEAN: tl.constexpr, BACKWARD: tl.constexpr,
-    BK: tl.constexpr,
+    VEC: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """Token i of a picture, between features p_x and tokens p_y. Grid: tokens x blocks of K."""
+    """Token i of a picture, between features p_x and tokens p_y. Grid: tokens x blocks of K.
+
+    Strides are in units of VEC elements; those between channels are 1 unless VEC is.
+    """
     n_k: tl.constexpr = C if MEAN else F * F * C
     i_token = tl.program_id(0)
     o_k = tl.program_id(1) * BK + tl.arange(0, BK)
@@ -54,28 +58,31 @@ def place_kernel(
     is_newline = (i_x == n_width) & (i_y != n_height)
     m_block = m_k & (i_x != n_width) & (i_y != n_height)
     i_crop = i_y // n_side * n_w_crop + i_x // n_side
-    p_crop = p_x + i_crop.to(tl.int64) * s_crop
+    p_crop = p_x + i_crop.to(tl.int64) * s_crop * VEC
     i_first = n_prefix + (i_y % n_side * F) * (n_side * F) + i_x % n_side * F  # feature of a block
-    p_token = p_y + i_token.to(tl.int64) * s_token + o_k * s_y
+    o_x, o_y = o_k % C, o_k
+    if VEC == 1:
+        o_x, o_y = o_x * s_x, o_y * s_y
+    p_token = p_y + i_token.to(tl.int64) * s_token * VEC + o_y
     if MEAN:
         if BACKWARD:
             b = tl.load(p_token, mask=m_block, other=0.0).to(tl.float32)
-            b = tl.fdiv(b, F * F * 1.0).to(p_x.dtype.element_ty)
+            b = (b * (1.0 / (F * F))).to(p_x.dtype.element_ty)
             for i in tl.static_range(F * F):
                 i_row = i_first + i // F * (n_side * F) + i % F
-                tl.store(p_crop + i_row.to(tl.int64) * s_pixel + o_k * s_x, b, mask=m_block)
+                tl.store(p_crop + i_row.to(tl.int64) * s_pixel * VEC + o_x, b, mask=m_block)
         else:
             b_sum = tl.zeros([BK], dtype=tl.float32)
             for i in tl.static_range(F * F):
                 i_row = i_first + i // F * (n_side * F) + i % F
-                p = p_crop + i_row.to(tl.int64) * s_pixel + o_k * s_x
+                p = p_crop + i_row.to(tl.int64) * s_pixel * VEC + o_x
                 b_sum += tl.load(p, mask=m_block, other=0.0).to(tl.float32)
-            b = tl.fdiv(b_sum, F * F * 1.0).to(p_y.dtype.element_ty)
+            b = (b_sum * (1.0 / (F * F))).to(p_y.dtype.element_ty)
             tl.store(p_token, b, mask=m_block)
     else:
         i_part = o_k // C
         i_row = i_first + i_part // F * (n_side * F) + i_part % F
-        p = p_crop + i_row.to(tl.int64) * s_pixel + o_k % C * s_x
+        p = p_crop + i_row.to(tl.int64) * s_pixel * VEC + o_x
         if BACKWARD:
             tl.store(p, tl.load(p_token, mask=m_block, other=0), mask=m_block)
         else:
@@ -92,6 +99,7 @@ def place_kernel(
 INTERPRETED = not isinstance(place_kernel, triton.JITFunction)
 CHECK = os.environ.get("VLMOPS_CHECK") == "1"
 _BLOCK = 4096  # elements: 4 accesses of 16 bytes a thread
+_VECTOR = 8  # elements: 16 bytes of bfloat16
 
 
 def compiled() -> int:
@@ -165,6 +173,10 @@ def _place(
     depth, mean = tokens.shape[1], o.reduction == "mean"
     backward = learned[0] is None
     block = min(triton.next_power_of_2(depth), _BLOCK)
+    strides = [*features.stride()[-3:], *tokens.stride()]
+    side_by_side = features.shape[-1] % _VECTOR == 0 and strides[2] == strides[4] == 1
+    fits = side_by_side and all(s % _VECTOR == 0 for s in (*strides[:2], strides[3]))
+    vector = _VECTOR if fits else 1
     for p in _pictures(features, o):
         rows = p.rows + (p.separated and not backward)
         if rows == 0:
@@ -174,9 +186,10 @@ def _place(
             (rows, triton.cdiv(depth, block)),
             tokens.device,
             p.features, *learned, tokens[p.first :],
-            *p.features.stride(), *tokens.stride(),
-            p.height, p.width, p.w_crop, _side(features, o), o.skip_prefix,
-            C=features.shape[-1], F=o.factor, MEAN=mean, BACKWARD=backward, BK=block,
+            *(s // vector for s in strides),
+            p.height, p.width, p.w_crop, max(_side(features, o), 1), o.skip_prefix,
+            C=features.shape[-1], F=o.factor, MEAN=mean, BACKWARD=backward,
+            VEC=vector, BK=block,
             num_warps=8 if block * tokens.element_size() > 8192 else 4, num_stages=1,
         )  # fmt: skip
 

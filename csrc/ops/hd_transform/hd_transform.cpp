@@ -83,6 +83,7 @@ Work work_of(const Options& o, const Argument& features) {
   p.side = side_of(o, features);
   p.prefix = static_cast<int>(o.skip_prefix);
   p.mean = o.reduction == "mean";
+  p.scale = 1.0f / static_cast<float>(p.block());
   p.sub_first = o.order == "sub_glb";
   const size_t images = o.crop_grids.size() / 2;
   if (rank == 4 && static_cast<int64_t>(images) != t.size(0))

@@ -2,7 +2,7 @@
 //
 // Forward a row is one feature of a block's f * f, or a part of `newline` or `separator`, and goes
 // to its part of a token; backward it is one feature, and comes from there, or is zero. Where
-// blocks are averaged a row is a token, read from f * f features; backward a feature, divided.
+// blocks are averaged a row is a token, read from f * f features; backward a feature, scaled.
 //
 // Bytes: forward K * sizeof(T) read and written per token, K = f * f * C; backward the same, and
 // zeros for features that no token has (class tokens, padding). Phi-3.5-vision's 4 x 4 crops and
@@ -24,6 +24,7 @@ namespace vlmops::hd_transform {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarpSize;
+constexpr int kBlocks = 4;  // on one multiprocessor; if not told, ptxas spills to have more
 constexpr int kAtOnce = 4;  // accesses of a lane before it waits
 constexpr int kSlices = 8;
 
@@ -76,28 +77,29 @@ __device__ __forceinline__ int64_t feature_of(const Params& p, const Image& imag
 template <class T, int V>
 __device__ __forceinline__ void average(const Params& p, const Image& image, const Source& s,
                                         T* to) {
-  const T* const features = static_cast<const T*>(p.src);
+  const T* const block = static_cast<const T*>(p.src) + feature_of(p, image, s, 0, 0);
+  const int64_t line = static_cast<int64_t>(p.side) * p.factor * p.pixel_stride;
   each_pack<V>(p.channels, [&](int64_t i) {
     float sum[V] = {};
-#pragma unroll 1  // else registers spill on sm_120
     for (int dy = 0; dy < p.factor; ++dy) {
+#pragma unroll 2  // four spill on sm_120
       for (int dx = 0; dx < p.factor; ++dx) {
         const Pack<T, V> x =
-            load_pack<V>(features + feature_of(p, image, s, dy, dx) + i * p.channel_stride);
+            load_pack<V>(block + dy * line + dx * p.pixel_stride + i * p.channel_stride);
 #pragma unroll
         for (int k = 0; k < V; ++k) sum[k] += to_float(x[k]);
       }
     }
     Pack<T, V> mean;
 #pragma unroll
-    for (int k = 0; k < V; ++k) mean[k] = from_float<T>(sum[k] / static_cast<float>(p.block()));
+    for (int k = 0; k < V; ++k) mean[k] = from_float<T>(sum[k] * p.scale);
     store_pack(to + i, mean);
   });
 }
 
 // T: an integer of the elements' size unless kMean.
 template <class T, int V, bool kMean>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocks)
     hd_transform_kernel(const VLMOPS_GRID_CONSTANT Params p) {
   const int64_t row = row_of_warp();
   // 32 bits: the launcher sees to it.
@@ -120,7 +122,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <class T, int V, bool kMean>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocks)
     hd_transform_backward_kernel(const VLMOPS_GRID_CONSTANT Params p) {
   const int64_t row = row_of_warp();
   if (row >= p.pixels) return;
@@ -135,8 +137,7 @@ __global__ void __launch_bounds__(kThreads)
     each_pack<V>(p.channels, [&](int64_t i) {
       Pack<T, V> x = load_pack<V>(from + i * stride);
 #pragma unroll
-      for (int k = 0; k < V; ++k)
-        x[k] = from_float<T>(to_float(x[k]) / static_cast<float>(p.block()));
+      for (int k = 0; k < V; ++k) x[k] = from_float<T>(to_float(x[k]) * p.scale);
       store_pack(to + i, x);
     });
   } else {

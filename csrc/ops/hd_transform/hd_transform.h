@@ -31,6 +31,7 @@ struct Params {
   int side;                                           // tokens on a side of a crop
   int prefix;              // rows of features before those of a crop's grid
   bool mean;               // average a block instead of merging it
+  float scale;             // of the sum of a block: 1 / (f * f)
   bool sub_first;          // the picture's parts before the whole of it
   int64_t tokens, pixels;  // of all images: rows of tokens and of features
   int image_count;

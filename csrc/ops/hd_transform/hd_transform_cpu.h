@@ -71,7 +71,6 @@ inline void merge(const Params& p, const Image& image, const Source& s, const Wo
 template <class T>
 inline void average(const Params& p, const Image& image, const Source& s, const T* features,
                     T* to) {
-  const auto count = static_cast<float>(p.block());
   by_vectors(p.channels, [&](auto lanes, int64_t i) VLMOPS_INLINED {
     constexpr int n = decltype(lanes)::value;
     Vec<float, n> sum = {};
@@ -80,7 +79,7 @@ inline void average(const Params& p, const Image& image, const Source& s, const 
       for (int dx = 0; dx < p.factor; ++dx)
         sum += gather<n>(from + dx * p.pixel_stride, p.channel_stride);
     }
-    store<n>(to + i, sum / count);
+    store<n>(to + i, sum * p.scale);
   });
 }
 
@@ -167,11 +166,10 @@ void backward(const Params& p, int64_t begin, int64_t end) {
     using T = typename decltype(type)::type;
     const int64_t stride = p.token_channel_stride;
     if (p.mean) {
-      const auto count = static_cast<float>(p.block());
       write_features<T>(p, begin, end, [&](const T* from, T* to) {
         by_vectors(p.channels, [&](auto lanes, int64_t i) VLMOPS_INLINED {
           constexpr int n = decltype(lanes)::value;
-          store<n>(to + i, gather<n>(from + i * stride, stride) / count);
+          store<n>(to + i, gather<n>(from + i * stride, stride) * p.scale);
         });
       });
     } else {

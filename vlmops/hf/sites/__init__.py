@@ -59,7 +59,8 @@ class Site:
 
 def all_sites() -> dict[str, Site]:
     """Op -> site."""
-    from vlmops.hf.sites import linear, mrope, patch_embed
+    from vlmops.hf.sites import hd_transform, linear, mrope, patch_embed
 
     # Linear layers last: those that another op has absorbed are not theirs.
-    return {site.op: site for site in (mrope.SITE, patch_embed.SITE, linear.SITE)}
+    sites = (mrope.SITE, patch_embed.SITE, hd_transform.SITE, linear.SITE)
+    return {site.op: site for site in sites}

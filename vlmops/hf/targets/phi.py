@@ -1,10 +1,11 @@
 """Phi-4-multimodal: all hangs off the decoder."""
 
-from vlmops.hf.targets import patches, text
+from vlmops.hf.targets import Expected, patches, text
 
 EXPECTED = {
     "phi4_multimodal": (
         patches("model.embed_tokens_extend.image_embed.img_processor.embeddings"),
+        Expected("hd_transform", "model.embed_tokens_extend.image_embed", lambda _: 1),
         text("model"),
     )
 }
