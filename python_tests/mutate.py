@@ -220,10 +220,69 @@ MUTATIONS = {
     "projector: a gate of another width": (
         "ops/mlp_projector/mlp_projector.cpp",
         "gate_bias, input, depth, hidden);", "gate_bias, input, depth, -1);"),
+    "crops: rows of them for columns": (
+        "ops/hd_transform/hd_transform.h", "1 + y / p.side * image.w_crop + x / p.side",
+        "1 + x / p.side * image.w_crop + y / p.side"),
+    "crops: the whole view for all": (
+        "ops/hd_transform/hd_transform.h", "{Kind::kBlock, crop, y", "{Kind::kBlock, 0, y"),
+    "crops: one order for both": (
+        "ops/hd_transform/hd_transform.h", "if (second == p.sub_first) {", "if (second) {"),
+    "crops: rows of whole pictures where they are cut": (
+        "ops/hd_transform/hd_transform.h", "if (x == image.width) return {Kind::kNewline",
+        "if (x == image.width - 1) return {Kind::kNewline"),
+    "crops: the newline for the separator": (
+        "ops/hd_transform/hd_transform_cpu.h", "s.kind == Kind::kNewline ? p.newline : p.separator",
+        "p.newline"),
+    "crops: the row above within a block": (
+        "ops/hd_transform/hd_transform_cpu.h", "from = features + run_of(p, image, s, dy);",
+        "from = features + run_of(p, image, s, 0);"),
+    "crops: features lie side by side": (
+        "ops/hd_transform/hd_transform_cpu.h",
+        "const bool adjacent = p.channel_stride == 1 && p.pixel_stride == c;",
+        "const bool adjacent = true;"),
+    "crops: prefixes are read": (
+        "ops/hd_transform/hd_transform_cpu.h", "row = p.prefix + (static_cast<int64_t>(s.y)",
+        "row = (static_cast<int64_t>(s.y)"),
+    "crops: sums for means": (
+        "ops/hd_transform/hd_transform_cpu.h", "sum * p.scale", "sum"),
+    "crops: images beyond one launch": (
+        "ops/hd_transform/hd_transform.cpp", "image.token -= first.token;", ""),
+    "crops: let columns beyond them through": (
+        "ops/hd_transform/hd_transform.cpp", "width < 0 || width > full_w", "width < 0"),
+    "features' gradients: not cleared": (
+        "ops/hd_transform/hd_transform_cpu.h",
+        "__builtin_memset(static_cast<void*>(to), 0, c * sizeof(T));", ""),
+    "features' gradients: of what was cut off": (
+        "ops/hd_transform/hd_transform.h",
+        "if (row >= image.height || column >= image.width) return -1;", ""),
+    "features' gradients: of padding": (
+        "ops/hd_transform/hd_transform.h", "if (crop > image.crops) return -1;", ""),
+    "features' gradients: one row of a block": (
+        "ops/hd_transform/hd_transform.h", "y % factor * factor + x % factor", "x % factor"),
+    "features' gradients: sums for means": (
+        "ops/hd_transform/hd_transform_cpu.h", "stride) * p.scale", "stride)"),
+    "learned rows: without those of whole views": (
+        "ops/hd_transform/hd_transform_cpu.h", "for (int y = 1; y <= p.side; ++y) add(whole_at",
+        "for (int y = 1; y < p.side; ++y) add(whole_at"),
+    "learned rows: all but the last 64": (
+        "ops/hd_transform/hd_transform_cpu.h", "  flush(newline);\n  for", "  for"),
 }  # fmt: skip
 
 # op -> name -> (text in vlmops/ops/<op>_triton.py, replacement)
-TRITON_MUTATIONS = {"mrope": {
+TRITON_MUTATIONS = {"hd_transform": {
+    "unchanged": ("import math", "import math"),
+    "one row of crops": ("i_y // n_side * n_w_crop + i_x", "i_x"),
+    "prefixes are read": ("i_first = n_prefix + (i_y", "i_first = (i_y"),
+    "the row above within a block": ("i_part // F * (n_side * F) + i_part % F", "i_part % F"),
+    "sums for means": ("(b_sum * (1.0 / (F * F)))", "b_sum"),
+    "sums for means' gradients": ("(b * (1.0 / (F * F)))", "b"),
+    "newlines of whole pictures where they are cut": (
+        "i_token // (n_width + 1)", "i_token // (n_w_crop * n_side + 1)"),
+    "gradients of padding": ("image_features.new_zeros(", "image_features.new_empty("),
+    "learned rows: the first token of each": ("[:, -1]", "[:, 0]"),
+    "strides of 16 bytes where there are none": (
+        "vector = _VECTOR if fits else 1", "vector = _VECTOR"),
+}, "mrope": {
     "unchanged": ("import ctypes", "import ctypes"),
     "flip a sign": ("b_y = b_a * b_cos[None, :] - b_b", "b_y = b_a * b_cos[None, :] + b_b"),
     "backward rotates forward": (
@@ -324,6 +383,31 @@ TRITON_MUTATIONS = {"mrope": {
 # name -> (file below csrc/, text, replacement); run on the emulator
 CUDA_MUTATIONS = {
     "unchanged": ("ops/mrope/mrope.cuh", "#pragma once", "#pragma once"),
+    "crops: columns of a block for rows": (
+        "ops/hd_transform/hd_transform.cuh", "part / p.factor, part % p.factor)",
+        "part % p.factor, part / p.factor)"),
+    "crops: channels lie side by side": (
+        "ops/hd_transform/hd_transform.cuh", "V == 1 ? at * stride : at", "at"),
+    "crops: the first part of learned rows": (
+        "ops/hd_transform/hd_transform.cuh", "(learned) + part * p.channels", "(learned)"),
+    "crops: packs wherever channels divide": (
+        "ops/hd_transform/hd_transform.cu", "p.pixel_stride % v == 0 && p.crop_stride % v == 0",
+        "true"),
+    "crops: packs of what is not aligned": (
+        "ops/hd_transform/hd_transform.cu", "% (v * bytes) == 0", "% bytes == 0"),
+    "crops: packs of some images": (
+        "ops/hd_transform/hd_transform.cu", "wide = wide && p.images[i].offset % v == 0",
+        "wide = wide && p.images[i].offset % v >= 0"),
+    "features' gradients: not cleared": (
+        "ops/hd_transform/hd_transform.cuh", "return clear_row<V>(to, p.channels);", "return;"),
+    "features' gradients: sums for means": (
+        "ops/hd_transform/hd_transform.cuh", "to_float(x[k]) * p.scale", "to_float(x[k])"),
+    "learned rows: no barrier": (
+        "ops/hd_transform/hd_transform.cuh", "  __syncthreads();\n", ""),
+    "learned rows: without those of whole views": (
+        "ops/hd_transform/hd_transform.cuh", "y < p.side; y += kSlices", "y < 0; y += kSlices"),
+    "learned rows: the last launch's images": (
+        "ops/hd_transform/hd_transform.cuh", "column] += static_cast", "column] = static_cast"),
     "flip a sign (half)": ("ops/mrope/mrope.cuh", "p.sine_sign * p.scaling", "p.scaling"),
     "flip a sign (pairs)": (
         "ops/mrope/mrope.cuh", "y * c.v[e] + x * s.v[e]", "y * c.v[e] - x * s.v[e]"),

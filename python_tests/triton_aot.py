@@ -25,13 +25,14 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from vlmops.ops import mlp_projector_triton, mrope_triton, patch_embed_triton
+from vlmops.ops import hd_transform_triton, mlp_projector_triton, mrope_triton, patch_embed_triton
 from vlmops.ops.patch_embed import Position, arguments
 
 ARCHITECTURES = (80, 90, 100, 120)
 SHARED = 99 * 1024  # what a block may have on sm_86, 89 and 120; on the others it is more
 POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32",
-            torch.int64: "*i64", torch.int32: "*i32", torch.uint8: "*u8"}  # fmt: skip
+            torch.int64: "*i64", torch.int32: "*i32", torch.int16: "*i16",
+            torch.uint8: "*u8"}  # fmt: skip
 
 
 class Recorder:
@@ -215,12 +216,39 @@ def mlp_projector_calls():
         "layer norm bf16": Budget(run, "norm_kernel", norm, 64, 2),
         "layer norm backward bf16": Budget(run, "norm_backward_kernel", norm_backward, 96, 2),
         "layer norm sums bf16": Budget(run, "norm_sums_kernel", norm_backward, 64, 0),
+
+
+def crops(grids=((2, 2),), dtype=torch.bfloat16, g=24, channels=1024, **options):
+    """The arguments of the op; only dtypes, shapes and strides matter."""
+    o = hd_transform_triton.Options([n for grid in grids for n in grid], **options)
+    features = torch.empty(sum(1 + h * w for h, w in grids), g * g + o.skip_prefix, channels)
+    learned = torch.empty(channels * (1 if o.reduction == "mean" else o.factor**2), dtype=dtype)
+    return features.to(dtype), learned, learned, *o
+
+
+def hd_transform_calls():
+    run, kernel, fp32 = hd_transform_triton, "place_kernel", torch.float32
+    phi4 = {"g": 32, "channels": 1152, "reduction": "mean"}
+
+    def forward(registers, wide, **inputs):
+        call = functools.partial(run.forward, *crops(**inputs))
+        return Budget(run, kernel, call, registers, wide)
+
+    given = crops(skip_prefix=1)
+    grad = torch.empty(12 * 2 * (12 * 2 + 1) + 1 + 12 * 13, 4096, dtype=torch.bfloat16)
+    return {
+        "phi3.5 bf16": forward(64, 4, skip_prefix=1),
+        "phi3.5 fp32": forward(96, 4, dtype=fp32, skip_prefix=1),
+        "phi4 mean bf16": forward(96, 1, **phi4),
+        "phi3.5 backward bf16": Budget(
+            run, kernel, functools.partial(run.backward, grad, *given), 64, 4),
     }  # fmt: skip
 
 
 def calls():
     """name -> `Budget`"""
-    return {**mlp_projector_calls(), **mrope_calls(), **patch_embed_calls()}
+    calls = (hd_transform_calls, mlp_projector_calls, mrope_calls, patch_embed_calls)
+    return {name: call for of_op in calls for name, call in of_op().items()}
 
 
 def key(kernel, recorder):
@@ -310,6 +338,22 @@ def patch_embed_keys():
         "norm": number_of_keys(run, "finish_kernel", forwards(few + many, norm="rms", **flat)),
         "pack": number_of_keys(run, "pack_kernel", packs),
     }
+
+
+def hd_transform_keys():
+    """name -> number of compile keys over pictures of different sizes."""
+    run = hd_transform_triton
+    sizes = [[(1, 1)], [(1, 16)], [(4, 4), (2, 3)], [(3, 5), (1, 2), (16, 1)]]
+    calls = {
+        "forward": [functools.partial(run.forward, *crops(s)) for s in sizes],
+        "glb_sub": [functools.partial(run.forward, *crops(s, order="glb_sub")) for s in sizes],
+        "mean": [functools.partial(run.forward, *crops(s, reduction="mean")) for s in sizes],
+        "valid": [
+            functools.partial(run.forward, *crops([(2, 2)], valid_hw=[h, w]))
+            for h, w in ((1, 1), (16, 24), (7, 23))
+        ],
+    }
+    return {name: number_of_keys(run, "place_kernel", of_name) for name, of_name in calls.items()}
 
 
 def disassemble(cubin):

@@ -1,6 +1,7 @@
 // Compiled once per instruction set with -DVLMOPS_ISA=portable|avx2|avx512 and the matching -march.
 #include "common/cpu_kernels.h"
 
+#include "ops/hd_transform/hd_transform_cpu.h"
 #include "ops/mlp_projector/mlp_projector_cpu.h"
 #include "ops/mrope/mrope_cpu.h"
 #include "ops/patch_embed/patch_embed_cpu.h"
@@ -28,6 +29,9 @@ const CpuKernels VLMOPS_CONCAT(kernels_, VLMOPS_ISA) = {VLMOPS_STRING(VLMOPS_ISA
                                                         &mlp_projector::norm,
                                                         &mlp_projector::norm_backward,
                                                         &mlp_projector::activate,
-                                                        &mlp_projector::activate_backward};
+                                                        &mlp_projector::activate_backward,
+                                                        &hd_transform::forward,
+                                                        &hd_transform::backward,
+                                                        &hd_transform::sums};
 
 }  // namespace vlmops

@@ -1,6 +1,7 @@
 // The CPU kernels of every op, one table per instruction set; chosen at run time.
 #pragma once
 
+#include "ops/hd_transform/hd_transform.h"
 #include "ops/mlp_projector/mlp_projector.h"
 #include "ops/mrope/mrope.h"
 #include "ops/patch_embed/patch_embed.h"
@@ -24,6 +25,9 @@ struct CpuKernels {
   mlp_projector::CpuNormBackward mlp_projector_norm_backward;
   mlp_projector::CpuActivate mlp_projector_activate;
   mlp_projector::CpuActivateBackward mlp_projector_activate_backward;
+  hd_transform::CpuKernel hd_transform;
+  hd_transform::CpuKernel hd_transform_backward;
+  hd_transform::CpuSums hd_transform_sums;
 };
 
 // The table in force: the best that this machine runs, capped by VLMOPS_CPU_ISA. Throws

@@ -42,7 +42,10 @@ const CudaKernels kernels = {&describe_status,
                              &mlp_projector::norm_cuda,
                              &mlp_projector::norm_backward_cuda,
                              &mlp_projector::activate_cuda,
-                             &mlp_projector::activate_backward_cuda};
+                             &mlp_projector::activate_backward_cuda,
+                             &hd_transform::forward_cuda,
+                             &hd_transform::backward_cuda,
+                             &hd_transform::sums_cuda};
 
 }  // namespace
 }  // namespace vlmops

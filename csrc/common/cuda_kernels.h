@@ -5,6 +5,7 @@
 
 #include <cstddef>
 
+#include "ops/hd_transform/hd_transform.h"
 #include "ops/mlp_projector/mlp_projector.h"
 #include "ops/mrope/mrope.h"
 #include "ops/patch_embed/patch_embed.h"
@@ -33,6 +34,9 @@ struct CudaKernels {
   mlp_projector::CudaNorm mlp_projector_norm_backward;
   mlp_projector::CudaActivate mlp_projector_activate;
   mlp_projector::CudaActivate mlp_projector_activate_backward;
+  hd_transform::CudaKernel hd_transform;
+  hd_transform::CudaKernel hd_transform_backward;
+  hd_transform::CudaSums hd_transform_sums;
 };
 
 }  // namespace vlmops

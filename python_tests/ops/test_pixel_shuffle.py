@@ -66,7 +66,12 @@ def llama4():
 def ovis2():
     x = drawn(2, 16, 8)
     config = tr.Ovis2Config().vision_config
-    config.hidden_size, config.hidden_stride, config.vocab_size, config.num_hidden_layers = 8, 2, 9, 1
+    config.hidden_size, config.hidden_stride, config.vocab_size, config.num_hidden_layers = (
+        8,
+        2,
+        9,
+        1,
+    )
     config.num_attention_heads = 1
     tower = made(modeling_ovis2.Ovis2VisionModel(config))
     tower.transformer.forward = lambda *_, **__: (x,)
@@ -276,7 +281,16 @@ def case(name, dtype=torch.float32):
 @every_dtype
 @pytest.mark.parametrize(
     "name",
-    ["internvl", "idefics3", "mistral3", "qwen_merger", "gemma3", "cyx", "packed_layer", "empty_batch"],
+    [
+        "internvl",
+        "idefics3",
+        "mistral3",
+        "qwen_merger",
+        "gemma3",
+        "cyx",
+        "packed_layer",
+        "empty_batch",
+    ],
 )
 def test_out_is_written_and_nothing_else(isa, use_cpu_isa, dtype, name):
     use_cpu_isa(isa)
@@ -482,9 +496,7 @@ def test_what_is_left_out_gets_no_gradient():
 
 def test_grids_of_torch_size_and_dynamic_batches():
     x = torch.randn(3, 16, 8)
-    assert torch.equal(
-        vlmops.pixel_shuffle(x, grid_hw=torch.Size([4, 4])), vlmops.pixel_shuffle(x)
-    )
+    assert torch.equal(vlmops.pixel_shuffle(x, grid_hw=torch.Size([4, 4])), vlmops.pixel_shuffle(x))
     from torch._dynamo.testing import CompileCounter
 
     counter = CompileCounter()

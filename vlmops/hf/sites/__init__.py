@@ -59,8 +59,22 @@ class Site:
 
 def all_sites() -> dict[str, Site]:
     """Op -> site."""
-    from vlmops.hf.sites import linear, mlp_projector, mrope, patch_embed, pixel_shuffle
+    from vlmops.hf.sites import (
+        hd_transform,
+        linear,
+        mlp_projector,
+        mrope,
+        patch_embed,
+        pixel_shuffle,
+    )
 
     # Linear layers last: those that another op has absorbed are not theirs.
-    sites = (mrope.SITE, patch_embed.SITE, pixel_shuffle.SITE, mlp_projector.SITE, linear.SITE)
+    sites = (
+        mrope.SITE,
+        patch_embed.SITE,
+        pixel_shuffle.SITE,
+        hd_transform.SITE,
+        mlp_projector.SITE,
+        linear.SITE,
+    )
     return {site.op: site for site in sites}
