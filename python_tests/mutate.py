@@ -527,7 +527,8 @@ PROJECTOR_MUTATIONS = {
     "features written to": (
         PROJECTORS, "if not torch.equal(given[0], untouched):", "if False:"),
     "norm with another epsilon": (PROJECTORS, "norm_eps=chain.eps", "norm_eps=1e-5"),
-    "no second activation": (PROJECTORS, "out_activation=chain.out_activation", "out_activation=None"),
+    "no second activation": (
+        PROJECTORS, "out_activation=chain.out_activation", "out_activation=None"),
     "gate and layer swapped": (
         PROJECTORS, "gate_weight=None if gate is None else gate.weight",
         "gate_weight=None if gate is None else fc1.weight"),

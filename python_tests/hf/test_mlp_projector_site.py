@@ -584,6 +584,25 @@ def test_linear_layers_are_not_counted_twice(monkeypatch):
         assert counts[0] == counts[1] + absorbed
 
 
+@pytest.mark.parametrize("first", ["pixel_shuffle", "mlp_projector"])
+def test_another_op_in_the_same_module(monkeypatch, first):
+    """LFM2's merges its tokens by a method of its own, and is patched for that too."""
+    monkeypatch.undo()  # all ops
+    ops = sorted(["pixel_shuffle", "mlp_projector"], key=lambda op: op != first)
+    model, batch = build("lfm2_vl"), batch_of("lfm2_vl", "several_images")
+    kind = type(model.model.multi_modal_projector)
+    with torch.no_grad():
+        expected = run(model, batch).logits
+        for op in ops:
+            assert vlmops.patch(model, ops=[op]).counts[op] == 1
+        with CountOps() as ran:
+            assert_agree(run(model, batch).logits, expected, "logits")
+    assert ran.counts[OP] == 2
+    assert {row.status for row in vlmops.patch(model, ops=ops).rows} == {"already patched"}
+    vlmops.unpatch(model)
+    assert type(model.model.multi_modal_projector) is kind
+
+
 def test_a_module_is_studied_once_and_draws_no_random_numbers(monkeypatch):
     monkeypatch.setattr(projectors, "_studied", {})
     monkeypatch.setattr(site, "_checked", {})
