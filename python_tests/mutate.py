@@ -509,7 +509,9 @@ PROJECTORS, PROJECTOR_SITE = "vlmops.hf.projectors", "vlmops.hf.sites.mlp_projec
 PROJECTOR_MUTATIONS = {
     "unchanged": (PROJECTORS, "_SIDE = 12", "_SIDE = 12"),
     "parts not asked": (
-        PROJECTORS, "if part is None or not plain.bypassable(part, kind):", "if part is None:"),
+        PROJECTORS, "if part is None or not plain.bypassable(part, kind) or ",
+        "if part is None or "),
+    "options not asked": (PROJECTORS, " or _options(part) != options:", ":"),
     "dropout": (
         PROJECTORS, "if isinstance(part, nn.Dropout) and part.training and part.p > 0:",
         "if False:"),
