@@ -593,7 +593,9 @@ PROJECTORS, PROJECTOR_SITE = "vlmops.hf.projectors", "vlmops.hf.sites.mlp_projec
 PROJECTOR_MUTATIONS = {
     "unchanged": (PROJECTORS, "_SIDE = 12", "_SIDE = 12"),
     "parts not asked": (
-        PROJECTORS, "if part is None or not plain.bypassable(part, kind):", "if part is None:"),
+        PROJECTORS, "if part is None or not plain.bypassable(part, kind) or ",
+        "if part is None or "),
+    "options not asked": (PROJECTORS, " or _options(part) != options:", ":"),
     "dropout": (
         PROJECTORS, "if isinstance(part, nn.Dropout) and part.training and part.p > 0:",
         "if False:"),
@@ -611,7 +613,8 @@ PROJECTOR_MUTATIONS = {
     "features written to": (
         PROJECTORS, "if not torch.equal(given[0], untouched):", "if False:"),
     "norm with another epsilon": (PROJECTORS, "norm_eps=chain.eps", "norm_eps=1e-5"),
-    "no second activation": (PROJECTORS, "out_activation=chain.out_activation", "out_activation=None"),
+    "no second activation": (
+        PROJECTORS, "out_activation=chain.out_activation", "out_activation=None"),
     "gate and layer swapped": (
         PROJECTORS, "gate_weight=None if gate is None else gate.weight",
         "gate_weight=None if gate is None else fc1.weight"),

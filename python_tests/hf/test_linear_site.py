@@ -118,13 +118,13 @@ def test_with_mrope_logits_and_gradients_agree(family):
     model, batch = build(family), checks.batch_of(family, "several_images")
     expected, grads = checks.gradients(model, batch)
     report = vlmops.patch(model)
-    patches, projectors = (
+    patches, shuffles, projectors = (
         sum(r.sites for r in report.rows if r.op == op and r.status == "patched")
-        for op in ("patch_embed", "mlp_projector")
+        for op in ("patch_embed", "pixel_shuffle", "mlp_projector")
     )
     rotations = sum(row_of(family).places.values())
-    counts = {"mrope": rotations, "patch_embed": patches, "mlp_projector": projectors}
-    assert report.counts == {**counts, "linear": ANY}
+    counts = {"mrope": rotations, "patch_embed": patches, "pixel_shuffle": shuffles}
+    assert report.counts == {**counts, "mlp_projector": projectors, "linear": ANY}
     with CountOps() as ran:
         got, our_grads = checks.gradients(model, batch)
     assert ran.counts[ONEDNN] > 0

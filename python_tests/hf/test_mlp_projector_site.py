@@ -313,6 +313,8 @@ DISTURBED = {
     "lora": lora,
     "class": another_class,
     "activation": another_activation,
+    "approximate": lambda m: setattr(m.activation, "approximate", "tanh"),
+    "eps": lambda m: setattr(m.before, "eps", 1.0),
     "forward": replaced_forward,
     "dropout": drop,
     "float64": two_dtypes,
@@ -331,7 +333,7 @@ def test_everything_else_runs_as_before(case):
     (ours, ran), (theirs, _) = found
     assert ran[OP] == 0
     assert_same(ours, theirs, tolerance=0)
-    silent = case in ("backward_hook", "pre_hook_on_second", "float64", "dropout")
+    silent = case in ("backward_hook", "pre_hook_on_second", "float64", "dropout", "eps")
     assert silent or not torch.allclose(modules[1](torch.ones(3, 16)), before)
 
 
@@ -582,6 +584,25 @@ def test_linear_layers_are_not_counted_twice(monkeypatch):
             for ops in (["linear"], ["mlp_projector", "linear"])
         ]
         assert counts[0] == counts[1] + absorbed
+
+
+@pytest.mark.parametrize("first", ["pixel_shuffle", "mlp_projector"])
+def test_another_op_in_the_same_module(monkeypatch, first):
+    """LFM2's merges its tokens by a method of its own, and is patched for that too."""
+    monkeypatch.undo()  # all ops
+    ops = sorted(["pixel_shuffle", "mlp_projector"], key=lambda op: op != first)
+    model, batch = build("lfm2_vl"), batch_of("lfm2_vl", "several_images")
+    kind = type(model.model.multi_modal_projector)
+    with torch.no_grad():
+        expected = run(model, batch).logits
+        for op in ops:
+            assert vlmops.patch(model, ops=[op]).counts[op] == 1
+        with CountOps() as ran:
+            assert_agree(run(model, batch).logits, expected, "logits")
+    assert ran.counts[OP] == 2
+    assert {row.status for row in vlmops.patch(model, ops=ops).rows} == {"already patched"}
+    vlmops.unpatch(model)
+    assert type(model.model.multi_modal_projector) is kind
 
 
 def test_a_module_is_studied_once_and_draws_no_random_numbers(monkeypatch):

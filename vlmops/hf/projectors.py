@@ -74,8 +74,8 @@ class Layout:
     chains: tuple[Chain, ...]
     names: tuple[str, ...]
     """The attributes that the forward looks up."""
-    parts: tuple[tuple[str, type[nn.Module]], ...]
-    """Whatever must be as it was, and watched by nobody, for the op to run; with its class."""
+    parts: tuple[tuple[str, type[nn.Module], tuple[Any, ...]], ...]
+    """Whatever must be as it was, and watched by nobody, for the op to run; class and options."""
     probabilities: tuple[str, ...] = ()
     """Attributes that say how much is dropped in training."""
 
@@ -196,7 +196,7 @@ def study(module: Any) -> Layout | str:
 def _unfit(module: nn.Module, layout: Layout) -> str | None:
     """What about a module's parts forbids to do their work elsewhere."""
     linears = {path for chain in layout.chains for path in chain.linears}
-    for path, _ in layout.parts:
+    for path, *_ in layout.parts:
         part = module.get_submodule(path)
         if path in linears:
             if original_class(part) is not nn.Linear:
@@ -252,9 +252,9 @@ def _proved(module: Any) -> Layout:
     inside = {path for chain in chains for path in chain.parts}
     inside |= {n for n, m in twin.named_modules() if isinstance(m, nn.Dropout)}
     inside |= {name for path in inside for name in _around(path)}
-    parts = tuple((n, type(module.get_submodule(n))) for n in sorted(inside))
     linears = {path for chain in chains for path in chain.linears}
-    parts = tuple((n, nn.Linear if n in linears else kind) for n, kind in parts)
+    found = ((n, module.get_submodule(n)) for n in sorted(inside))
+    parts = tuple((n, nn.Linear if n in linears else type(m), _options(m)) for n, m in found)
     names = tuple(n for n in sorted(_looked_up(inspect.unwrap(forward))) if hasattr(module, n))
     layout = Layout(chains, names, parts)
     for given in inputs:
@@ -596,13 +596,18 @@ def is_patched(module: nn.Module) -> bool:
 
 def _undisturbed(module: Any, layout: Layout) -> bool:
     """Whether the parts of a module are what they were, and nobody watches them."""
-    for path, kind in layout.parts:
+    for path, kind, options in layout.parts:
         part = _part(module, path)
-        if part is None or not plain.bypassable(part, kind):
+        if part is None or not plain.bypassable(part, kind) or _options(part) != options:
             return False
         if isinstance(part, nn.Dropout) and part.training and part.p > 0:
             return False
     return not module.training or all(getattr(module, name) == 0 for name in layout.probabilities)
+
+
+def _options(part: Any) -> tuple[Any, ...]:
+    """What else than its class says what a part does."""
+    return tuple(getattr(part, name, None) for name in ("approximate", "eps", "variance_epsilon"))
 
 
 def _part(module: Any, path: str) -> Any:
