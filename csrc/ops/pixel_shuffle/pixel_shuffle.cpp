@@ -424,37 +424,57 @@ void clear_rest(const Options& o, const Layout& l, Tensor& pixels) {
   clear(torch::stable::narrow(grid, 2, width - right, right));
 }
 
-// Into `given`, or into a tensor that it makes.
-Tensor shuffle(const Options& o, const Tensor& hidden_states, const OptionalTensor& weight,
-               const OptionalTensor& bias, const Tensor* given) {
+// Everything about a forward call that no kernel checks.
+struct Checked {
+  Layout layout;
+  Params params;
+  Sizes shape;  // of the result
+};
+
+Checked check(const Options& o, const Tensor& hidden_states, const OptionalTensor& weight,
+              const OptionalTensor& bias) {
   const Argument hidden{o.op, "hidden_states", hidden_states};
   hidden.floating();
   check_options(o);
-  const Layout l = layout_of(o, hidden.name, hidden_states.sizes());
-  const Sizes shape = merged_shape(o, l, hidden_states.dim());
-  Params p = params_of(o, l);
-  set_norm(o, hidden, weight, bias, p);
-  if (given != nullptr) {
-    const Argument out{o.op, "out", *given};
-    out.device_like(hidden);
-    out.shape(shape, "that of the result");
-    if (given->scalar_type() != hidden_states.scalar_type()) {
-      fail(o.op, out.name, "expected dtype ", describe(hidden_states.scalar_type()),
-           ", that of hidden_states, got ", describe(given->scalar_type()));
-    }
-    if (given->numel() != 0 && given->size(given->dim() - 1) != 1 &&
-        given->stride(given->dim() - 1) != 1) {
-      fail(o.op, out.name, "expected channels side by side, got strides ",
-           describe(given->strides()));
-    }
-    out.no_internal_overlap();
-    out.apart_from(hidden);
-    if (weight.has_value()) out.apart_from({o.op, "norm_weight", *weight});
-    if (bias.has_value()) out.apart_from({o.op, "norm_bias", *bias});
+  Checked c{layout_of(o, hidden.name, hidden_states.sizes()), {}, {}};
+  c.shape = merged_shape(o, c.layout, hidden_states.dim());
+  c.params = params_of(o, c.layout);
+  set_norm(o, hidden, weight, bias, c.params);
+  return c;
+}
+
+// A tensor of merged tokens beside hidden_states.
+void check_merged(const Argument& merged, const Argument& hidden, const Checked& c) {
+  merged.device_like(hidden);
+  merged.shape(c.shape, "that of the result");
+  if (merged.tensor.scalar_type() != hidden.tensor.scalar_type()) {
+    fail(merged.op, merged.name, "expected dtype ", describe(hidden.tensor.scalar_type()),
+         ", that of hidden_states, got ", describe(merged.tensor.scalar_type()));
   }
-  Tensor out = given != nullptr ? *given : torch::stable::new_empty(hidden_states, shape);
+}
+
+void check_out(const Options& o, const Tensor& given, const Tensor& hidden_states, const Checked& c,
+               const OptionalTensor& weight, const OptionalTensor& bias) {
+  const Argument out{o.op, "out", given}, hidden{o.op, "hidden_states", hidden_states};
+  check_merged(out, hidden, c);
+  const int64_t channels = given.size(given.dim() - 1), stride = given.stride(given.dim() - 1);
+  if (given.numel() != 0 && channels != 1 && stride != 1) {
+    fail(o.op, out.name, "expected channels side by side, got strides ", describe(given.strides()));
+  }
+  out.no_internal_overlap();
+  out.apart_from(hidden);
+  if (weight.has_value()) out.apart_from({o.op, "norm_weight", *weight});
+  if (bias.has_value()) out.apart_from({o.op, "norm_bias", *bias});
+}
+
+// Into `given`, or into a tensor that it makes.
+Tensor shuffle(const Options& o, const Tensor& hidden_states, const OptionalTensor& weight,
+               const OptionalTensor& bias, const Tensor* given) {
+  const Checked c = check(o, hidden_states, weight, bias);
+  if (given != nullptr) check_out(o, *given, hidden_states, c, weight, bias);
+  Tensor out = given != nullptr ? *given : torch::stable::new_empty(hidden_states, c.shape);
   const Operands operands{&hidden_states, nullptr, nullptr, &out};
-  const Work work = work_of(o, l, p, operands, given == nullptr);
+  const Work work = work_of(o, c.layout, c.params, operands, given == nullptr);
   if (const CudaKernels* kernels = launchers_for(hidden_states)) {
     allow_all(*kernels, operands, weight, bias);
     run_cuda(*kernels, o.op, work, kernels->pixel_shuffle, hidden_states);
@@ -483,6 +503,20 @@ void forward_out(const Tensor& hidden_states, Tensor out, OptionalTensor norm_we
           hidden_states, norm_weight, norm_bias, &out);
 }
 
+// For kernels that are launched from elsewhere.
+void check_all(const Tensor& hidden_states, OptionalTensor out, OptionalTensor grad,
+               OptionalTensor norm_weight, OptionalTensor norm_bias, int64_t factor,
+               std::string layout, Sizes grid_hw, std::string order, std::string norm,
+               std::string norm_axis, double eps, double norm_offset, std::string reduction,
+               int64_t skip_prefix, bool drop_remainder) {
+  const Options o{"pixel_shuffle", factor, layout, grid_hw, order, norm, norm_axis, eps,
+                  norm_offset, reduction, skip_prefix, drop_remainder};
+  const Checked c = check(o, hidden_states, norm_weight, norm_bias);
+  if (out.has_value()) check_out(o, *out, hidden_states, c, norm_weight, norm_bias);
+  if (grad.has_value())
+    check_merged({o.op, "grad", *grad}, {o.op, "hidden_states", hidden_states}, c);
+}
+
 // Pixels of `shape` from merged tokens; zeros where no token has them.
 Tensor unshuffle(const Options& o, const Layout& l, const Params& p, const Tensor& merged,
                  const Sizes& shape) {
@@ -499,29 +533,49 @@ Tensor unshuffle(const Options& o, const Layout& l, const Params& p, const Tenso
   return out;
 }
 
-Tensor inverse(const Tensor& hidden_states, int64_t factor, std::string layout, Sizes grid_hw,
-               std::string order) {
-  const Options o{"pixel_shuffle_inverse", factor, layout, grid_hw, order, "none",
-                  "merged", 1e-5, 0.0, "none", 0, false};
+Options inverse_options(int64_t factor, std::string layout, Sizes grid_hw, std::string order) {
+  return {"pixel_shuffle_inverse", factor, layout, grid_hw, order, "none", "merged", 1e-5, 0.0,
+          "none", 0, false};
+}
+
+// Of the inverse's result; checks everything.
+Sizes inverse_shape(const Options& o, const Tensor& hidden_states, Layout& l) {
   const Argument hidden{o.op, "hidden_states", hidden_states};
   hidden.floating();
   check_options(o);
-  const int64_t rank = hidden_states.dim(), block = factor * factor;
-  if (rank != 2 && rank != 3)
+  const int64_t rank = hidden_states.dim(), block = o.factor * o.factor;
+  if (rank != 2 && rank != 3) {
     fail(o.op, hidden.name, "expected [B, N, factor^2 C] or [N, factor^2 C], got shape ",
          describe(hidden_states.sizes()));
+  }
   const int64_t tokens = hidden_states.size(rank - 2), depth = hidden_states.size(rank - 1);
-  if (depth % block != 0)
+  if (depth % block != 0) {
     fail(o.op, hidden.name, "expected channels that factor^2 = ", block, " divides, got shape ",
          describe(hidden_states.sizes()));
-  if (layout == "auto" && square_root(tokens) * square_root(tokens) != tokens)
+  }
+  if (o.layout == "auto" && square_root(tokens) * square_root(tokens) != tokens) {
     fail(o.op, hidden.name, "expected a square number of tokens where grid_hw is None, got ",
          tokens, " in shape ", describe(hidden_states.sizes()), "; give grid_hw");
+  }
   Sizes shape(hidden_states.sizes().begin(), hidden_states.sizes().end());
   shape[rank - 2] = tokens * block;
   shape[rank - 1] = depth / block;
-  const Layout l = layout_of(o, hidden.name, shape);
+  l = layout_of(o, hidden.name, shape);
+  return shape;
+}
+
+Tensor inverse(const Tensor& hidden_states, int64_t factor, std::string layout, Sizes grid_hw,
+               std::string order) {
+  const Options o = inverse_options(factor, layout, grid_hw, order);
+  Layout l;
+  const Sizes shape = inverse_shape(o, hidden_states, l);
   return unshuffle(o, l, params_of(o, l), hidden_states, shape);
+}
+
+Sizes inverse_shape_of(const Tensor& hidden_states, int64_t factor, std::string layout,
+                       Sizes grid_hw, std::string order) {
+  Layout l;
+  return inverse_shape(inverse_options(factor, layout, grid_hw, order), hidden_states, l);
 }
 
 // sums [n] in the dtype of a vector of the norm.
@@ -587,18 +641,10 @@ std::tuple<Tensor, Tensor, Tensor> backward(
     bool needs_norm_bias) {
   const Options o{"pixel_shuffle_backward", factor, layout, grid_hw, order, norm, norm_axis, eps,
                   norm_offset, reduction, skip_prefix, drop_remainder};
-  const Argument hidden{o.op, "hidden_states", hidden_states}, upstream{o.op, "grad", grad};
-  hidden.floating();
-  check_options(o);
-  const Layout l = layout_of(o, hidden.name, hidden_states.sizes());
-  Params p = params_of(o, l);
-  set_norm(o, hidden, norm_weight, norm_bias, p);
-  upstream.device_like(hidden);
-  upstream.shape(merged_shape(o, l, hidden_states.dim()), "that of the result");
-  if (grad.scalar_type() != hidden_states.scalar_type()) {
-    fail(o.op, upstream.name, "expected dtype ", describe(hidden_states.scalar_type()),
-         ", that of hidden_states, got ", describe(grad.scalar_type()));
-  }
+  const Checked c = check(o, hidden_states, norm_weight, norm_bias);
+  check_merged({o.op, "grad", grad}, {o.op, "hidden_states", hidden_states}, c);
+  const Layout& l = c.layout;
+  const Params& p = c.params;
   const Sizes shape(hidden_states.sizes().begin(), hidden_states.sizes().end()), none = {0};
   const bool of_weight = needs_norm_weight && norm_weight.has_value();
   const bool of_bias = needs_norm_bias && norm_bias.has_value();
@@ -638,6 +684,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(vlmops, m) {
   m.def("pixel_shuffle(Tensor hidden_states, " VLMOPS_PIXEL_SHUFFLE_OPTIONS ") -> Tensor");
   m.def("pixel_shuffle_out(Tensor hidden_states, Tensor(a!) out, " VLMOPS_PIXEL_SHUFFLE_OPTIONS
         ") -> ()");
+  m.def("pixel_shuffle_check(Tensor hidden_states, Tensor? out, Tensor? grad, "
+        VLMOPS_PIXEL_SHUFFLE_OPTIONS ") -> ()");
   // The gradients of hidden_states, norm_weight, norm_bias; those that nobody needs are empty.
   // Without a norm the values of hidden_states are not read.
   m.def("pixel_shuffle_backward(Tensor grad, Tensor hidden_states, " VLMOPS_PIXEL_SHUFFLE_OPTIONS
@@ -646,13 +694,18 @@ STABLE_TORCH_LIBRARY_FRAGMENT(vlmops, m) {
   m.def(
       "pixel_shuffle_inverse(Tensor hidden_states, int factor=2, str layout=\"auto\", int[] "
       "grid_hw=[], str order=\"yxc\") -> Tensor");
+  m.def(
+      "pixel_shuffle_inverse_shape(Tensor hidden_states, int factor, str layout, int[] grid_hw, "
+      "str order) -> int[]");
 }
 
 #define VLMOPS_PIXEL_SHUFFLE_IMPL(m)                                           \
   m.impl("pixel_shuffle", TORCH_BOX(&vlmops::pixel_shuffle::forward));         \
   m.impl("pixel_shuffle_out", TORCH_BOX(&vlmops::pixel_shuffle::forward_out)); \
+  m.impl("pixel_shuffle_check", TORCH_BOX(&vlmops::pixel_shuffle::check_all)); \
   m.impl("pixel_shuffle_backward", TORCH_BOX(&vlmops::pixel_shuffle::backward)); \
-  m.impl("pixel_shuffle_inverse", TORCH_BOX(&vlmops::pixel_shuffle::inverse))
+  m.impl("pixel_shuffle_inverse", TORCH_BOX(&vlmops::pixel_shuffle::inverse)); \
+  m.impl("pixel_shuffle_inverse_shape", TORCH_BOX(&vlmops::pixel_shuffle::inverse_shape_of))
 
 STABLE_TORCH_LIBRARY_IMPL(vlmops, CPU, m) { VLMOPS_PIXEL_SHUFFLE_IMPL(m); }
 STABLE_TORCH_LIBRARY_IMPL(vlmops, CUDA, m) { VLMOPS_PIXEL_SHUFFLE_IMPL(m); }

@@ -1,5 +1,6 @@
 // Launches of pixel shuffle on NVIDIA GPUs: Params and a stream in, an error's number out. No torch.
 #include <algorithm>
+#include <limits>
 
 #include "ops/pixel_shuffle/pixel_shuffle.cuh"
 
@@ -147,25 +148,38 @@ int norm(const Params& p, void* stream) {
       });
 }
 
-// Sums of a thread take as many registers for 4 packs of 16-bit numbers as for 8 of float32.
-template <class T>
-constexpr int kBackwardPacks = sizeof(T) == 4 ? 8 : 4;
+// Shared memory that a block may have, but for its static part.
+size_t most_shared() {
+  const int arch = architecture();
+  const size_t kib = arch == 80 ? 163 : arch == 90 || arch == 100 || arch == 103 ? 227 : 99;
+  return (kib << 10) - BlockSum::kFloats * sizeof(float);
+}
+
+size_t shared_bytes(const Params& p, const float* partial) {
+  return partial == nullptr ? 0 : 2 * p.normed() * sizeof(float);
+}
 
 template <class T>
 int norm_backward(const Params& p, int parts, float* partial, void* stream) {
+  const dim3 grid(static_cast<unsigned>(parts));
+  const size_t shared = shared_bytes(p, partial);
+  const auto any = [&] {
+    return launch(pixel_shuffle_norm_backward_any_kernel<T>, grid, dim3(kAnyThreads), 0, stream, p,
+                  any_rows(p), partial);
+  };
+  if (shared > most_shared()) return any();
   return by_layout(
-      p, kBackwardPacks<T> * kBackwardThreads,
-      [&](auto layout, int64_t units) {
-        const Plan plan = plan_of(p, layout, units);
-        return launch(pixel_shuffle_norm_backward_kernel<T, decltype(layout)::value,
-                                                         kBackwardPacks<T>>,
-                      dim3(static_cast<unsigned>(parts)),
-                      dim3(threads_for(units, kBackwardPacks<T>)), 0, stream, p, plan, partial);
+      p, std::numeric_limits<int>::max(),
+      [&](auto type, int64_t units) {
+        constexpr Layout layout = decltype(type)::value;
+        const auto kernel = pixel_shuffle_norm_backward_kernel<T, layout>;
+        const int status = shared > (44u << 10) ? allow_dynamic_shared(kernel, shared) : 0;
+        if (status != 0) return status;
+        const unsigned threads = std::min<unsigned>(threads_for(units, 1), kBackwardThreads);
+        return launch(kernel, grid, dim3(threads), shared, stream, p, plan_of(p, layout, units),
+                      partial);
       },
-      [&] {
-        return launch(pixel_shuffle_norm_backward_any_kernel<T>, dim3(static_cast<unsigned>(parts)),
-                      dim3(kAnyThreads), 0, stream, p, any_rows(p), partial);
-      });
+      any);
 }
 
 }  // namespace
@@ -187,9 +201,10 @@ int run_inverse_cuda(const Params& p, void* stream) {
 }
 
 int norm_backward_parts_cuda(const Params& p) {
-  // One block of 512 threads, or as many smaller ones as hold as many.
-  const int64_t units = std::max<int64_t>(p.depth() * bytes_of(p) / 16, 1);
-  const int64_t blocks = std::clamp<int64_t>(4 * kBackwardThreads / units, 1, 8);
+  // As many threads to a multiprocessor as registers allow, in smaller blocks if rows are short.
+  const int64_t threads = threads_for(std::max<int64_t>(p.normed() * bytes_of(p) / 16, 1), 1);
+  const int64_t blocks =
+      std::clamp<int64_t>(kBackwardBlocks * kBackwardThreads / threads, kBackwardBlocks, 8);
   const int64_t most = blocks * std::max(1, multiprocessors());
   return static_cast<int>(std::clamp<int64_t>(any_rows(p), 1, most));
 }

@@ -17,9 +17,11 @@
 // "cyx" token at once) is one block's, kPer packs a thread, held in registers between the sums and
 // the result: one read. Sums are those of deviations from a first mean, as on the CPU.
 // Backward a block takes rows in steps of the grid and keeps the sums of the gradients of weight and
-// bias in registers, so a thread has the same columns of all rows. What it reads again for each of
-// its two or three passes lies in L1 or L2; held in registers as well, a row of 12,800 would not fit.
-// Rows that are longer than registers allow, unaligned or strided go element by element.
+// bias in shared memory, where each thread has the same columns for all rows. What it reads again for
+// each of its two or three passes lies in L1 or L2. Sums in registers lost: 64 of them a thread for
+// rows of 12,800 channels, which spilled on every architecture.
+// Rows that are longer than registers or shared memory allow, unaligned or strided go element by
+// element.
 #pragma once
 
 #include "common/gpu.cuh"
@@ -31,7 +33,8 @@ constexpr int kAhead = 4;           // packs a lane moves at once
 constexpr int kMoveThreads = 256;
 constexpr int kPer = 4;             // packs of a row that a thread holds
 constexpr int kRowThreads = 1024;
-constexpr int kBackwardThreads = 512;
+constexpr int kBackwardThreads = 384;
+constexpr int kBackwardBlocks = 2;  // on one multiprocessor
 constexpr int kAnyThreads = 256;
 constexpr int kMostSums = 16;
 
@@ -102,17 +105,17 @@ __global__ void __launch_bounds__(kMoveThreads)
   const Segment segment(p.tokens, units);
   if (segment.token < 0) return;
   const Place at = find(p, segment.token);
-  Pack<T, V> packs[kAhead];
+  Words<T, V> packs[kAhead];
 #pragma unroll
   for (int j = 0; j < kAhead; ++j) {
     const int u = segment.first + j * kWarpSize;
     if (u >= units) break;
     if constexpr (kInverse) {
-      packs[j] = load_pack<V>(merged_at<T>(p, at) + static_cast<int64_t>(u) * V);
+      packs[j] = load_words<V>(merged_at<T>(p, at) + static_cast<int64_t>(u) * V);
     } else {
       const int pixel = u / per_pixel;
-      packs[j] = load_pack<V>(static_cast<const T*>(p.pixels) + block_at(at, at.group->from) +
-                              pixel_at(p, at.group->from, pixel) + (u - pixel * per_pixel) * V);
+      packs[j] = load_words<V>(static_cast<const T*>(p.pixels) + block_at(at, at.group->from) +
+                               pixel_at(p, at.group->from, pixel) + (u - pixel * per_pixel) * V);
     }
   }
 #pragma unroll
@@ -121,41 +124,58 @@ __global__ void __launch_bounds__(kMoveThreads)
     if (u >= units) break;
     if constexpr (kInverse) {
       const int pixel = u / per_pixel;
-      store_pack(static_cast<T*>(p.pixels_out) + block_at(at, at.group->to) +
-                     pixel_at(p, at.group->to, pixel) + (u - pixel * per_pixel) * V,
-                 packs[j]);
+      store_words(static_cast<T*>(p.pixels_out) + block_at(at, at.group->to) +
+                      pixel_at(p, at.group->to, pixel) + (u - pixel * per_pixel) * V,
+                  packs[j]);
     } else {
-      store_pack(merged_out_at<T>(p, at) + static_cast<int64_t>(u) * V, packs[j]);
+      store_words(merged_out_at<T>(p, at) + static_cast<int64_t>(u) * V, packs[j]);
     }
   }
 }
 
-// Of one pack of a "cyx" token with factor 2: N channels of each of its four pixels, and the pack.
+// Of one pack of a "cyx" token with factor 2: 4 bytes, N channels, of each of its four pixels.
 template <class T>
 struct Quad {
   static constexpr int V = kPack<T>, N = V / 4;
-  Pack<T, N> of[4];
+  uint32_t of[4];
 
-  __device__ __forceinline__ Pack<T, V> merged() const {
-    Pack<T, V> out;
-#pragma unroll
-    for (int e = 0; e < V; ++e) out.v[e] = of[e % 4].v[e / 4];
-    return out;
+  __device__ __forceinline__ Words<T, V> merged() const {
+    if constexpr (N == 1) {
+      return {{of[0], of[1], of[2], of[3]}};
+    } else {
+      return {{(of[0] & 0xffffu) | of[1] << 16, (of[2] & 0xffffu) | of[3] << 16,
+               of[0] >> 16 | (of[1] & 0xffff0000u), of[2] >> 16 | (of[3] & 0xffff0000u)}};
+    }
   }
-  __device__ __forceinline__ void split(const Pack<T, V>& from) {
+  __device__ __forceinline__ void split(const Words<T, V>& from) {
+    const auto& w = from.w;
 #pragma unroll
-    for (int e = 0; e < V; ++e) of[e % 4].v[e / 4] = from.v[e];
+    for (int i = 0; i < 4; ++i) {
+      if constexpr (N == 1) {
+        of[i] = w[i];
+      } else if (i % 2 == 0) {
+        of[i] = (w[i / 2] & 0xffffu) | w[2 + i / 2] << 16;
+      } else {
+        of[i] = w[i / 2] >> 16 | (w[2 + i / 2] & 0xffff0000u);
+      }
+    }
   }
   // unit: number of the pack.
   __device__ __forceinline__ void load(const T* block, const Pixels& pixels, int unit) {
 #pragma unroll
     for (int i = 0; i < 4; ++i)
-      of[i] = load_pack<N>(block + i / 2 * pixels.y + i % 2 * pixels.x + unit * N);
+      of[i] = load_pack<1>(reinterpret_cast<const uint32_t*>(block + place(pixels, unit, i))).v[0];
   }
   __device__ __forceinline__ void store(T* block, const Pixels& pixels, int unit) const {
 #pragma unroll
     for (int i = 0; i < 4; ++i)
-      store_pack(block + i / 2 * pixels.y + i % 2 * pixels.x + unit * N, of[i]);
+      store_pack(reinterpret_cast<uint32_t*>(block + place(pixels, unit, i)),
+                 Pack<uint32_t, 1>{{of[i]}});
+  }
+
+ private:
+  static __device__ __forceinline__ int64_t place(const Pixels& pixels, int unit, int i) {
+    return i / 2 * pixels.y + i % 2 * pixels.x + unit * N;
   }
 };
 
@@ -173,7 +193,7 @@ __global__ void __launch_bounds__(kMoveThreads)
     const int u = segment.first + j * kWarpSize;
     if (u >= units) break;
     if constexpr (kInverse) {
-      quads[j].split(load_pack<V>(merged_at<T>(p, at) + static_cast<int64_t>(u) * V));
+      quads[j].split(load_words<V>(merged_at<T>(p, at) + static_cast<int64_t>(u) * V));
     } else {
       quads[j].load(static_cast<const T*>(p.pixels) + block_at(at, at.group->from), at.group->from,
                     u);
@@ -186,7 +206,7 @@ __global__ void __launch_bounds__(kMoveThreads)
     if constexpr (kInverse) {
       quads[j].store(static_cast<T*>(p.pixels_out) + block_at(at, at.group->to), at.group->to, u);
     } else {
-      store_pack(merged_out_at<T>(p, at) + static_cast<int64_t>(u) * V, quads[j].merged());
+      store_words(merged_out_at<T>(p, at) + static_cast<int64_t>(u) * V, quads[j].merged());
     }
   }
 }
@@ -343,9 +363,13 @@ __device__ __forceinline__ float bias_at(const Params& p, int64_t k) {
 
 template <class T, int N>
 __device__ __forceinline__ void load_floats(const T* p, float (&x)[N]) {
-  const auto pack = load_pack<N>(p);
+  if constexpr (sizeof(T) * N >= 8) {
+    widen(load_words<N>(p), x);
+  } else {
+    const auto pack = load_pack<N>(p);
 #pragma unroll
-  for (int e = 0; e < N; ++e) x[e] = to_float(pack.v[e]);
+    for (int e = 0; e < N; ++e) x[e] = to_float(pack.v[e]);
+  }
 }
 
 // N weights that follow each other from k on, in wide accesses where `wide`.
@@ -426,12 +450,12 @@ struct Row {
     } else if constexpr (layout == Layout::kCyx) {
       Quad<T> quad;
       quad.load(block, pixels, u);
-#pragma unroll
-      for (int e = 0; e < V; ++e) x[e] = to_float(quad.of[e % 4].v[e / 4]);
+      widen(quad.merged(), x);
     } else {
       const int n = static_cast<int>(p.block());
 #pragma unroll
       for (int e = 0; e < V; ++e) x[e] = 0.0f;
+#pragma unroll 2
       for (int i = 0; i < n; ++i) {
         float one[V];
         load_floats(block + pixel_at(p, pixels, i) + u * V, one);
@@ -444,30 +468,23 @@ struct Row {
     }
   }
 
-  __device__ __forceinline__ static Pack<T, V> rounded(const float (&x)[V]) {
-    Pack<T, V> pack;
-#pragma unroll
-    for (int e = 0; e < V; ++e) pack.v[e] = from_float<T>(x[e]);
-    return pack;
-  }
-
   // To the pixels that pack u comes from.
   __device__ __forceinline__ void store_pixels(const Params& p, int u, const float (&x)[V]) const {
     const Pixels& pixels = at.group->to;
     T* block = static_cast<T*>(p.pixels_out) + block_at(at, pixels);
     if constexpr (layout == Layout::kYxc) {
-      store_pack(block + offset(p, pixels, u), rounded(x));
+      store_words(block + offset(p, pixels, u), narrow<T>(x));
     } else if constexpr (layout == Layout::kCyx) {
       Quad<T> quad;
-      quad.split(rounded(x));
+      quad.split(narrow<T>(x));
       quad.store(block, pixels, u);
     } else {
       const int n = static_cast<int>(p.block());
       float share[V];
 #pragma unroll
       for (int e = 0; e < V; ++e) share[e] = x[e] * (1.0f / static_cast<float>(n));
-      const auto pack = rounded(share);
-      for (int i = 0; i < n; ++i) store_pack(block + pixel_at(p, pixels, i) + u * V, pack);
+      const auto pack = narrow<T>(share);
+      for (int i = 0; i < n; ++i) store_words(block + pixel_at(p, pixels, i) + u * V, pack);
     }
   }
 
@@ -555,33 +572,35 @@ __global__ void __launch_bounds__(kRowThreads)
 #pragma unroll
       for (int e = 0; e < V; ++e) x[j][e] += w[R::column_of(e)];
     }
-    store_pack(out + row.merged(p, u), R::rounded(x[j]));
+    store_words(out + row.merged(p, u), narrow<T>(x[j]));
   }
 }
 
 // partial [grid, 2, normed]: the sums of the gradients of weight and bias over the rows of each
-// block; null where nobody needs them.
-template <class T, Layout layout, int kPacks>
-__global__ void __launch_bounds__(kBackwardThreads, 1)
+// block; null where nobody needs them. Dynamic shared memory: as many floats as a part has.
+template <class T, Layout layout>
+__global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocks)
     pixel_shuffle_norm_backward_kernel(const VLMOPS_GRID_CONSTANT Params p,
                                        const VLMOPS_GRID_CONSTANT Plan plan, float* partial) {
   using R = Row<T, layout>;
   constexpr int V = R::V, S = R::kSets, C = R::kColumns;
   VLMOPS_SHARED(float, shared, BlockSum::kFloats);
+  VLMOPS_DYNAMIC_SHARED(float, totals);  // [2, C, units]: threads side by side meet in no bank
   BlockSum add_up(shared);
-  const int stride = static_cast<int>(blockDim.x);
+  const int first = static_cast<int>(threadIdx.x), stride = static_cast<int>(blockDim.x);
+  const int units = plan.units;
   const float per_element = 1.0f / static_cast<float>(p.normed());
   const bool layer = p.norm == Norm::kLayer;
-  float of_weight[kPacks][C] = {}, of_bias[kPacks][C] = {};
+  for (int u = first; partial != nullptr && u < units; u += stride) {
+#pragma unroll
+    for (int i = 0; i < 2 * C; ++i) totals[i * units + u] = 0.0f;
+  }
   for (int64_t number = blockIdx.x; number < plan.rows; number += gridDim.x) {
     const R row(p, number);
     const T* const grad = merged_at<T>(p, row.at);
     float mean[S] = {};
     if (layer) {
-#pragma unroll
-      for (int j = 0; j < kPacks; ++j) {
-        const int u = static_cast<int>(threadIdx.x) + j * stride;
-        if (u >= plan.units) break;
+      for (int u = first; u < units; u += stride) {
         float x[V];
         row.load(p, u, x);
 #pragma unroll
@@ -592,18 +611,13 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
       for (int s = 0; s < S; ++s) mean[s] *= per_element;
     }
     const auto weights = [&](int u, float(&w)[C]) {
-      if (p.weight.data != nullptr) {
-        load_vector(p.weight, plan.wide_weight, static_cast<int64_t>(u) * C, p.offset, w);
-      } else {
 #pragma unroll
-        for (int c = 0; c < C; ++c) w[c] = 1.0f;
-      }
+      for (int c = 0; c < C; ++c) w[c] = 1.0f;
+      if (p.weight.data != nullptr)
+        load_vector(p.weight, plan.wide_weight, static_cast<int64_t>(u) * C, p.offset, w);
     };
     float sums[4 * S] = {};  // of deviations, their squares, w g, w g times the deviation
-#pragma unroll
-    for (int j = 0; j < kPacks; ++j) {
-      const int u = static_cast<int>(threadIdx.x) + j * stride;
-      if (u >= plan.units) break;
+    for (int u = first; u < units; u += stride) {
       float x[V], g[V], w[C];
       row.load(p, u, x);
       load_floats(grad + row.merged(p, u), g);
@@ -628,35 +642,36 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
       mean_along[s] =
           (sums[3 * S + s] * by[s].scale + sums[2 * S + s] * by[s].shift) * per_element;
     }
-#pragma unroll
-    for (int j = 0; j < kPacks; ++j) {
-      const int u = static_cast<int>(threadIdx.x) + j * stride;
-      if (u >= plan.units) break;
+    for (int u = first; u < units; u += stride) {
       float x[V], g[V], w[C];
       row.load(p, u, x);
       load_floats(grad + row.merged(p, u), g);
       weights(u, w);
+      float of_weight[C] = {}, of_bias[C] = {};
 #pragma unroll
       for (int e = 0; e < V; ++e) {
         const int s = R::set_of(e), c = R::column_of(e);
         const float xh = (x[e] - by[s].mean) * by[s].scale + by[s].shift;
-        of_weight[j][c] += g[e] * xh;
-        of_bias[j][c] += g[e];
+        of_weight[c] += g[e] * xh;
+        of_bias[c] += g[e];
         x[e] = (w[c] * g[e] - mean_wg[s] - xh * mean_along[s]) * by[s].scale;
       }
       if (p.pixels_out != nullptr) row.store_pixels(p, u, x);
+      if (partial == nullptr) continue;
+#pragma unroll
+      for (int c = 0; c < C; ++c) {
+        totals[c * units + u] += of_weight[c];
+        totals[(C + c) * units + u] += of_bias[c];
+      }
     }
   }
   if (partial == nullptr) return;
   float* const mine = partial + static_cast<int64_t>(blockIdx.x) * 2 * p.normed();
-#pragma unroll
-  for (int j = 0; j < kPacks; ++j) {
-    const int u = static_cast<int>(threadIdx.x) + j * stride;
-    if (u >= plan.units) break;
+  for (int u = first; u < units; u += stride) {
 #pragma unroll
     for (int c = 0; c < C; ++c) {
-      mine[static_cast<int64_t>(u) * C + c] = of_weight[j][c];
-      mine[p.normed() + static_cast<int64_t>(u) * C + c] = of_bias[j][c];
+      mine[static_cast<int64_t>(u) * C + c] = totals[c * units + u];
+      mine[p.normed() + static_cast<int64_t>(u) * C + c] = totals[(C + c) * units + u];
     }
   }
 }
