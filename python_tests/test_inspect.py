@@ -213,7 +213,9 @@ MANY = [
         ("mrope", "B", "tower", 4, "", "refused", "odd"),
         ("linear", "C", "", 5, "", "refused", "odd"),
     ),
-    _inspection("b", ("mrope", "", "", 0, "", "not present")),
+    _inspection(
+        "b", ("mrope", "", "", 0, "", "not present"), ("crops", "", "", 0, "", "not present")
+    ),
     _inspection("c", problem="not built: TypeError: x (m.py:1)"),
     _inspection("d", ("mrope", "", "model.text", 0, "", "refused", "not found")),
 ]

@@ -216,6 +216,7 @@ def mlp_projector_calls():
         "layer norm bf16": Budget(run, "norm_kernel", norm, 64, 2),
         "layer norm backward bf16": Budget(run, "norm_backward_kernel", norm_backward, 96, 2),
         "layer norm sums bf16": Budget(run, "norm_sums_kernel", norm_backward, 64, 0),
+    }
 
 
 def crops(grids=((2, 2),), dtype=torch.bfloat16, g=24, channels=1024, **options):

@@ -5,8 +5,8 @@ from vlmops._library import cpu_isa
 from vlmops.dispatch import backend
 from vlmops.hf.patch import patch, patched, unpatch
 from vlmops.hf.report import PatchReport
-from vlmops.ops.mlp_projector import mlp_projector
 from vlmops.ops.hd_transform import hd_token_counts, hd_transform
+from vlmops.ops.mlp_projector import mlp_projector
 from vlmops.ops.mrope import mrope, mrope_, mrope_freq_axis
 from vlmops.ops.patch_embed import Position, patch_embed
 from vlmops.ops.pixel_shuffle import pixel_shuffle, pixel_shuffle_inverse
@@ -20,9 +20,9 @@ __all__ = [
     "Warmup",
     "backend",
     "cpu_isa",
-    "mlp_projector",
     "hd_token_counts",
     "hd_transform",
+    "mlp_projector",
     "mrope",
     "mrope_",
     "mrope_freq_axis",

@@ -200,9 +200,10 @@ def cells(inspection: Inspection) -> str:
 
 
 def markdown(inspections: list[Inspection]) -> str:
-    """The table of the README, the same on every machine: a column per op, reasons below, lists."""
+    """The table of the README, the same on every machine: a column per op that is found."""
     every = [_anywhere(inspection) for inspection in inspections]
-    ops = sorted({row.op for i in every if i.report for row in i.report.rows})
+    rows = (row for i in every if i.report for row in i.report.rows)
+    ops = sorted({row.op for row in rows if row.status != "not present"})
     by_verdict: dict[str, list[Inspection]] = {verdict: [] for verdict in VERDICTS}
     for inspection in every:
         by_verdict[inspection.verdict].append(inspection)

@@ -123,13 +123,16 @@ def test_with_mrope_logits_and_gradients_agree(family):
         for op in ("patch_embed", "pixel_shuffle", "mlp_projector")
     )
     rotations = sum(row_of(family).places.values())
+    crops = int(family == "phi4_multimodal")
     counts = {"mrope": rotations, "patch_embed": patches, "pixel_shuffle": shuffles}
-    assert report.counts == {**counts, "mlp_projector": projectors, "linear": ANY}
+    counts |= {"hd_transform": crops, "mlp_projector": projectors}
+    assert report.counts == {**counts, "linear": ANY}
     with CountOps() as ran:
         got, our_grads = checks.gradients(model, batch)
     assert ran.counts[ONEDNN] > 0
     assert ran.counts["vlmops::patch_embed"] == patches
     assert bool(ran.counts["vlmops::mlp_projector"]) == bool(projectors)
+    assert ran.counts["vlmops::hd_transform"] == crops
     checks.assert_agree(got, expected, family)
     checks.assert_gradients_agree(our_grads, grads)
 

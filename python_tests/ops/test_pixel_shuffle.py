@@ -206,7 +206,8 @@ def test_inverse_undoes_to_the_bit(isa, use_cpu_isa, dtype, order, shape, option
     x = bits.view(dtype) if dtype != torch.float32 else drawn(*shape, dtype=dtype)
     merged = vlmops.pixel_shuffle(x, order=order, **options)
     back = vlmops.pixel_shuffle_inverse(merged, order=order, **options)
-    assert back.is_contiguous() and back.shape == x.shape
+    assert back.is_contiguous()
+    assert back.shape == x.shape
     whole = torch.int32 if dtype == torch.float32 else torch.int16
     assert torch.equal(back.view(whole), x.view(whole))
     exact = reference_inverse(merged.view(whole), order=order, **options)
@@ -435,7 +436,8 @@ def test_norm_of_zeros_and_of_no_numbers(isa, use_cpu_isa, dtype):
     x[0, 9, 5] = torch.nan  # block (0, 0)
     x[0, 2, 7] = torch.inf  # block (0, 1)
     merged = vlmops.pixel_shuffle(x, norm="layer")
-    assert merged[0, :2].isnan().all() and (merged[0, 2:] == 0).all()
+    assert merged[0, :2].isnan().all()
+    assert (merged[0, 2:] == 0).all()
     each = vlmops.pixel_shuffle(x, norm="rms", norm_axis="channel")
     assert each.isnan().sum() == 64 + 1  # one token, and infinity over itself
 
@@ -519,5 +521,5 @@ def test_backends_that_are_asked_for():
         vlmops.pixel_shuffle_inverse(merged, backend="reference"),
         vlmops.pixel_shuffle_inverse(merged),
     )
-    with pytest.raises(RuntimeError, match="backend 'cuda'.*expected tensors on cuda"):
+    with pytest.raises(RuntimeError, match=r"backend 'cuda'.*expected tensors on cuda"):
         vlmops.pixel_shuffle(**args, backend="cuda")

@@ -235,9 +235,9 @@ def admitted(
     if spec.in_place is not None:
         build = functools.partial(on_scratch, spec.in_place, False)
         admit(gate, "forward", "vlmops in place", build)
-    if spec.into is not None:
+    if (into := spec.into) is not None:
         out = {"out": torch.empty_like(outputs[0], memory_format=torch.contiguous_format)}
-        admit(gate, "forward", "vlmops out=", lambda args: _forward(spec.into, {**args, **out}))
+        admit(gate, "forward", "vlmops out=", lambda args: _forward(into, {**args, **out}))
     for variant, function in peers.items():
         admit(gate, "forward", variant, functools.partial(on_scratch, function, True))
 

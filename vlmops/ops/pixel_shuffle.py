@@ -40,8 +40,8 @@ is saved, and with one the input alone.
 
 torch.nn.functional.pixel_unshuffle moves in the direction of this op, on ``[B, C, H, W]``.
 
-Sources: Shi et al., Real-Time Single Image Super-Resolution (arXiv 1609.05158); Chen et al., How Far
-Are We to GPT-4V? (InternVL 1.5, arXiv 2404.16821).
+Sources: Shi et al., Real-Time Single Image Super-Resolution (arXiv 1609.05158); Chen et al., How
+Far Are We to GPT-4V? (InternVL 1.5, arXiv 2404.16821).
 """
 
 from __future__ import annotations
@@ -160,7 +160,9 @@ def pixel_shuffle(
         name = dispatch.choose("pixel_shuffle", backend, hidden_states.device.type)
         if name == "reference":
             result = _plain(hidden_states, *options)
-            return result if out is None else out.copy_(result)
+            if out is not None:
+                out.copy_(result)
+            return result if out is None else out
         ops = _TRITON if name == "triton" else _COMPILED
         if out is None:
             result = ops.forward(hidden_states, *options)
@@ -193,7 +195,7 @@ def pixel_shuffle_inverse(
     order: Order = "yxc",
     backend: str | None = None,
 ) -> Tensor:
-    """Gives each token its block of factor x factor tokens back: undoes `pixel_shuffle`, to the bit.
+    """Gives each token its block of factor x factor tokens back: undoes `pixel_shuffle` to the bit.
 
     Differentiable. torch.nn.functional.pixel_shuffle moves in this direction, on ``[B, C, H, W]``,
     while this module's names follow Hugging Face, whose pixel_shuffle is torch's pixel_unshuffle.
@@ -345,7 +347,8 @@ def _layout(op: str, grid_hw: Any) -> tuple[str, list[int]]:
         if len(pairs) == len(grid_hw) and all(isinstance(s, int | torch.SymInt) for s in sides):
             return "packed", sides
     raise TypeError(
-        f"vlmops.{op}: grid_hw: expected None, (h, w), a list of (h, w) or 'blocks', got {grid_hw!r}"
+        f"vlmops.{op}: grid_hw: expected None, (h, w), a list of (h, w) or 'blocks', got "
+        f"{grid_hw!r}"
     )
 
 
@@ -481,8 +484,8 @@ def _forward(
 def _into(ops: _Ops, hidden_states: Tensor, out: Tensor, *args: Any) -> None:
     if _wants_grad(hidden_states, out, *args[:2]):
         raise RuntimeError(
-            "vlmops.pixel_shuffle: out: expected no tensor that requires grad beside it, since what "
-            "is written there has no history; leave out away, or use torch.no_grad()"
+            "vlmops.pixel_shuffle: out: expected no tensor that requires grad beside it, since "
+            "what is written there has no history; leave out away, or use torch.no_grad()"
         )
     if forward_ad._current_level >= 0:
         raise RuntimeError(
@@ -519,7 +522,7 @@ def _backward(
         for t in (hidden_states, o.norm_weight, o.norm_bias)
     ]
     wanted = {i: t for i, t in enumerate(inputs) if needs[i] and t is not None}
-    out = _plain(inputs[0], *inputs[1:], *o[2:])
+    out = _plain(hidden_states if inputs[0] is None else inputs[0], *inputs[1:], *o[2:])
     grads = torch.autograd.grad(out, list(wanted.values()), grad, create_graph=True)
     found = dict(zip(wanted, grads, strict=True))
     return [found[i] if i in found else grad.new_empty(0) for i in range(3)]

@@ -282,11 +282,13 @@ ERRORS = [
             r"hidden_states: expected the 14 tokens of grid_hw's 2 images, prefixes included"),
     BadCall("packed_batch", _with(grid_hw=[(2, 2), (2, 4)]),
             r"hidden_states: expected one sequence.*for a list of grids, got shape \[2, 17, 40\]"),
-    BadCall("grid_of_4d", lambda a: {**a, "hidden_states": a["hidden_states"][:, 1:].view(2, 4, 4, 40),
-                                     "skip_prefix": 0, "grid_hw": (2, 8)},
+    BadCall("grid_of_4d", lambda a: {
+                **a, "hidden_states": a["hidden_states"][:, 1:].view(2, 4, 4, 40),
+                "skip_prefix": 0, "grid_hw": (2, 8)},
             r"grid_hw: expected the grid of hidden_states \[2, 4, 4, 40\], got 2 x 8"),
-    BadCall("blocks_of_4d", lambda a: {**a, "hidden_states": a["hidden_states"][:, 1:].view(2, 4, 4, 40),
-                                       "skip_prefix": 0, "grid_hw": "blocks"},
+    BadCall("blocks_of_4d", lambda a: {
+                **a, "hidden_states": a["hidden_states"][:, 1:].view(2, 4, 4, 40),
+                "skip_prefix": 0, "grid_hw": "blocks"},
             r"grid_hw: expected None or the grid of hidden_states .*got 'blocks'"),
     BadCall("prefix_of_4d", _change("hidden_states", lambda t: t[:, 1:].view(2, 4, 4, 40)),
             r"skip_prefix: expected 0 with hidden_states of \[B, h, w, C\], got 1"),
@@ -334,7 +336,8 @@ ERRORS = [
             r"out: expected channels side by side, got strides \[640, 1, 4\]"),
     BadCall("out_shared", _out(lambda t: t[:1].expand(2, 4, 160)),
             r"out: expected a tensor whose elements do not share memory"),
-    BadCall("out_of_input", lambda a: {**a, "out": a["hidden_states"].flatten()[-1280:].view(2, 4, 160)},
+    BadCall("out_of_input", lambda a: {
+                **a, "out": a["hidden_states"].flatten()[-1280:].view(2, 4, 160)},
             r"out: expected memory of its own, since hidden_states is read while it is written"),
 ]  # fmt: skip
 
@@ -350,7 +353,7 @@ def _moved(args: Arguments) -> list[Tensor]:
 def _flops(args: Arguments) -> float:
     # LayerNorm sums, centres, squares, sums, centres, scales, weighs, shifts; RMSNorm half of it.
     each = {None: 0.0, "layer": 8.0, "rms": 4.0}[args["norm"]]
-    return args["hidden_states"].numel() * (each if args["reduction"] is None else 1.0)
+    return float(args["hidden_states"].numel() * (each if args["reduction"] is None else 1.0))
 
 
 def _bench(name: str, **inputs: Any) -> BenchCase:

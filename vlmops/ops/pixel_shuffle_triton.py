@@ -1,13 +1,13 @@
 """Pixel shuffle in Triton: kernels and launchers. `vlmops.ops.pixel_shuffle` says what is computed.
 
-Bytes: every element is read once and written once; backward with a norm reads two tensors. InternVL,
-13 tiles x 1024 tokens x 1024 channels in bfloat16: 54.5 MB, 13 us at the 4.3 TB/s that a copy
-reaches on an H200, 18 at the 3.0 of an H100. PREDICTED, never measured: 90 % of a copy for moves, 80
-with a norm.
+Bytes: every element is read once and written once; backward with a norm reads two tensors.
+InternVL, 13 tiles x 1024 tokens x 1024 channels in bfloat16: 54.5 MB, 13 us at the 4.3 TB/s that a
+copy reaches on an H200, 18 at the 3.0 of an H100. PREDICTED, never measured: 90 % of a copy for
+moves, 80 with a norm.
 
 Threads: moves have a program for each 1024 channels of a merged token. What a channel is of its
-block (pixel and channel) are divisions by constants, from which the compiler sees runs of C: 16-byte
-accesses. In order "cyx" with factor 2 a program reads a run of each of the four pixels and
+block (pixel and channel) are divisions by constants, from which the compiler sees runs of C:
+16-byte accesses. In order "cyx" with factor 2 a program reads a run of each of the four pixels and
 interleaves them in registers. A norm's row is one program's, padded to a power of two. Backward 512
 programs walk over the rows and keep the sums for the norm's weight and bias in registers.
 
@@ -165,7 +165,7 @@ def _in_token(
 
 @triton.jit
 def _statistics(b_x, m, eps, n: tl.constexpr, LAYER: tl.constexpr):
-    """x normed, and what it was multiplied by. Sums are of deviations from a first mean."""
+    """X normed, and what it was multiplied by. Sums are of deviations from a first mean."""
     b_d = b_x
     if LAYER:
         b_d = tl.where(m, b_x - _total(b_x) / n, 0.0)
@@ -273,8 +273,10 @@ def norm_backward_kernel(
         b_w = b_w + offset
     b_of_weight, b_of_bias = tl.zeros([BK], tl.float32), tl.zeros([BK], tl.float32)
     for i_one in range(tl.program_id(0), n_rows, tl.num_programs(0)):
-        i_line = i_one.to(tl.int64)
-        i_token, i_pixel = (i_line // n_block, i_line % n_block) if CHANNEL else (i_line, i_line * 0)
+        i_line = i_one.to(tl.int64)  # type: ignore[attr-defined]
+        i_token, i_pixel = (
+            (i_line // n_block, i_line % n_block) if CHANNEL else (i_line, i_line * 0)
+        )
         o_block, o_merged = _place(
             i_token, n_columns, n_tokens, s_image, s_row, s_column, s_m_image, s_m_token, VEC
         )
@@ -331,7 +333,7 @@ def compiled() -> int:
 class Images(NamedTuple):
     """Images of one grid that follow one another; pixels and tokens begin with theirs."""
 
-    count: int
+    count: int  # type: ignore[assignment]
     rows: int
     columns: int
     """Blocks of an image."""
