@@ -41,7 +41,7 @@ PROCESSORS = {
         True,
     ),
     "paligemma": ("siglip.Siglip", {"size": _square(8)}, True),
-    "gemma3": ("gemma3.Gemma3", {"size": _square(8)}, True),
+    "gemma3": ("gemma3.Gemma3", {"size": _square(16)}, True),
     "aya_vision": ("got_ocr2.GotOcr2", _TILES, True),
     "internvl": ("got_ocr2.GotOcr2", _TILES, False),
     "qwen2_vl": ("qwen2_vl.Qwen2VL", _QWEN, False),

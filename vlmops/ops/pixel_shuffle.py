@@ -165,8 +165,8 @@ def pixel_shuffle(
             return result if out is None else out
         ops = _TRITON if name == "triton" else _COMPILED
         if out is None:
-            result = ops.forward(hidden_states, *options)
-            return result
+            made: Tensor = ops.forward(hidden_states, *options)
+            return made
         ops.out(hidden_states, out, *options)
         return out
     _library.require()

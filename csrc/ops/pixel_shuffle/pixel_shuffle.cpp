@@ -22,7 +22,8 @@ namespace {
 using OptionalTensor = std::optional<Tensor>;
 using Sizes = std::vector<int64_t>;
 
-// From this size on what is written bypasses the caches: memory is not read before it is overwritten.
+// From this size on what is written bypasses the caches: memory is not read before it is
+// overwritten.
 constexpr int64_t kStreamBytes = 8 << 20;
 // From this size on malloc takes fresh pages, and those lie in the cache once the kernel has zeroed
 // them: bypassing it helps what only moves bits alone.
@@ -74,7 +75,8 @@ void check_options(const Options& o) {
   if (o.reduction != "none" && o.reduction != "mean")
     fail(o.op, "reduction", "expected None or 'mean', got '", o.reduction, "'");
   if (o.reduction == "mean" && o.norm != "none" && o.norm_axis == "channel")
-    fail(o.op, "norm_axis", "expected 'merged', the norm of what was averaged, with reduction='mean', "
+    fail(o.op, "norm_axis",
+         "expected 'merged', the norm of what was averaged, with reduction='mean', "
          "got 'channel'");
   const auto eps = static_cast<float>(o.eps);
   if (!(eps > 0.0f && eps <= std::numeric_limits<float>::max()))
@@ -105,8 +107,8 @@ Layout layout_of(const Options& o, const char* name, IntHeaderOnlyArrayRef sizes
       fail(o.op, "skip_prefix", "expected 0 with hidden_states of [B, h, w, C], got ",
            o.skip_prefix);
     if (o.layout == "packed" || o.layout == "blocks")
-      fail(o.op, "grid_hw", "expected None or the grid of hidden_states ", describe(sizes), ", got ",
-           o.layout == "packed" ? "a list of grids" : "'blocks'");
+      fail(o.op, "grid_hw", "expected None or the grid of hidden_states ", describe(sizes),
+           ", got ", o.layout == "packed" ? "a list of grids" : "'blocks'");
     if (o.layout == "grid" && (o.grid_hw[0] != sizes[1] || o.grid_hw[1] != sizes[2]))
       fail(o.op, "grid_hw", "expected the grid of hidden_states ", describe(sizes), ", got ",
            o.grid_hw[0], " x ", o.grid_hw[1]);
@@ -119,7 +121,8 @@ Layout layout_of(const Options& o, const char* name, IntHeaderOnlyArrayRef sizes
   if (o.layout == "packed") {
     l.packed = true;
     if (rank == 3 && sizes[0] != 1)
-      fail(o.op, name, "expected one sequence, [N, C] or [1, N, C], for a list of grids, got shape ",
+      fail(o.op, name,
+           "expected one sequence, [N, C] or [1, N, C], for a list of grids, got shape ",
            describe(sizes));
     int64_t expected = 0;
     for (size_t i = 0; i + 1 < o.grid_hw.size(); i += 2) {
@@ -355,7 +358,8 @@ void allow_all(const CudaKernels& kernels, const Operands& t, const OptionalTens
   if (weight.has_value()) allow(kernels, *weight, "norm_weight", true);
   if (bias.has_value()) allow(kernels, *bias, "norm_bias", true);
   if (t.pixels_out != nullptr) allow(kernels, *t.pixels_out, "tokens that are written", false);
-  if (t.merged_out != nullptr) allow(kernels, *t.merged_out, "merged tokens that are written", false);
+  if (t.merged_out != nullptr)
+    allow(kernels, *t.merged_out, "merged tokens that are written", false);
 }
 
 void run_cuda(const CudaKernels& kernels, const char* op, const Work& work, CudaKernel kernel,
@@ -416,7 +420,8 @@ void clear_rest(const Options& o, const Layout& l, Tensor& pixels) {
   const auto clear = [](Tensor part) { torch::stable::zero_(part); };
   if (o.skip_prefix != 0) clear(torch::stable::narrow(pixels, rank - 2, 0, o.skip_prefix));
   if (!remainder) return;
-  Tensor grid = torch::stable::narrow(pixels, rank - 2, o.skip_prefix, rank == 4 ? width : height * width);
+  Tensor grid =
+      torch::stable::narrow(pixels, rank - 2, o.skip_prefix, rank == 4 ? width : height * width);
   const int64_t shape[] = {l.sequences, height, width, l.channels};
   grid = torch::stable::view(grid, {shape, 4});
   const int64_t bottom = height % f, right = width % f;
@@ -509,8 +514,8 @@ void check_all(const Tensor& hidden_states, OptionalTensor out, OptionalTensor g
                std::string layout, Sizes grid_hw, std::string order, std::string norm,
                std::string norm_axis, double eps, double norm_offset, std::string reduction,
                int64_t skip_prefix, bool drop_remainder) {
-  const Options o{"pixel_shuffle", factor, layout, grid_hw, order, norm, norm_axis, eps,
-                  norm_offset, reduction, skip_prefix, drop_remainder};
+  const Options o{"pixel_shuffle", factor, layout,      grid_hw,   order,       norm,
+                  norm_axis,       eps,    norm_offset, reduction, skip_prefix, drop_remainder};
   const Checked c = check(o, hidden_states, norm_weight, norm_bias);
   if (out.has_value()) check_out(o, *out, hidden_states, c, norm_weight, norm_bias);
   if (grad.has_value())
@@ -534,8 +539,18 @@ Tensor unshuffle(const Options& o, const Layout& l, const Params& p, const Tenso
 }
 
 Options inverse_options(int64_t factor, std::string layout, Sizes grid_hw, std::string order) {
-  return {"pixel_shuffle_inverse", factor, layout, grid_hw, order, "none", "merged", 1e-5, 0.0,
-          "none", 0, false};
+  return {"pixel_shuffle_inverse",
+          factor,
+          layout,
+          grid_hw,
+          order,
+          "none",
+          "merged",
+          1e-5,
+          0.0,
+          "none",
+          0,
+          false};
 }
 
 // Of the inverse's result; checks everything.
@@ -633,14 +648,26 @@ void norm_backward_cuda(const CudaKernels& kernels, const char* op, const Work& 
                  kernels.pixel_shuffle_weight_grad(memory, all, n, to[0], to[1], stream));
 }
 
-std::tuple<Tensor, Tensor, Tensor> backward(
-    const Tensor& grad, const Tensor& hidden_states, OptionalTensor norm_weight,
-    OptionalTensor norm_bias, int64_t factor, std::string layout, Sizes grid_hw, std::string order,
-    std::string norm, std::string norm_axis, double eps, double norm_offset, std::string reduction,
-    int64_t skip_prefix, bool drop_remainder, bool needs_hidden_states, bool needs_norm_weight,
-    bool needs_norm_bias) {
-  const Options o{"pixel_shuffle_backward", factor, layout, grid_hw, order, norm, norm_axis, eps,
-                  norm_offset, reduction, skip_prefix, drop_remainder};
+std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& hidden_states,
+                                            OptionalTensor norm_weight, OptionalTensor norm_bias,
+                                            int64_t factor, std::string layout, Sizes grid_hw,
+                                            std::string order, std::string norm,
+                                            std::string norm_axis, double eps, double norm_offset,
+                                            std::string reduction, int64_t skip_prefix,
+                                            bool drop_remainder, bool needs_hidden_states,
+                                            bool needs_norm_weight, bool needs_norm_bias) {
+  const Options o{"pixel_shuffle_backward",
+                  factor,
+                  layout,
+                  grid_hw,
+                  order,
+                  norm,
+                  norm_axis,
+                  eps,
+                  norm_offset,
+                  reduction,
+                  skip_prefix,
+                  drop_remainder};
   const Checked c = check(o, hidden_states, norm_weight, norm_bias);
   check_merged({o.op, "grad", grad}, {o.op, "hidden_states", hidden_states}, c);
   const Layout& l = c.layout;
@@ -675,17 +702,18 @@ std::tuple<Tensor, Tensor, Tensor> backward(
 }  // namespace
 }  // namespace vlmops::pixel_shuffle
 
-#define VLMOPS_PIXEL_SHUFFLE_OPTIONS                                                            \
-  "Tensor? norm_weight=None, Tensor? norm_bias=None, int factor=2, str layout=\"auto\", int[] " \
-  "grid_hw=[], str order=\"yxc\", str norm=\"none\", str norm_axis=\"merged\", float eps=1e-5, "  \
+#define VLMOPS_PIXEL_SHUFFLE_OPTIONS                                                             \
+  "Tensor? norm_weight=None, Tensor? norm_bias=None, int factor=2, str layout=\"auto\", int[] "  \
+  "grid_hw=[], str order=\"yxc\", str norm=\"none\", str norm_axis=\"merged\", float eps=1e-5, " \
   "float norm_offset=0.0, str reduction=\"none\", int skip_prefix=0, bool drop_remainder=False"
 
 STABLE_TORCH_LIBRARY_FRAGMENT(vlmops, m) {
   m.def("pixel_shuffle(Tensor hidden_states, " VLMOPS_PIXEL_SHUFFLE_OPTIONS ") -> Tensor");
   m.def("pixel_shuffle_out(Tensor hidden_states, Tensor(a!) out, " VLMOPS_PIXEL_SHUFFLE_OPTIONS
         ") -> ()");
-  m.def("pixel_shuffle_check(Tensor hidden_states, Tensor? out, Tensor? grad, "
-        VLMOPS_PIXEL_SHUFFLE_OPTIONS ") -> ()");
+  m.def(
+      "pixel_shuffle_check(Tensor hidden_states, Tensor? out, Tensor? "
+      "grad, " VLMOPS_PIXEL_SHUFFLE_OPTIONS ") -> ()");
   // The gradients of hidden_states, norm_weight, norm_bias; those that nobody needs are empty.
   // Without a norm the values of hidden_states are not read.
   m.def("pixel_shuffle_backward(Tensor grad, Tensor hidden_states, " VLMOPS_PIXEL_SHUFFLE_OPTIONS
@@ -699,12 +727,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(vlmops, m) {
       "str order) -> int[]");
 }
 
-#define VLMOPS_PIXEL_SHUFFLE_IMPL(m)                                           \
-  m.impl("pixel_shuffle", TORCH_BOX(&vlmops::pixel_shuffle::forward));         \
-  m.impl("pixel_shuffle_out", TORCH_BOX(&vlmops::pixel_shuffle::forward_out)); \
-  m.impl("pixel_shuffle_check", TORCH_BOX(&vlmops::pixel_shuffle::check_all)); \
+#define VLMOPS_PIXEL_SHUFFLE_IMPL(m)                                             \
+  m.impl("pixel_shuffle", TORCH_BOX(&vlmops::pixel_shuffle::forward));           \
+  m.impl("pixel_shuffle_out", TORCH_BOX(&vlmops::pixel_shuffle::forward_out));   \
+  m.impl("pixel_shuffle_check", TORCH_BOX(&vlmops::pixel_shuffle::check_all));   \
   m.impl("pixel_shuffle_backward", TORCH_BOX(&vlmops::pixel_shuffle::backward)); \
-  m.impl("pixel_shuffle_inverse", TORCH_BOX(&vlmops::pixel_shuffle::inverse)); \
+  m.impl("pixel_shuffle_inverse", TORCH_BOX(&vlmops::pixel_shuffle::inverse));   \
   m.impl("pixel_shuffle_inverse_shape", TORCH_BOX(&vlmops::pixel_shuffle::inverse_shape_of))
 
 STABLE_TORCH_LIBRARY_IMPL(vlmops, CPU, m) { VLMOPS_PIXEL_SHUFFLE_IMPL(m); }

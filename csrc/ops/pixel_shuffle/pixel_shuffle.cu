@@ -1,4 +1,5 @@
-// Launches of pixel shuffle on NVIDIA GPUs: Params and a stream in, an error's number out. No torch.
+// Launches of pixel shuffle on NVIDIA GPUs: Params and a stream in, an error's number out. No
+// torch.
 #include <algorithm>
 #include <limits>
 
@@ -32,8 +33,8 @@ bool merged_on(int64_t bytes, const Params& p, const void* base, int64_t token,
   const int64_t size = bytes_of(p);
   bool good = on(bytes, base) && token * size % bytes == 0;
   for (int i = 0; i < p.group_count; ++i) {
-    good = good && p.groups[i].*offset * size % bytes == 0 &&
-           p.groups[i].*image * size % bytes == 0;
+    good =
+        good && p.groups[i].*offset * size % bytes == 0 && p.groups[i].*image * size % bytes == 0;
   }
   return good;
 }
@@ -45,16 +46,14 @@ bool packs(const Params& p) {
   if (quads && p.factor != 2) return false;
   const int64_t piece = quads ? 4 : 16;
   if (p.channels * bytes_of(p) % piece != 0) return false;
-  if (p.pixels != nullptr &&
-      !(p.pixel_stride == 1 && pixels_on(piece, p, p.pixels, &Group::from)))
+  if (p.pixels != nullptr && !(p.pixel_stride == 1 && pixels_on(piece, p, p.pixels, &Group::from)))
     return false;
   if (p.pixels_out != nullptr && !pixels_on(piece, p, p.pixels_out, &Group::to)) return false;
-  if (p.merged != nullptr &&
-      !(p.merged_stride == 1 &&
-        merged_on(16, p, p.merged, p.token_stride, &Group::merged, &Group::image)))
+  if (p.merged != nullptr && !(p.merged_stride == 1 && merged_on(16, p, p.merged, p.token_stride,
+                                                                 &Group::merged, &Group::image)))
     return false;
-  return p.merged_out == nullptr || merged_on(16, p, p.merged_out, p.token_stride_out,
-                                              &Group::merged_out, &Group::image_out);
+  return p.merged_out == nullptr ||
+         merged_on(16, p, p.merged_out, p.token_stride_out, &Group::merged_out, &Group::image_out);
 }
 
 // Kernels count tokens, and the elements of one, in 32 bits; elements of all in 64.

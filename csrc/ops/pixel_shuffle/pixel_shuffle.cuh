@@ -1,7 +1,7 @@
 // Pixel shuffle on NVIDIA GPUs. pixel_shuffle_cpu.h has the maths.
 //
-// Every element is read once and written once. Floors, predicted and not measured, are bytes over the
-// speed of a copy (H100 3.0, H200 4.3 TB/s), in bfloat16:
+// Every element is read once and written once. Floors, predicted and not measured, are bytes over
+// the speed of a copy (H100 3.0, H200 4.3 TB/s), in bfloat16:
 //                          bytes     H100    H200
 //   13 x 1024 x 1024      54.5 MB     18      13 us
 //   13 x 1024 x 3200       170 MB     57      40 us
@@ -10,18 +10,17 @@
 //
 // Moves: a warp takes kAhead packs of 16 bytes a lane of one merged token, all loaded before the
 // first is stored; which block the token is takes its divisions once for them. In order "cyx" with
-// factor 2 a pack gathers 4 bytes from each of four pixels: loads of 128 bytes a warp, and stores of
-// 512; the other way round backward. Anything else goes element by element.
+// factor 2 a pack gathers 4 bytes from each of four pixels: loads of 128 bytes a warp, and stores
+// of 512; the other way round backward. Anything else goes element by element.
 //
-// Norms: a row (a merged token, a pixel of C channels where those are normed, or the four pixels of a
-// "cyx" token at once) is one block's, kPer packs a thread, held in registers between the sums and
-// the result: one read. Sums are those of deviations from a first mean, as on the CPU.
-// Backward a block takes rows in steps of the grid and keeps the sums of the gradients of weight and
-// bias in shared memory, where each thread has the same columns for all rows. What it reads again for
-// each of its two or three passes lies in L1 or L2. Sums in registers lost: 64 of them a thread for
-// rows of 12,800 channels, which spilled on every architecture.
-// Rows that are longer than registers or shared memory allow, unaligned or strided go element by
-// element.
+// Norms: a row (a merged token, a pixel of C channels where those are normed, or the four pixels of
+// a "cyx" token at once) is one block's, kPer packs a thread, held in registers between the sums
+// and the result: one read. Sums are those of deviations from a first mean, as on the CPU. Backward
+// a block takes rows in steps of the grid and keeps the sums of the gradients of weight and bias in
+// shared memory, where each thread has the same columns for all rows. What it reads again for each
+// of its two or three passes lies in L1 or L2. Sums in registers lost: 64 of them a thread for rows
+// of 12,800 channels, which spilled on every architecture. Rows that are longer than registers or
+// shared memory allow, unaligned or strided go element by element.
 #pragma once
 
 #include "common/gpu.cuh"
@@ -29,9 +28,9 @@
 
 namespace vlmops::pixel_shuffle {
 
-constexpr int kAhead = 4;           // packs a lane moves at once
+constexpr int kAhead = 4;  // packs a lane moves at once
 constexpr int kMoveThreads = 256;
-constexpr int kPer = 4;             // packs of a row that a thread holds
+constexpr int kPer = 4;  // packs of a row that a thread holds
 constexpr int kRowThreads = 1024;
 constexpr int kBackwardThreads = 384;
 constexpr int kBackwardBlocks = 2;  // on one multiprocessor
@@ -243,10 +242,9 @@ __global__ void __launch_bounds__(kMoveThreads)
                                     pixel_at(p, at.group->to, e.pixel) + e.channel] =
           merged_at<T>(p, at)[k * p.merged_stride];
     } else {
-      merged_out_at<T>(p, at)[k] =
-          static_cast<const T*>(
-              p.pixels)[block_at(at, at.group->from) + pixel_at(p, at.group->from, e.pixel) +
-                        e.channel * p.pixel_stride];
+      merged_out_at<T>(p, at)[k] = static_cast<const T*>(
+          p.pixels)[block_at(at, at.group->from) + pixel_at(p, at.group->from, e.pixel) +
+                    e.channel * p.pixel_stride];
     }
   }
 }
@@ -257,8 +255,7 @@ __device__ __forceinline__ float mean_at(const Params& p, const T* block, const 
                                          int k) {
   float sum = 0.0f;
   const int n = static_cast<int>(p.block());
-  for (int i = 0; i < n; ++i)
-    sum += to_float(block[pixel_at(p, pixels, i) + k * p.pixel_stride]);
+  for (int i = 0; i < n; ++i) sum += to_float(block[pixel_at(p, pixels, i) + k * p.pixel_stride]);
   return sum * (1.0f / static_cast<float>(n));
 }
 
@@ -286,8 +283,8 @@ __global__ void __launch_bounds__(kMoveThreads)
   }
 }
 
-// Sums over the threads of a block, of N numbers at once. Two buffers take turns: the barrier of one
-// sum orders the reads of the one before and the writes of the one behind.
+// Sums over the threads of a block, of N numbers at once. Two buffers take turns: the barrier of
+// one sum orders the reads of the one before and the writes of the one behind.
 class BlockSum {
  public:
   __device__ explicit BlockSum(float* shared) : shared_(shared) {}
@@ -406,7 +403,7 @@ __device__ __forceinline__ void load_vector(const Weight& w, bool wide, int64_t 
 
 // What the launcher knows of a Params beyond it.
 struct Plan {
-  int units;      // packs of a row
+  int units;  // packs of a row
   int64_t rows;
   bool wide_weight, wide_bias;
 };
@@ -559,8 +556,8 @@ __global__ void __launch_bounds__(kRowThreads)
     if (p.norm != Norm::kNone) {
 #pragma unroll
       for (int e = 0; e < V; ++e)
-        x[j][e] = (x[j][e] - by[R::set_of(e)].mean) * by[R::set_of(e)].scale +
-                  by[R::set_of(e)].shift;
+        x[j][e] =
+            (x[j][e] - by[R::set_of(e)].mean) * by[R::set_of(e)].scale + by[R::set_of(e)].shift;
     }
     if (p.weight.data != nullptr) {
       load_vector(p.weight, plan.wide_weight, static_cast<int64_t>(u) * R::kColumns, p.offset, w);
@@ -610,7 +607,7 @@ __global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocks)
 #pragma unroll
       for (int s = 0; s < S; ++s) mean[s] *= per_element;
     }
-    const auto weights = [&](int u, float(&w)[C]) {
+    const auto weights = [&](int u, float (&w)[C]) {
 #pragma unroll
       for (int c = 0; c < C; ++c) w[c] = 1.0f;
       if (p.weight.data != nullptr)
@@ -639,8 +636,7 @@ __global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocks)
     for (int s = 0; s < S; ++s) {
       by[s] = statistics_of(p, mean[s], sums[s], sums[S + s], per_element);
       mean_wg[s] = layer ? sums[2 * S + s] * per_element : 0.0f;
-      mean_along[s] =
-          (sums[3 * S + s] * by[s].scale + sums[2 * S + s] * by[s].shift) * per_element;
+      mean_along[s] = (sums[3 * S + s] * by[s].scale + sums[2 * S + s] * by[s].shift) * per_element;
     }
     for (int u = first; u < units; u += stride) {
       float x[V], g[V], w[C];
@@ -803,8 +799,8 @@ __global__ void __launch_bounds__(kAnyThreads)
 
 constexpr int kSlices = 8;  // of the rows of partial sums
 
-// weight_grad, bias_grad [normed], or null: the sums of partial [parts, 2, normed]. Grid (normed / 32,
-// 2), block (32, kSlices).
+// weight_grad, bias_grad [normed], or null: the sums of partial [parts, 2, normed]. Grid (normed /
+// 32, 2), block (32, kSlices).
 __global__ void __launch_bounds__(kWarpSize* kSlices)
     pixel_shuffle_weight_grad_kernel(const float* partial, int parts, int64_t normed,
                                      float* weight_grad, float* bias_grad) {

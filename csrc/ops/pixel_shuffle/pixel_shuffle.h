@@ -20,10 +20,10 @@ struct Pixels {
 
 // Images of one grid. A block of f x f pixels is one merged token.
 struct Group {
-  int64_t first;             // its first merged token, counted over all groups
-  int64_t rows, columns;     // blocks of an image
-  Pixels from, to;           // in `pixels` and in `pixels_out`
-  int64_t merged, image;     // where its first merged token lies, stride of images; in `merged`
+  int64_t first;          // its first merged token, counted over all groups
+  int64_t rows, columns;  // blocks of an image
+  Pixels from, to;        // in `pixels` and in `pixels_out`
+  int64_t merged, image;  // where its first merged token lies, stride of images; in `merged`
   int64_t merged_out, image_out;  // in `merged_out`
 };
 
@@ -37,18 +37,18 @@ struct Weight {
 // Pixels [.., C] on one side, merged tokens [.., K] on the other: K = f * f * C, or C where blocks
 // are averaged.
 struct Params {
-  const void* pixels;   // read by all but the inverse
-  const void* merged;   // read by the inverse and in backward: the gradient of merged_out
-  void* pixels_out;     // written by the inverse and in backward; null where nobody needs it
-  void* merged_out;     // written forward
-  DType dtype;          // of all four
-  int64_t channels;     // C
+  const void* pixels;    // read by all but the inverse
+  const void* merged;    // read by the inverse and in backward: the gradient of merged_out
+  void* pixels_out;      // written by the inverse and in backward; null where nobody needs it
+  void* merged_out;      // written forward
+  DType dtype;           // of all four
+  int64_t channels;      // C
   int64_t pixel_stride;  // between channels of `pixels`; those of what is written lie side by side
   int64_t merged_stride, token_stride;  // between channels, and tokens, of `merged`
   int64_t token_stride_out;             // of `merged_out`
-  int factor;           // f
+  int factor;                           // f
   Order order;
-  bool mean;            // average a block instead of merging it
+  bool mean;  // average a block instead of merging it
   Norm norm;
   bool norm_channels;   // over the C channels of each pixel instead of over the merged token's K
   Weight weight, bias;  // of the norm
@@ -84,10 +84,12 @@ using CudaKernel = int (*)(const Params&, void* stream);
 // Blocks in backward where there is a norm, each of which leaves [2, normed()] sums.
 using CudaNormBackwardParts = int (*)(const Params&);
 
-// partial [parts, 2, normed()] is written; null where nobody needs the gradients of weight and bias.
+// partial [parts, 2, normed()] is written; null where nobody needs the gradients of weight and
+// bias.
 using CudaNormBackward = int (*)(const Params&, int parts, float* partial, void* stream);
 
-// weight_grad, bias_grad [normed], null where nobody needs them: the sums of partial over its parts.
+// weight_grad, bias_grad [normed], null where nobody needs them: the sums of partial over its
+// parts.
 using CudaWeightGrad = int (*)(const float* partial, int parts, int64_t normed, float* weight_grad,
                                float* bias_grad, void* stream);
 

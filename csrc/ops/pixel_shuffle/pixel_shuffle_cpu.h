@@ -1,23 +1,24 @@
 // Pixel shuffle on the CPU. Compiled once per instruction set (common/cpu_kernels.cpp).
 //
-// A block of f x f pixels of C channels becomes one merged token of K = f * f * C channels, or their
-// mean of K = C:
+// A block of f x f pixels of C channels becomes one merged token of K = f * f * C channels, or
+// their mean of K = C:
 //   y[(dy * f + dx) * C + c] = x[dy, dx][c]     order "yxc"
 //   y[c * f * f + dy * f + dx] = x[dy, dx][c]   order "cyx"
 // with a norm over K, or over the C channels of each pixel before it is merged:
 //   z = (x - mean) * r * w + b;   r = 1 / sqrt(var + eps)       "rms": mean 0, var = mean(x^2)
 // Backward, with xh = (x - mean) * r:
-//   dx = r * (w g - mean(w g) - xh * mean(w g xh));   dw = sum g xh;   db = sum g     "rms": no mean(w g)
+//   dx = r * (w g - mean(w g) - xh * mean(w g xh));   dw = sum g xh;   db = sum g     "rms": no
+//   mean(w g)
 // Mean and r are computed again from x, which backward reads anyway: stored, they would save one of
 // the passes over L1 and cost a tensor.
 //
-// Bytes: every element once read, once written. 13 tiles x 1024 tokens x 1024 channels of float32 are
-// 109 MB, which torch's copy moves ...
+// Bytes: every element once read, once written. 13 tiles x 1024 tokens x 1024 channels of float32
+// are 109 MB, which torch's copy moves ...
 //
 // "yxc" moves runs of f * C channels. Rows that are normed are read from memory once, and again for
 // each pass from L1, or from L2 where K is beyond some thousand channels. Everything is done in the
-// dtype's own bits but for the arithmetic, which is float32 and rounded once; "cyx" permutes bits, in
-// registers for factor 2, before or after the arithmetic.
+// dtype's own bits but for the arithmetic, which is float32 and rounded once; "cyx" permutes bits,
+// in registers for factor 2, before or after the arithmetic.
 #pragma once
 
 #if defined(__SSE2__)
@@ -32,8 +33,8 @@ namespace {
 
 constexpr int64_t kMaxBlock = kMaxFactor * kMaxFactor;
 
-// Stores that leave the caches alone, for what is larger than they are: memory is not read before it
-// is overwritten. `to` is aligned.
+// Stores that leave the caches alone, for what is larger than they are: memory is not read before
+// it is overwritten. `to` is aligned.
 VLMOPS_INLINE void stream(void* to, const Vec<uint8_t, kVectorBytes>& v) {
 #if defined(__AVX512F__)
   _mm512_stream_si512(static_cast<__m512i*>(to), bit_cast<__m512i>(v));
@@ -168,9 +169,8 @@ inline void merge(const Params& p, Order order, const Block<const T>& from, int6
     using V = Vec<U, lanes>;
     const bool streamed = streams && aligned(to);
     for (; k + lanes <= c; k += lanes) {
-      const auto at = [&](int i) VLMOPS_INLINED {
-        return *reinterpret_cast<const V*>(from.pixel[i] + k);
-      };
+      const auto at = [&](int i)
+                          VLMOPS_INLINED { return *reinterpret_cast<const V*>(from.pixel[i] + k); };
       const auto even = zip<U, lanes>(at(0), at(2)), odd = zip<U, lanes>(at(1), at(3));
       const auto low = zip<U, lanes>(even.first, odd.first);
       const auto high = zip<U, lanes>(even.second, odd.second);
@@ -237,7 +237,8 @@ inline void split(const Params& p, Order order, const T* from, int64_t stride, c
 }
 
 // How kStep elements that lie side by side come into float vectors, and where the weights of a norm
-// lie for them. bfloat16 comes two channels to a word (simd.h) where rows have whole vectors of them.
+// lie for them. bfloat16 comes two channels to a word (simd.h) where rows have whole vectors of
+// them.
 template <class T, bool kWords>
 struct Access {
   static constexpr int kVectors = 1, kStep = kFloats;
@@ -271,9 +272,7 @@ struct Access<bfloat16, true> {
     store_even_odd<kFloats>(reinterpret_cast<bfloat16*>(&word), x.v[0], x.v[1]);
     stream(p, word);
   }
-  static int64_t place(int64_t k) {
-    return k / kStep * kStep + k % 2 * kFloats + k % kStep / 2;
-  }
+  static int64_t place(int64_t k) { return k / kStep * kStep + k % 2 * kFloats + k % kStep / 2; }
 };
 
 // Elements that are normed together: `count` runs of `length` that lie side by side.
@@ -370,8 +369,8 @@ struct Statistics {
   float mean, scale, shift;
 };
 
-// From sums over n of (x - mean) and its square. What the float32 mean lacks is shifted: where it is
-// large, its last bit is not small beside the deviations.
+// From sums over n of (x - mean) and its square. What the float32 mean lacks is shifted: where it
+// is large, its last bit is not small beside the deviations.
 inline Statistics statistics_of(const Params& p, float mean, float sum, float squares, int64_t n) {
   const double count = static_cast<double>(n);
   const double rest = p.norm == Norm::kLayer ? sum / count : 0.0;
@@ -404,7 +403,7 @@ inline Statistics statistics(const Params& p, const Runs<const S>& x) {
 struct Scratch {
   float *weight, *bias, *weight_grad, *bias_grad, *first, *second, *third, *fourth;
   int64_t normed;
-  bool words;      // of weights
+  bool words;  // of weights
   bool has_bias;
 
   Scratch(const Params& p, float* memory) : normed(p.normed()) {
@@ -456,18 +455,17 @@ template <class A, bool kBias, class S, class T>
 inline void write_normed(Statistics by, const Scratch& s, const Runs<const S>& x, T* y,
                          bool streams) {
   const bool streamed = streams && aligned(y) && (x.length * sizeof(T)) % kVectorBytes == 0;
-  each_step<A>(x.count, x.length,
-               [&](A a, int64_t r, int64_t i, int64_t at, int) VLMOPS_INLINED {
-                 auto values = a.read(x.run[r] + i);
-                 for (int v = 0; v < A::kVectors; ++v) {
-                   auto& u = values.v[v];
-                   const int64_t place = at + v * kFloats;
-                   u = ((u - by.mean) * by.scale + by.shift) * load<kFloats>(s.weight + place);
-                   if constexpr (kBias) u += load<kFloats>(s.bias + place);
-                 }
-                 using To = Access<T, (A::kVectors > 1)>;
-                 To::write(y + at, bit_cast<typename To::Values>(values), streamed);
-               });
+  each_step<A>(x.count, x.length, [&](A a, int64_t r, int64_t i, int64_t at, int) VLMOPS_INLINED {
+    auto values = a.read(x.run[r] + i);
+    for (int v = 0; v < A::kVectors; ++v) {
+      auto& u = values.v[v];
+      const int64_t place = at + v * kFloats;
+      u = ((u - by.mean) * by.scale + by.shift) * load<kFloats>(s.weight + place);
+      if constexpr (kBias) u += load<kFloats>(s.bias + place);
+    }
+    using To = Access<T, (A::kVectors > 1)>;
+    To::write(y + at, bit_cast<typename To::Values>(values), streamed);
+  });
   each_left<A>(x.count, x.length, [&](int64_t r, int64_t i, int64_t at) VLMOPS_INLINED {
     float u = ((one(x.run[r] + i) - by.mean) * by.scale + by.shift) * s.weight[at];
     if constexpr (kBias) u += s.bias[at];
@@ -534,24 +532,21 @@ inline void norm_backward_row(const Params& p, const Scratch& s, bool weight_gra
   const bool needs_dx = dx.count != 0;
   bool streamed = streams && (x.length * sizeof(S)) % kVectorBytes == 0;
   for (int64_t r = 0; r < dx.count; ++r) streamed = streamed && aligned(dx.run[r]);
-  each_step<A>(x.count, x.length,
-               [&](A a, int64_t r, int64_t i, int64_t at, int) VLMOPS_INLINED {
-                 auto xs = a.read(x.run[r] + i);
-                 const auto gs = gradient(at);
-                 for (int v = 0; v < A::kVectors; ++v) {
-                   const int64_t place = at + v * kFloats;
-                   const auto xh = (xs.v[v] - mean) * by.scale + by.shift;
-                   if (weight_grad) {
-                     store<kFloats>(s.weight_grad + place,
-                                    load<kFloats>(s.weight_grad + place) + gs.v[v] * xh);
-                     store<kFloats>(s.bias_grad + place,
-                                    load<kFloats>(s.bias_grad + place) + gs.v[v]);
-                   }
-                   const auto wg = gs.v[v] * load<kFloats>(s.weight + place);
-                   xs.v[v] = (wg - mean_wg - xh * mean_along) * by.scale;
-                 }
-                 if (needs_dx) a.write(dx.run[r] + i, xs, streamed);
-               });
+  each_step<A>(x.count, x.length, [&](A a, int64_t r, int64_t i, int64_t at, int) VLMOPS_INLINED {
+    auto xs = a.read(x.run[r] + i);
+    const auto gs = gradient(at);
+    for (int v = 0; v < A::kVectors; ++v) {
+      const int64_t place = at + v * kFloats;
+      const auto xh = (xs.v[v] - mean) * by.scale + by.shift;
+      if (weight_grad) {
+        store<kFloats>(s.weight_grad + place, load<kFloats>(s.weight_grad + place) + gs.v[v] * xh);
+        store<kFloats>(s.bias_grad + place, load<kFloats>(s.bias_grad + place) + gs.v[v]);
+      }
+      const auto wg = gs.v[v] * load<kFloats>(s.weight + place);
+      xs.v[v] = (wg - mean_wg - xh * mean_along) * by.scale;
+    }
+    if (needs_dx) a.write(dx.run[r] + i, xs, streamed);
+  });
   each_left<A>(x.count, x.length, [&](int64_t r, int64_t i, int64_t at) VLMOPS_INLINED {
     const float xh = (one(x.run[r] + i) - mean) * by.scale + by.shift, grad = one(g + at);
     if (weight_grad) {
@@ -569,8 +564,7 @@ inline void norm_backward_any_row(const Params& p, const Scratch& s, bool weight
                                   const Runs<const S>& x, const G* g, const Runs<S>& dx,
                                   bool streams) {
   if constexpr (__is_same(S, bfloat16)) {
-    if (s.words)
-      return norm_backward_row<Access<S, true>>(p, s, weight_grad, x, g, dx, streams);
+    if (s.words) return norm_backward_row<Access<S, true>>(p, s, weight_grad, x, g, dx, streams);
   }
   norm_backward_row<Access<S, false>>(p, s, weight_grad, x, g, dx, streams);
 }
