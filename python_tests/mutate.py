@@ -244,7 +244,9 @@ MUTATIONS = {
         "ops/hd_transform/hd_transform_cpu.h", "row = p.prefix + (static_cast<int64_t>(s.y)",
         "row = (static_cast<int64_t>(s.y)"),
     "crops: sums for means": (
-        "ops/hd_transform/hd_transform_cpu.h", "sum * p.scale", "sum"),
+        "ops/hd_transform/hd_transform_cpu.h", "sum * scale", "sum"),
+    "crops: sums for means (bfloat16)": (
+        "ops/hd_transform/hd_transform_cpu.h", "even * p.scale", "even"),
     "crops: images beyond one launch": (
         "ops/hd_transform/hd_transform.cpp", "image.token -= first.token;", ""),
     "crops: let columns beyond them through": (

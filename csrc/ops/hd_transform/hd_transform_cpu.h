@@ -68,19 +68,41 @@ inline void merge(const Params& p, const Image& image, const Source& s, const Wo
   }
 }
 
+// The mean of count rows, `stride` between channels, from element i on.
+template <int N, class T>
+VLMOPS_INLINE void average_lanes(const T* const* rows, int count, int64_t stride, float scale,
+                                 int64_t i, T* to) {
+  Vec<float, N> sum = {};
+  for (int r = 0; r < count; ++r) sum += gather<N>(rows[r] + i * stride, stride);
+  store<N>(to + i, sum * scale);
+}
+
 template <class T>
 inline void average(const Params& p, const Image& image, const Source& s, const T* features,
                     T* to) {
-  by_vectors(p.channels, [&](auto lanes, int64_t i) VLMOPS_INLINED {
-    constexpr int n = decltype(lanes)::value;
-    Vec<float, n> sum = {};
-    for (int dy = 0; dy < p.factor; ++dy) {
-      const T* from = features + run_of(p, image, s, dy) + i * p.channel_stride;
-      for (int dx = 0; dx < p.factor; ++dx)
-        sum += gather<n>(from + dx * p.pixel_stride, p.channel_stride);
+  const T* rows[kMaxFactor * kMaxFactor];
+  const int count = p.block();
+  for (int dy = 0; dy < p.factor; ++dy) {
+    const T* from = features + run_of(p, image, s, dy);
+    for (int dx = 0; dx < p.factor; ++dx) rows[dy * p.factor + dx] = from + dx * p.pixel_stride;
+  }
+  const int64_t n = p.channels, stride = p.channel_stride;
+  int64_t i = 0;
+  if (stride == 1) {
+    if constexpr (__is_same(T, bfloat16)) {
+      for (; i + 2 * kFloats <= n; i += 2 * kFloats) {
+        Vec<float, kFloats> even = {}, odd = {};
+        for (int r = 0; r < count; ++r) {
+          const auto x = load_even_odd<kFloats>(rows[r] + i);
+          even += x.even;
+          odd += x.odd;
+        }
+        store_even_odd<kFloats>(to + i, even * p.scale, odd * p.scale);
+      }
     }
-    store<n>(to + i, sum * p.scale);
-  });
+    for (; i + kFloats <= n; i += kFloats) average_lanes<kFloats>(rows, count, 1, p.scale, i, to);
+  }
+  for (; i < n; ++i) average_lanes<1>(rows, count, stride, p.scale, i, to);
 }
 
 // f(image, row) for rows [begin, end), whose images begin at `first`.
