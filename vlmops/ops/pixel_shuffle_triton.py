@@ -272,8 +272,9 @@ def norm_backward_kernel(
     if p_weight is not None:
         b_w = b_w + offset
     b_of_weight, b_of_bias = tl.zeros([BK], tl.float32), tl.zeros([BK], tl.float32)
-    for i_one in range(tl.program_id(0), n_rows, tl.num_programs(0)):
-        i_line = i_one.to(tl.int64)  # type: ignore[attr-defined]
+    i_first = tl.program_id(0).to(tl.int64)
+    for i_turn in range(0, (n_rows - i_first + tl.num_programs(0) - 1) // tl.num_programs(0)):
+        i_line = i_first + i_turn * tl.num_programs(0)
         i_token, i_pixel = (
             (i_line // n_block, i_line % n_block) if CHANNEL else (i_line, i_line * 0)
         )
