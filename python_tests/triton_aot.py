@@ -25,8 +25,15 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from vlmops.ops import hd_transform_triton, mlp_projector_triton, mrope_triton, patch_embed_triton
+from vlmops.ops import (
+    hd_transform_triton,
+    mlp_projector_triton,
+    mrope_triton,
+    patch_embed_triton,
+    pixel_shuffle_triton,
+)
 from vlmops.ops.patch_embed import Position, arguments
+from vlmops.ops.pixel_shuffle import Options
 
 ARCHITECTURES = (80, 90, 100, 120)
 SHARED = 99 * 1024  # what a block may have on sm_86, 89 and 120; on the others it is more
@@ -246,9 +253,73 @@ def hd_transform_calls():
     }  # fmt: skip
 
 
+def shuffled(tiles=13, channels=1024, dtype=torch.bfloat16, vectors=0, grid=None, **options):
+    """The arguments of the op, for tiles of 32 x 32 or a packed grid."""
+    shape = (tiles, 1024, channels) if grid is None else (grid[0] * grid[1], channels)
+    vector = torch.empty(vectors, dtype=dtype) if vectors else None
+    if grid is not None:
+        options |= {"layout": "packed", "grid_hw": list(grid)}
+    return torch.empty(shape, dtype=dtype), *Options(vector, vector, **options)
+
+
+_MISTRAL = {"grid": (110, 110), "vectors": 1024, "norm": "rms", "norm_axis": "channel",
+            "order": "cyx"}  # fmt: skip
+
+
+def pixel_shuffle_calls():
+    run = pixel_shuffle_triton
+
+    def budget(kernel, registers, wide, **inputs):
+        call = functools.partial(run.forward, *shuffled(**inputs))
+        return Budget(run, kernel, call, registers, wide)
+
+    x, *options = shuffled(vectors=4096, norm="layer")
+    gradient = functools.partial(run.backward, x.new_empty(13, 256, 4096), x, *options)
+    inverse = functools.partial(run.inverse, x.new_empty(13, 256, 4096))
+    return {
+        "shuffle bf16": budget("shuffle_kernel", 40, 1),
+        "shuffle fp32": budget("shuffle_kernel", 40, 2, dtype=torch.float32),
+        "shuffle cyx bf16": budget("shuffle_kernel", 40, 0, order="cyx"),
+        "shuffle inverse bf16": Budget(run, "shuffle_kernel", inverse, 40, 1),
+        "shuffle layer bf16": budget("norm_kernel", 96, 1, vectors=4096, norm="layer"),
+        "shuffle layer 12800 bf16": budget(
+            "norm_kernel", 128, 1, channels=3200, vectors=12800, norm="layer"),
+        "shuffle mistral3 bf16": budget("norm_quads_kernel", 128, 0, **_MISTRAL),
+        "shuffle layer backward bf16": Budget(run, "norm_backward_kernel", gradient, 168, 1),
+    }  # fmt: skip
+
+
+def pixel_shuffle_keys():
+    """name -> number of compile keys over batches and grids."""
+    run, sizes = pixel_shuffle_triton, (1, 2, 13, 16)
+    grids = [(2, 2), (16, 16), (38, 64), (110, 110)]
+    layer = {"vectors": 4096, "norm": "layer"}
+
+    def forwards(**inputs):
+        return [functools.partial(run.forward, *shuffled(n, **inputs)) for n in sizes]
+
+    def gradient(n):
+        x, *options = shuffled(n, **layer)
+        return functools.partial(run.backward, x.new_empty(n, 256, 4096), x, *options)
+
+    packed = [functools.partial(run.forward, *shuffled(**{**_MISTRAL, "grid": g})) for g in grids]
+    return {
+        "tiles": number_of_keys(run, "shuffle_kernel", forwards()),
+        "tiles, norm": number_of_keys(run, "norm_kernel", forwards(**layer)),
+        "grids": number_of_keys(run, "norm_quads_kernel", packed),
+        "backward": number_of_keys(run, "norm_backward_kernel", [gradient(n) for n in sizes]),
+    }
+
+
 def calls():
     """name -> `Budget`"""
-    calls = (hd_transform_calls, mlp_projector_calls, mrope_calls, patch_embed_calls)
+    calls = (
+        hd_transform_calls,
+        mlp_projector_calls,
+        mrope_calls,
+        patch_embed_calls,
+        pixel_shuffle_calls,
+    )
     return {name: call for of_op in calls for name, call in of_op().items()}
 
 

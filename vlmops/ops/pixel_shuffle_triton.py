@@ -508,7 +508,7 @@ def _norm(pixels: Tensor, merged: Tensor, o: Options) -> None:
             block = triton.next_power_of_2(channels)
             _launch(
                 norm_quads_kernel, (tokens,), pixels.device, *args,
-                C=channels, LAYER=layer, VEC=vector, BC=block, num_warps=_warps(4 * block),
+                C=channels, LAYER=layer, VEC=vector, BC=block, num_warps=_warps(2 * block),
             )  # fmt: skip
             continue
         block = triton.next_power_of_2(_normed(o, channels))

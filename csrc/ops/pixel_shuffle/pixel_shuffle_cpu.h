@@ -13,7 +13,7 @@
 // the passes over L1 and cost a tensor.
 //
 // Bytes: every element once read, once written. 13 tiles x 1024 tokens x 1024 channels of float32
-// are 109 MB, which torch's copy moves ...
+// are 109 MB.
 //
 // "yxc" moves runs of f * C channels. Rows that are normed are read from memory once, and again for
 // each pass from L1, or from L2 where K is beyond some thousand channels. Everything is done in the
