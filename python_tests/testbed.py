@@ -2,6 +2,8 @@
 
 import importlib.util
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -50,3 +52,21 @@ def extra_memory(function):
     events = profile.kineto_results.events()
     sizes = [e.nbytes() for e in events if e.name() == "[memory]"]
     return grown, max(sizes, default=0)
+
+
+def without_interpreter(script):
+    """stdout of a Python process in which Triton compiles for GPUs."""
+    kept = {n: os.environ[n] for n in ("VLMOPS_LIBRARY",) if n in os.environ}
+    run = subprocess.run(
+        [sys.executable, "-c", script],
+        env={
+            "PATH": "/usr/bin:/bin",
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": str(Path(__file__).parent),
+            **kept,
+        },
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return run.stdout

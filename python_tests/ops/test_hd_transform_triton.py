@@ -1,13 +1,10 @@
 """What is special to the HD transform's Triton kernel."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from testbed import HAS_TRITON
+from testbed import HAS_TRITON, without_interpreter
 
 import vlmops
 from vlmops.ops.compare import largest_error, mismatch
@@ -69,22 +66,6 @@ def test_backward_refuses_a_gradient_of_another_shape():
     grad = torch.zeros(3, 96)
     with pytest.raises(RuntimeError, match=r"backend 'triton': grad: expected \[36, 96\] of"):
         torch.ops.vlmops.hd_transform_triton_backward(grad, *given)
-
-
-ENVIRONMENT = {"PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
-
-
-def without_interpreter(script):
-    """stdout of a process in which Triton compiles for GPUs."""
-    kept = {n: os.environ[n] for n in ("VLMOPS_LIBRARY",) if n in os.environ}
-    run = subprocess.run(
-        [sys.executable, "-c", script],
-        env={**ENVIRONMENT, **kept},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return run.stdout
 
 
 def test_no_size_of_a_picture_makes_a_new_compile_key():

@@ -1,13 +1,10 @@
 """What is special to patch embedding's Triton kernels, and to their being interpreted."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from testbed import HAS_TRITON
+from testbed import HAS_TRITON, without_interpreter
 
 import vlmops
 from vlmops.ops.compare import largest_error, mismatch
@@ -165,22 +162,6 @@ def test_the_interpreter_multiplies_bfloat16_as_numbers():
     x, weight = torch.eye(3, 4).bfloat16(), torch.randn(5, 4).bfloat16()
     got = vlmops.patch_embed(x, weight, backend="triton")
     assert torch.equal(got, weight.T[:3])
-
-
-ENVIRONMENT = {"PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
-
-
-def without_interpreter(script):
-    """stdout of a process in which Triton compiles for GPUs."""
-    kept = {n: os.environ[n] for n in ("VLMOPS_LIBRARY",) if n in os.environ}
-    run = subprocess.run(
-        [sys.executable, "-c", script],
-        env={**ENVIRONMENT, **kept},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return run.stdout
 
 
 def test_no_size_of_a_class_makes_a_new_compile_key():
