@@ -32,30 +32,30 @@ demo: setup
 # Suite and seconds that it may take on two slow cores; .ci/suite says what it took. Most of them keep
 # one core busy, so two run at a time; the tools look at the clock and have the machine for themselves.
 test: setup
-	.ci/suite lint 150 $(MAKE) --no-print-directory lint
+	.ci/suite lint 240 $(MAKE) --no-print-directory lint
 	$(MAKE) --no-print-directory -j2 --output-sync=target suite-contract suite-hf
 	$(MAKE) --no-print-directory -j2 --output-sync=target suite-emulator suite-triton
-	.ci/suite nvcc 180 $(BIN)/python bench/gpu_static.py --arch 90
-	.ci/suite tools 420 $(BIN)/python -m pytest -q --ignore=python_tests/ops \
+	.ci/suite nvcc 300 $(BIN)/python bench/gpu_static.py --arch 90
+	.ci/suite tools 600 $(BIN)/python -m pytest -q --ignore=python_tests/ops \
 	  --ignore=python_tests/hf --ignore=python_tests/emulator --ignore=python_tests/test_contract.py
 
 suite-contract:
-	OMP_NUM_THREADS=1 .ci/suite contract 720 $(BIN)/python -m pytest -q python_tests/test_contract.py \
+	OMP_NUM_THREADS=1 .ci/suite contract 1200 $(BIN)/python -m pytest -q python_tests/test_contract.py \
 	  python_tests/ops -k "not triton and not emulator"
 
 # Compiles the emulator first: a minute of processor time.
 suite-emulator:
-	.ci/suite emulator 720 $(BIN)/python -m pytest -q python_tests/emulator \
+	.ci/suite emulator 900 $(BIN)/python -m pytest -q python_tests/emulator \
 	  python_tests/test_contract.py python_tests/ops -k emulator
 
 # The interpreter takes a hundredth of a second a program.
 suite-triton:
-	OMP_NUM_THREADS=1 .ci/suite triton 720 $(BIN)/python -m pytest -q python_tests/test_contract.py \
+	OMP_NUM_THREADS=1 .ci/suite triton 900 $(BIN)/python -m pytest -q python_tests/test_contract.py \
 	  python_tests/ops -k triton
 
 # One thread: the models are tiny, a second one only waits.
 suite-hf:
-	OMP_NUM_THREADS=1 .ci/suite hf 720 $(BIN)/python -m pytest -q python_tests/hf
+	OMP_NUM_THREADS=1 .ci/suite hf 900 $(BIN)/python -m pytest -q python_tests/hf
 
 # Patching with the oldest transformers that vlmops supports and with the newest, each in an
 # environment of its own over .venv.
