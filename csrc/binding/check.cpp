@@ -161,6 +161,12 @@ bool disjoint(const Tensor& first, const Tensor& second, int64_t distance) {
 
 }  // namespace
 
+int64_t bytes_spanned(const Tensor& tensor) {
+  int64_t last = 0;
+  for (int64_t i = 0; i < tensor.dim(); ++i) last += (tensor.size(i) - 1) * tensor.stride(i);
+  return (last + 1) * static_cast<int64_t>(tensor.element_size());
+}
+
 void Argument::no_overlap_with(const Argument& other) const {
   if (tensor.numel() == 0 || other.tensor.numel() == 0) return;
   const auto mine = reinterpret_cast<intptr_t>(tensor.const_data_ptr());
@@ -176,15 +182,10 @@ void Argument::no_overlap_with(const Argument& other) const {
 
 void Argument::apart_from(const Argument& other) const {
   if (tensor.numel() == 0 || other.tensor.numel() == 0) return;
-  const auto end_of = [](const Tensor& t) {
-    int64_t last = 0;
-    for (int64_t i = 0; i < t.dim(); ++i) last += (t.size(i) - 1) * t.stride(i);
-    return reinterpret_cast<intptr_t>(t.const_data_ptr()) +
-           (last + 1) * static_cast<int64_t>(t.element_size());
-  };
   const auto mine = reinterpret_cast<intptr_t>(tensor.const_data_ptr());
   const auto theirs = reinterpret_cast<intptr_t>(other.tensor.const_data_ptr());
-  if (mine >= end_of(other.tensor) || theirs >= end_of(tensor)) return;
+  if (mine >= theirs + bytes_spanned(other.tensor) || theirs >= mine + bytes_spanned(tensor))
+    return;
   fail(op, name, "expected memory of its own, since ", other.name,
        " is read while it is written, got one that may overlap ", other.name, "; clone it first");
 }

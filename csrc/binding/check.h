@@ -34,6 +34,9 @@ const char* describe(ScalarType dtype);
 // "cpu", "cuda:0"
 std::string describe(const torch::stable::Device& device);
 
+// From the first to the last byte of a tensor that is not empty.
+int64_t bytes_spanned(const Tensor& tensor);
+
 // What a tensor is called in messages, and the tensor.
 struct Argument {
   const char* op;

@@ -45,10 +45,7 @@ void check_launch(const CudaKernels& kernels, const char* op, int status) {
 
 void allow(const CudaKernels& kernels, const Tensor& tensor, const char* name, bool read_only) {
   if (kernels.register_buffer == nullptr || tensor.numel() == 0) return;
-  int64_t last = 0;
-  for (int64_t i = 0; i < tensor.dim(); ++i) last += (tensor.size(i) - 1) * tensor.stride(i);
-  kernels.register_buffer(tensor.const_data_ptr(), (last + 1) * tensor.element_size(), name,
-                          read_only);
+  kernels.register_buffer(tensor.const_data_ptr(), bytes_spanned(tensor), name, read_only);
 }
 
 }  // namespace vlmops

@@ -626,11 +626,10 @@ def inverse(
     order: str = "yxc",
 ) -> Tensor:
     """``vlmops::pixel_shuffle_triton_inverse``: the compiled op knows what to refuse, and how."""
-    shape = torch.ops.vlmops.pixel_shuffle_inverse_shape(
+    pixels: Tensor = torch.ops.vlmops.pixel_shuffle_inverse_empty(
         hidden_states, factor, layout, grid_hw, order
     )
     o = Options(None, None, factor, layout, grid_hw, order)
-    _refuse(o, shape[-1], hidden_states)
-    pixels = hidden_states.new_empty(shape)
+    _refuse(o, pixels.shape[-1], hidden_states)
     _move(pixels, hidden_states, o, inverse=True)
     return pixels

@@ -1,11 +1,9 @@
 // The only file of the HD transform that knows torch: schema, checks, Tensor -> Params,
 // registration.
-#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
-#include <cmath>
 #include <limits>
 #include <optional>
 #include <string>
@@ -13,7 +11,8 @@
 #include <vector>
 
 #include "binding/check.h"
-#include "binding/cuda.h"
+#include "binding/launch.h"
+#include "binding/numbers.h"
 #include "binding/parallel.h"
 #include "common/cpu_kernels.h"
 
@@ -24,10 +23,10 @@ using Sizes = std::vector<int64_t>;
 
 struct Options {
   const char* op;
-  Sizes crop_grids;  // rows and columns of each picture's crops
-  Sizes valid_hw;    // rows and columns of tokens that are kept of each picture; empty: all
+  const Sizes& crop_grids;  // rows and columns of each picture's crops
+  const Sizes& valid_hw;    // rows and columns of tokens that are kept of each picture; empty: all
   int64_t factor;
-  std::string reduction, order;
+  const std::string &reduction, &order;
   int64_t skip_prefix;
 };
 
@@ -36,13 +35,6 @@ struct Work {
   Params p;
   std::vector<Image> images;
 };
-
-int64_t square_root(int64_t n) {
-  auto root = static_cast<int64_t>(std::sqrt(static_cast<double>(n)));
-  while (root * root > n) --root;
-  while ((root + 1) * (root + 1) <= n) ++root;
-  return root;
-}
 
 // Tokens on a side of a crop, for features [.., N, C].
 int side_of(const Options& o, const Argument& features) {
@@ -179,26 +171,6 @@ const char* shifted(const void* p, int64_t elements, const Params& params) {
   return shifted(const_cast<void*>(p), elements, params);
 }
 
-// What runs on this tensor's device.
-struct Device {
-  const CudaKernels* kernels;  // null: the CPU's
-  void* stream = nullptr;
-  std::optional<torch::stable::accelerator::DeviceGuard> guard;
-
-  explicit Device(const Tensor& tensor) : kernels(launchers_for(tensor)) {
-    if (kernels == nullptr) return;
-    stream = stream_of(tensor);
-    if (is_on_gpu(tensor)) guard.emplace(tensor.device().index());
-    if (kernels->register_buffer != nullptr) kernels->register_buffer(nullptr, 0, nullptr, false);
-  }
-  void reads(const Tensor& t, const char* name) const {
-    if (kernels != nullptr) allow(*kernels, t, name, true);
-  }
-  void writes(const Tensor& t, const char* name) const {
-    if (kernels != nullptr) allow(*kernels, t, name, false);
-  }
-};
-
 void run_cpu(CpuKernel kernel, const Params& p, int64_t rows, int64_t elements) {
   torch::stable::parallel_for(0, rows, grain(elements),
                               [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
@@ -207,8 +179,8 @@ void run_cpu(CpuKernel kernel, const Params& p, int64_t rows, int64_t elements) 
 // Checks everything; unless kMade the result is left empty.
 template <bool kMade>
 Tensor forward(const Tensor& image_features, const Tensor& newline, const Tensor& separator,
-               Sizes crop_grids, Sizes valid_hw, int64_t factor, std::string reduction,
-               std::string order, int64_t skip_prefix) {
+               const Sizes& crop_grids, const Sizes& valid_hw, int64_t factor,
+               const std::string& reduction, const std::string& order, int64_t skip_prefix) {
   const Options o{"hd_transform", crop_grids, valid_hw, factor, reduction, order, skip_prefix};
   const Argument features{o.op, "image_features", image_features};
   Work work = work_of(o, features);
@@ -222,37 +194,16 @@ Tensor forward(const Tensor& image_features, const Tensor& newline, const Tensor
   all.src = image_features.const_data_ptr();
   all.newline = ends.const_data_ptr();
   all.separator = between.const_data_ptr();
-  const Device device(image_features);
-  device.reads(image_features, "image_features");
-  device.reads(ends, "newline");
-  device.reads(between, "separator");
-  device.writes(out, "the result");
+  const Launch launch(o.op, image_features);
+  launch.reads(image_features, "image_features");
+  launch.reads(ends, "newline");
+  launch.reads(between, "separator");
+  launch.writes(out, "the result");
   each_part(work, [&](Params& p, const Image& first) {
     p.dst = shifted(out.mutable_data_ptr(), first.token * depth, p);
-    if (device.kernels == nullptr) return run_cpu(cpu_kernels().hd_transform, p, p.tokens, depth);
-    check_launch(*device.kernels, o.op, device.kernels->hd_transform(p, device.stream));
+    if (launch.kernels == nullptr) return run_cpu(cpu_kernels().hd_transform, p, p.tokens, depth);
+    launch.run(&CudaKernels::hd_transform, p);
   });
-  return out;
-}
-
-// sums [K] in the shape and dtype of a learned row.
-Tensor gradient_of(const Tensor& learned, const double* sums) {
-  const Sizes shape(learned.sizes().begin(), learned.sizes().end());
-  Tensor out = torch::stable::new_empty(learned, shape);
-  void* p = out.mutable_data_ptr();
-  for (int64_t i = 0; i < out.numel(); ++i) {
-    const auto value = static_cast<float>(sums[i]);
-    switch (out.scalar_type()) {
-      case ScalarType::BFloat16:
-        static_cast<torch::headeronly::BFloat16*>(p)[i] = value;
-        break;
-      case ScalarType::Half:
-        static_cast<torch::headeronly::Half*>(p)[i] = value;
-        break;
-      default:
-        static_cast<float*>(p)[i] = value;
-    }
-  }
   return out;
 }
 
@@ -271,10 +222,11 @@ std::vector<double> sums_on_cpu(const Work& work) {
 
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& image_features,
                                             const Tensor& newline, const Tensor& separator,
-                                            Sizes crop_grids, Sizes valid_hw, int64_t factor,
-                                            std::string reduction, std::string order,
-                                            int64_t skip_prefix, bool needs_features,
-                                            bool needs_newline, bool needs_separator) {
+                                            const Sizes& crop_grids, const Sizes& valid_hw,
+                                            int64_t factor, const std::string& reduction,
+                                            const std::string& order, int64_t skip_prefix,
+                                            bool needs_features, bool needs_newline,
+                                            bool needs_separator) {
   const Options o{
       "hd_transform_backward", crop_grids, valid_hw, factor, reduction, order, skip_prefix};
   const Argument features{o.op, "image_features", image_features}, upstream{o.op, "grad", grad};
@@ -296,34 +248,32 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& im
   all.src = grad.const_data_ptr();
   all.token_stride = grad.stride(0);
   all.token_channel_stride = grad.stride(1);
-  const Device device(grad);
+  const Launch launch(o.op, grad);
   if (out.numel() != 0) {
-    device.reads(grad, "grad");
-    device.writes(out, "the gradient of image_features");
+    launch.reads(grad, "grad");
+    launch.writes(out, "the gradient of image_features");
     each_part(work, [&](Params& p, const Image& first) {
       p.src = shifted(p.src, first.token * p.token_stride, p);
       p.dst = shifted(out.mutable_data_ptr(), first.pixel * p.channels, p);
-      if (device.kernels == nullptr)
+      if (launch.kernels == nullptr)
         return run_cpu(cpu_kernels().hd_transform_backward, p, p.pixels, p.channels);
-      check_launch(*device.kernels, o.op, device.kernels->hd_transform_backward(p, device.stream));
+      launch.run(&CudaKernels::hd_transform_backward, p);
     });
   }
   if (!needs_newline && !needs_separator) return {out, of_newline, of_separator};
-  if (device.kernels == nullptr) {
+  if (launch.kernels == nullptr) {
     const std::vector<double> sums = sums_on_cpu(work);
-    if (needs_newline) of_newline = gradient_of(newline, sums.data());
-    if (needs_separator) of_separator = gradient_of(separator, sums.data() + depth);
+    if (needs_newline) of_newline = rounded_like(newline, sums.data());
+    if (needs_separator) of_separator = rounded_like(separator, sums.data() + depth);
     return {out, of_newline, of_separator};
   }
   Tensor sums = torch::stable::new_zeros(grad, Sizes{2, depth}, ScalarType::Float);
-  device.reads(grad, "grad");
-  device.writes(sums, "the gradients of newline and separator");
+  launch.reads(grad, "grad");
+  launch.writes(sums, "the gradients of newline and separator");
   if (depth != 0) {
     each_part(work, [&](Params& p, const Image& first) {
       p.src = shifted(p.src, first.token * p.token_stride, p);
-      check_launch(*device.kernels, o.op,
-                   device.kernels->hd_transform_sums(
-                       p, static_cast<float*>(sums.mutable_data_ptr()), device.stream));
+      launch.run(&CudaKernels::hd_transform_sums, p, static_cast<float*>(sums.mutable_data_ptr()));
     });
   }
   const auto take = [&](const Tensor& learned, int64_t row) {

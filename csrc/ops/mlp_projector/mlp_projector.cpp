@@ -1,18 +1,18 @@
 // The only file of the projector that knows torch: schemas, checks, Tensor -> Params, registration.
 // The op is put together in Python (vlmops/ops/mlp_projector_steps.py), since its products are
 // torch's; here is what comes before, between and after them.
-#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <limits>
 #include <optional>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
 #include "binding/check.h"
-#include "binding/cuda.h"
+#include "binding/launch.h"
 #include "binding/parallel.h"
 #include "common/cpu_kernels.h"
 
@@ -110,29 +110,6 @@ void check(const Tensor& x, const Tensor& fc1_weight, const OptionalTensor& fc1_
     fail(kOp, "norm_offset", "expected a finite number, got ", norm_offset);
 }
 
-// What a launch may touch and where it goes; on the CPU nothing.
-struct Launch {
-  const CudaKernels* kernels;
-  const Tensor& on;
-  std::optional<torch::stable::accelerator::DeviceGuard> guard;
-
-  explicit Launch(const Tensor& t) : kernels(launchers_for(t)), on(t) {
-    if (kernels == nullptr) return;
-    if (is_on_gpu(t)) guard.emplace(t.device().index());
-    if (kernels->register_buffer != nullptr) kernels->register_buffer(nullptr, 0, nullptr, false);
-  }
-  void reads(const Tensor& t, const char* name) const { allow(*kernels, t, name, true); }
-  void reads(const OptionalTensor& t, const char* name) const {
-    if (t.has_value()) reads(*t, name);
-  }
-  void writes(const Tensor& t, const char* name) const { allow(*kernels, t, name, false); }
-
-  template <class Params>
-  void run(int (*CudaKernels::*kernel)(const Params&, void*), const Params& p) const {
-    check_launch(*kernels, kOp, (kernels->*kernel)(p, stream_of(on)));
-  }
-};
-
 // Contiguous [n], or null; float32 for the CPU's kernels.
 struct KeptRow {
   OptionalTensor tensor;
@@ -165,7 +142,7 @@ Tensor norm(const Tensor& x, const std::string& kind, const OptionalTensor& weig
   Norm p = norm_of(x, kind, w, b, eps, offset);
   Tensor out = torch::stable::new_empty(x, Sizes{p.rows, p.width});
   p.out = out.mutable_data_ptr();
-  const Launch launch(x);
+  const Launch launch(kOp, x);
   if (launch.kernels != nullptr) {
     launch.reads(x, "x");
     launch.reads(w.tensor, "norm_weight");
@@ -191,9 +168,10 @@ float* floats(Tensor& t, bool needed) {
 
 // Writes the gradient of x, where grad_x is given; on the CPU it may be grad itself. Returns parts
 // of the gradients of weight and bias, which add up to them; empty where they are not asked for.
-std::vector<Tensor> norm_backward(const Tensor& grad, const Tensor& x, const std::string& kind,
-                                  const OptionalTensor& weight, double eps, double offset,
-                                  OptionalTensor grad_x, bool needs_weight, bool needs_bias) {
+std::tuple<Tensor, Tensor> norm_backward(const Tensor& grad, const Tensor& x,
+                                         const std::string& kind, const OptionalTensor& weight,
+                                         double eps, double offset, OptionalTensor grad_x,
+                                         bool needs_weight, bool needs_bias) {
   const KeptRow w{"norm_weight", weight}, none{"norm_bias", std::nullopt};
   Norm p = norm_of(x, kind, w, none, eps, offset);
   p.grad = grad.const_data_ptr();
@@ -201,7 +179,7 @@ std::vector<Tensor> norm_backward(const Tensor& grad, const Tensor& x, const std
   Tensor weight_sums = sums_like(x, needs_weight), bias_sums = sums_like(x, needs_bias);
   p.weight_sums = floats(weight_sums, needs_weight);
   p.bias_sums = floats(bias_sums, needs_bias);
-  const Launch launch(x);
+  const Launch launch(kOp, x);
   if (launch.kernels != nullptr) {
     Tensor scales = torch::stable::new_empty(x, Sizes{p.rows, 2}, ScalarType::Float);
     p.scales = floats(scales, true);
@@ -237,7 +215,7 @@ void activate(const Tensor& hidden, const OptionalTensor& gate, const std::strin
               Tensor out) {
   Activate p = activate_of(hidden, gate, activation);
   p.out = out.mutable_data_ptr();
-  const Launch launch(hidden);
+  const Launch launch(kOp, hidden);
   if (launch.kernels != nullptr) {
     if (p.out != p.hidden) launch.reads(hidden, "the hidden layer");
     launch.reads(gate, "the gate");
@@ -252,10 +230,10 @@ void activate(const Tensor& hidden, const OptionalTensor& gate, const std::strin
 
 // Writes the gradient of hidden, which may lie where grad does. Returns that of gate, the activated
 // layer, and parts of the sums of both gradients; empty where they are not asked for.
-std::vector<Tensor> activate_backward(const Tensor& grad, const Tensor& hidden,
-                                      const OptionalTensor& gate, const std::string& activation,
-                                      Tensor grad_hidden, bool needs_out, bool needs_hidden_sums,
-                                      bool needs_gate_sums) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> activate_backward(
+    const Tensor& grad, const Tensor& hidden, const OptionalTensor& gate,
+    const std::string& activation, Tensor grad_hidden, bool needs_out, bool needs_hidden_sums,
+    bool needs_gate_sums) {
   Activate p = activate_of(hidden, gate, activation);
   p.grad = grad.const_data_ptr();
   const Sizes whole{p.rows, p.width}, nothing{0, p.width};
@@ -270,7 +248,7 @@ std::vector<Tensor> activate_backward(const Tensor& grad, const Tensor& hidden,
   p.out = needs_out ? out.mutable_data_ptr() : nullptr;
   p.hidden_sums = floats(hidden_sums, needs_hidden_sums);
   p.gate_sums = floats(gate_sums, needs_gate_sums);
-  const Launch launch(hidden);
+  const Launch launch(kOp, hidden);
   if (launch.kernels != nullptr) {
     if (p.grad_hidden != p.grad) launch.reads(grad, "the gradient");
     launch.reads(hidden, "the hidden layer");
@@ -312,13 +290,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(vlmops, m) {
       "offset) -> Tensor");
   m.def(
       "mlp_projector_norm_backward(Tensor grad, Tensor x, str norm, Tensor? weight, float eps, "
-      "float offset, Tensor(a!)? grad_x, bool needs_weight, bool needs_bias) -> Tensor[]");
+      "float offset, Tensor(a!)? grad_x, bool needs_weight, bool needs_bias) -> (Tensor, Tensor)");
   m.def(
       "mlp_projector_activate(Tensor hidden, Tensor? gate, str activation, Tensor(a!) out) -> ()");
   m.def(
       "mlp_projector_activate_backward(Tensor grad, Tensor hidden, Tensor? gate, str activation, "
       "Tensor(a!) grad_hidden, bool needs_out, bool needs_hidden_sums, bool needs_gate_sums) -> "
-      "Tensor[]");
+      "(Tensor, Tensor, Tensor, Tensor)");
 }
 
 #define VLMOPS_MLP_PROJECTOR_IMPL(m)                                                       \

@@ -1,7 +1,6 @@
 // The only file of patch embedding that knows torch: schemas, checks, Tensor -> Params,
 // registration. The op is put together in Python (vlmops/ops/patch_embed_panels.py), since its
 // products are torch's; here is what comes before and after them, and what one kernel does alone.
-#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -12,7 +11,7 @@
 #include <vector>
 
 #include "binding/check.h"
-#include "binding/cuda.h"
+#include "binding/launch.h"
 #include "binding/parallel.h"
 #include "common/cpu_kernels.h"
 
@@ -437,15 +436,17 @@ void each_part(const Groups& groups, int64_t begin, int64_t end, const F& f) {
   }
 }
 
-void allow_everything(const CudaKernels& kernels, const Pixels& x, const Surroundings& o,
-                      const Kept& kept, Tensor& out) {
-  if (kernels.register_buffer == nullptr) return;
-  kernels.register_buffer(nullptr, 0, nullptr, false);
-  for (const Tensor& t : x.values) allow(kernels, t, "pixel_values", true);
-  if (x.map.has_value()) allow(kernels, *x.map, "pixel_map", true);
-  for (const Tensor& t : kept.tensors) allow(kernels, t, "weight, bias, prefix or norm", true);
-  for (const Tensor& t : o.positions) allow(kernels, t, "positions", true);
-  allow(kernels, out, "the result", false);
+void allow_pixels(const Launch& on, const Pixels& x) {
+  for (const Tensor& t : x.values) on.reads(t, "pixel_values");
+  on.reads(x.map, "pixel_map");
+}
+
+void allow_everything(const Launch& on, const Pixels& x, const Surroundings& o, const Kept& kept,
+                      Tensor& out) {
+  allow_pixels(on, x);
+  for (const Tensor& t : kept.tensors) on.reads(t, "weight, bias, prefix or norm");
+  for (const Tensor& t : o.positions) on.reads(t, "positions");
+  on.writes(out, "the result");
 }
 
 // The whole op on a GPU, or on the emulated one.
@@ -455,14 +456,11 @@ Tensor launch(const Pixels& x, const Surroundings& o) {
   surround(o, groups, true, kept);
   Tensor out = result_of(groups, o);
   point_to(groups, out);
-  const CudaKernels* kernels = launchers_for(o.weight);
-  if (kernels == nullptr)
+  const Launch on(kOp, o.weight);
+  if (on.kernels == nullptr)
     fail(kOp, "weight", "expected on a GPU, got ", describe(o.weight.device()));
-  allow_everything(*kernels, x, o, kept, out);
-  std::optional<torch::stable::accelerator::DeviceGuard> guard;
-  if (is_on_gpu(o.weight)) guard.emplace(o.weight.device().index());
-  for (const Params& p : groups.all)
-    check_launch(*kernels, kOp, kernels->patch_embed(p, stream_of(o.weight)));
+  allow_everything(on, x, o, kept, out);
+  for (const Params& p : groups.all) on.run(&CudaKernels::patch_embed, p);
   return out;
 }
 
@@ -497,24 +495,16 @@ Tensor pack(const std::vector<Tensor>& pixel_values, const Tensor& weight,
          begin, ", ", end);
   const int64_t depth = groups.all.empty() ? 0 : groups.all[0].depth;
   const DType to = dtype_of(dtype, "dtype");
-  const CudaKernels* const kernels = launchers_for(weight);
-  const int64_t columns = kernels == nullptr ? depth : std::max(pitch, depth);
+  const Launch on("patch_embed_pack", weight);
+  const int64_t columns = on.kernels == nullptr ? depth : std::max(pitch, depth);
   Tensor panel = torch::stable::new_empty(weight, Sizes{end - begin, columns}, dtype);
   auto* data = static_cast<char*>(panel.mutable_data_ptr());
   const int64_t row_bytes = columns * panel.element_size();
-  if (kernels != nullptr) {
-    if (kernels->register_buffer != nullptr) {
-      kernels->register_buffer(nullptr, 0, nullptr, false);
-      for (const Tensor& t : pixel_values) allow(*kernels, t, "pixel_values", true);
-      if (pixel_map.has_value()) allow(*kernels, *pixel_map, "pixel_map", true);
-      allow(*kernels, panel, "the panel", false);
-    }
-    std::optional<torch::stable::accelerator::DeviceGuard> guard;
-    if (is_on_gpu(weight)) guard.emplace(weight.device().index());
+  if (on.kernels != nullptr) {
+    allow_pixels(on, x);
+    on.writes(panel, "the panel");
     each_part(groups, begin, end, [&](const Params& p, int64_t from, int64_t until, int64_t done) {
-      check_launch(*kernels, "patch_embed_pack",
-                   kernels->patch_embed_pack(p, from, until, data + done * row_bytes, columns, to,
-                                             stream_of(weight)));
+      on.run(&CudaKernels::patch_embed_pack, p, from, until, data + done * row_bytes, columns, to);
     });
     return panel;
   }
@@ -546,14 +536,13 @@ void finish(Tensor out, const Tensor& product, int64_t begin,
   const auto* data = static_cast<const char*>(product.const_data_ptr());
   const int64_t channels = weight.size(0), stride = product.stride(0);
   const int64_t row_bytes = stride * product.element_size();
-  if (const CudaKernels* kernels = launchers_for(weight)) {
+  const Launch on(kOp, weight);
+  if (on.kernels != nullptr) {
     const Pixels x{pixel_values, weight, pixel_map, listed, channels_last, image_sizes};
     const Surroundings o{weight, bias,        norm,      norm_weight,    norm_bias, norm_eps,
                          prefix, prefix_last, positions, position_kinds, dtype};
-    allow_everything(*kernels, x, o, kept, out);
-    allow(*kernels, product, "the product", true);
-    std::optional<torch::stable::accelerator::DeviceGuard> guard;
-    if (is_on_gpu(weight)) guard.emplace(weight.device().index());
+    allow_everything(on, x, o, kept, out);
+    on.reads(product, "the product");
     int64_t start = 0;
     const int64_t end = begin + product.size(0);
     for (const Params& p : groups.all) {
@@ -561,10 +550,8 @@ void finish(Tensor out, const Tensor& product, int64_t begin,
       const int64_t from = std::max(begin, start), to = std::min(end, start + rows);
       // The first part of each group brings its prefix.
       if (from < to || (rows == 0 && begin == 0)) {
-        check_launch(*kernels, kOp,
-                     kernels->patch_embed_finish(p, from - start, to - start,
-                                                 data + (from - begin) * row_bytes, type,
-                                                 stream_of(weight)));
+        on.run(&CudaKernels::patch_embed_finish, p, from - start, to - start,
+               data + (from - begin) * row_bytes, type);
       }
       start += rows;
     }

@@ -1,18 +1,18 @@
 // The only file of pixel shuffle that knows torch: schema, checks, Tensor -> Params, registration.
-#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
-#include <cmath>
 #include <limits>
 #include <optional>
 #include <string>
+#include <string_view>
 #include <tuple>
 #include <vector>
 
 #include "binding/check.h"
-#include "binding/cuda.h"
+#include "binding/launch.h"
+#include "binding/numbers.h"
 #include "binding/parallel.h"
 #include "common/cpu_kernels.h"
 
@@ -32,12 +32,12 @@ constexpr int64_t kFreshBytes = 32 << 20;
 struct Options {
   const char* op;
   int64_t factor;
-  std::string layout;  // of pixels: "auto", "grid", "packed" or "blocks"
-  Sizes grid_hw;       // height and width of each image
-  std::string order;
-  std::string norm, norm_axis;
+  std::string_view layout;  // of pixels: "auto", "grid", "packed" or "blocks"
+  const Sizes& grid_hw;     // height and width of each image
+  std::string_view order;
+  std::string_view norm, norm_axis;
   double eps, norm_offset;
-  std::string reduction;
+  std::string_view reduction;
   int64_t skip_prefix;
   bool drop_remainder;
 };
@@ -55,13 +55,6 @@ struct Layout {
   int64_t sequences, tokens;  // B; merged tokens of a sequence
   int64_t channels;           // of a pixel
 };
-
-int64_t square_root(int64_t n) {
-  auto root = static_cast<int64_t>(std::sqrt(static_cast<double>(n)));
-  while (root * root > n) --root;
-  while ((root + 1) * (root + 1) <= n) ++root;
-  return root;
-}
 
 void check_options(const Options& o) {
   if (o.factor < 1 || o.factor > kMaxFactor)
@@ -348,25 +341,14 @@ void each_part(const Work& work, const F& f) {
   }
 }
 
-// Tells the emulator of everything that kernels may touch.
-void allow_all(const CudaKernels& kernels, const Operands& t, const OptionalTensor& weight,
+void allow_all(const Launch& launch, const Operands& t, const OptionalTensor& weight,
                const OptionalTensor& bias) {
-  if (kernels.register_buffer == nullptr) return;
-  kernels.register_buffer(nullptr, 0, nullptr, false);
-  if (t.pixels != nullptr) allow(kernels, *t.pixels, "hidden_states", true);
-  if (t.merged != nullptr) allow(kernels, *t.merged, "merged tokens", true);
-  if (weight.has_value()) allow(kernels, *weight, "norm_weight", true);
-  if (bias.has_value()) allow(kernels, *bias, "norm_bias", true);
-  if (t.pixels_out != nullptr) allow(kernels, *t.pixels_out, "tokens that are written", false);
-  if (t.merged_out != nullptr)
-    allow(kernels, *t.merged_out, "merged tokens that are written", false);
-}
-
-void run_cuda(const CudaKernels& kernels, const char* op, const Work& work, CudaKernel kernel,
-              const Tensor& on) {
-  std::optional<torch::stable::accelerator::DeviceGuard> guard;
-  if (is_on_gpu(on)) guard.emplace(on.device().index());
-  each_part(work, [&](const Params& p) { check_launch(kernels, op, kernel(p, stream_of(on))); });
+  if (t.pixels != nullptr) launch.reads(*t.pixels, "hidden_states");
+  if (t.merged != nullptr) launch.reads(*t.merged, "merged tokens");
+  launch.reads(weight, "norm_weight");
+  launch.reads(bias, "norm_bias");
+  if (t.pixels_out != nullptr) launch.writes(*t.pixels_out, "tokens that are written");
+  if (t.merged_out != nullptr) launch.writes(*t.merged_out, "merged tokens that are written");
 }
 
 void run_cpu(const Work& work, CpuKernel kernel) {
@@ -480,40 +462,43 @@ Tensor shuffle(const Options& o, const Tensor& hidden_states, const OptionalTens
   Tensor out = given != nullptr ? *given : torch::stable::new_empty(hidden_states, c.shape);
   const Operands operands{&hidden_states, nullptr, nullptr, &out};
   const Work work = work_of(o, c.layout, c.params, operands, given == nullptr);
-  if (const CudaKernels* kernels = launchers_for(hidden_states)) {
-    allow_all(*kernels, operands, weight, bias);
-    run_cuda(*kernels, o.op, work, kernels->pixel_shuffle, hidden_states);
+  const Launch launch(o.op, hidden_states);
+  if (launch.kernels != nullptr) {
+    allow_all(launch, operands, weight, bias);
+    each_part(work, [&](const Params& p) { launch.run(&CudaKernels::pixel_shuffle, p); });
   } else {
     run_cpu(work, cpu_kernels().pixel_shuffle);
   }
   return out;
 }
 
-Tensor forward(const Tensor& hidden_states, OptionalTensor norm_weight, OptionalTensor norm_bias,
-               int64_t factor, std::string layout, Sizes grid_hw, std::string order,
-               std::string norm, std::string norm_axis, double eps, double norm_offset,
-               std::string reduction, int64_t skip_prefix, bool drop_remainder) {
+Tensor forward(const Tensor& hidden_states, const OptionalTensor& norm_weight,
+               const OptionalTensor& norm_bias, int64_t factor, const std::string& layout,
+               const Sizes& grid_hw, const std::string& order, const std::string& norm,
+               const std::string& norm_axis, double eps, double norm_offset,
+               const std::string& reduction, int64_t skip_prefix, bool drop_remainder) {
   return shuffle({"pixel_shuffle", factor, layout, grid_hw, order, norm, norm_axis, eps,
                   norm_offset, reduction, skip_prefix, drop_remainder},
                  hidden_states, norm_weight, norm_bias, nullptr);
 }
 
-void forward_out(const Tensor& hidden_states, Tensor out, OptionalTensor norm_weight,
-                 OptionalTensor norm_bias, int64_t factor, std::string layout, Sizes grid_hw,
-                 std::string order, std::string norm, std::string norm_axis, double eps,
-                 double norm_offset, std::string reduction, int64_t skip_prefix,
-                 bool drop_remainder) {
+void forward_out(const Tensor& hidden_states, Tensor out, const OptionalTensor& norm_weight,
+                 const OptionalTensor& norm_bias, int64_t factor, const std::string& layout,
+                 const Sizes& grid_hw, const std::string& order, const std::string& norm,
+                 const std::string& norm_axis, double eps, double norm_offset,
+                 const std::string& reduction, int64_t skip_prefix, bool drop_remainder) {
   shuffle({"pixel_shuffle", factor, layout, grid_hw, order, norm, norm_axis, eps, norm_offset,
            reduction, skip_prefix, drop_remainder},
           hidden_states, norm_weight, norm_bias, &out);
 }
 
 // For kernels that are launched from elsewhere.
-void check_all(const Tensor& hidden_states, OptionalTensor out, OptionalTensor grad,
-               OptionalTensor norm_weight, OptionalTensor norm_bias, int64_t factor,
-               std::string layout, Sizes grid_hw, std::string order, std::string norm,
-               std::string norm_axis, double eps, double norm_offset, std::string reduction,
-               int64_t skip_prefix, bool drop_remainder) {
+void check_all(const Tensor& hidden_states, const OptionalTensor& out, const OptionalTensor& grad,
+               const OptionalTensor& norm_weight, const OptionalTensor& norm_bias, int64_t factor,
+               const std::string& layout, const Sizes& grid_hw, const std::string& order,
+               const std::string& norm, const std::string& norm_axis, double eps,
+               double norm_offset, const std::string& reduction, int64_t skip_prefix,
+               bool drop_remainder) {
   const Options o{"pixel_shuffle", factor, layout,      grid_hw,   order,       norm,
                   norm_axis,       eps,    norm_offset, reduction, skip_prefix, drop_remainder};
   const Checked c = check(o, hidden_states, norm_weight, norm_bias);
@@ -529,16 +514,18 @@ Tensor unshuffle(const Options& o, const Layout& l, const Params& p, const Tenso
   clear_rest(o, l, out);
   const Operands operands{nullptr, &merged, &out, nullptr};
   const Work work = work_of(o, l, p, operands, true);
-  if (const CudaKernels* kernels = launchers_for(merged)) {
-    allow_all(*kernels, operands, {}, {});
-    run_cuda(*kernels, o.op, work, kernels->pixel_shuffle_inverse, merged);
+  const Launch launch(o.op, merged);
+  if (launch.kernels != nullptr) {
+    allow_all(launch, operands, {}, {});
+    each_part(work, [&](const Params& p) { launch.run(&CudaKernels::pixel_shuffle_inverse, p); });
   } else {
     run_cpu(work, cpu_kernels().pixel_shuffle_inverse);
   }
   return out;
 }
 
-Options inverse_options(int64_t factor, std::string layout, Sizes grid_hw, std::string order) {
+Options inverse_options(int64_t factor, const std::string& layout, const Sizes& grid_hw,
+                        const std::string& order) {
   return {"pixel_shuffle_inverse",
           factor,
           layout,
@@ -579,83 +566,58 @@ Sizes inverse_shape(const Options& o, const Tensor& hidden_states, Layout& l) {
   return shape;
 }
 
-Tensor inverse(const Tensor& hidden_states, int64_t factor, std::string layout, Sizes grid_hw,
-               std::string order) {
+Tensor inverse(const Tensor& hidden_states, int64_t factor, const std::string& layout,
+               const Sizes& grid_hw, const std::string& order) {
   const Options o = inverse_options(factor, layout, grid_hw, order);
   Layout l;
   const Sizes shape = inverse_shape(o, hidden_states, l);
   return unshuffle(o, l, params_of(o, l), hidden_states, shape);
 }
 
-Sizes inverse_shape_of(const Tensor& hidden_states, int64_t factor, std::string layout,
-                       Sizes grid_hw, std::string order) {
+// Memory for the inverse's result, once everything was checked.
+Tensor inverse_empty(const Tensor& hidden_states, int64_t factor, const std::string& layout,
+                     const Sizes& grid_hw, const std::string& order) {
   Layout l;
-  return inverse_shape(inverse_options(factor, layout, grid_hw, order), hidden_states, l);
-}
-
-// sums [n] in the dtype of a vector of the norm.
-Tensor gradient_of(const Tensor& vector, const double* sums, int64_t n) {
-  const int64_t size[] = {n};
-  Tensor out = torch::stable::new_empty(vector, {size, 1});
-  void* p = out.mutable_data_ptr();
-  for (int64_t i = 0; i < n; ++i) {
-    const float value = static_cast<float>(sums[i]);
-    switch (out.scalar_type()) {
-      case ScalarType::BFloat16:
-        static_cast<torch::headeronly::BFloat16*>(p)[i] = value;
-        break;
-      case ScalarType::Half:
-        static_cast<torch::headeronly::Half*>(p)[i] = value;
-        break;
-      default:
-        static_cast<float*>(p)[i] = value;
-    }
-  }
-  return out;
+  const Options o = inverse_options(factor, layout, grid_hw, order);
+  return torch::stable::new_empty(hidden_states, inverse_shape(o, hidden_states, l));
 }
 
 // Blocks of all parts leave their sums in one tensor, which is added up at the end.
-void norm_backward_cuda(const CudaKernels& kernels, const char* op, const Work& work,
-                        const Tensor& grad, bool of_weight, bool of_bias, Tensor (&sums)[2]) {
-  std::optional<torch::stable::accelerator::DeviceGuard> guard;
-  if (is_on_gpu(grad)) guard.emplace(grad.device().index());
-  void* const stream = stream_of(grad);
+void norm_backward_cuda(const Launch& launch, const Work& work, const Tensor& grad, bool of_weight,
+                        bool of_bias, Tensor (&sums)[2]) {
+  const CudaKernels& kernels = *launch.kernels;
   const int64_t n = work.p.normed();
   const bool wanted = of_weight || of_bias;
   int all = 0;
   each_part(work, [&](const Params& p) { all += kernels.pixel_shuffle_norm_backward_parts(p); });
   const int64_t scratch[] = {wanted ? all : 0, 2, n}, size[] = {n};
   Tensor partial = torch::stable::new_empty(grad, {scratch, 3}, ScalarType::Float);
-  allow(kernels, partial, "partial sums", false);
+  launch.writes(partial, "partial sums");
   auto* const memory = static_cast<float*>(partial.mutable_data_ptr());
   float* to[] = {nullptr, nullptr};
   for (int i = 0; i < 2; ++i) {
     if (!(i == 0 ? of_weight : of_bias)) continue;
     sums[i] = torch::stable::new_empty(grad, {size, 1}, ScalarType::Float);
     to[i] = static_cast<float*>(sums[i].mutable_data_ptr());
-    allow(kernels, sums[i], "the gradient of a vector of the norm", false);
+    launch.writes(sums[i], "the gradient of a vector of the norm");
   }
   int done = 0;
   each_part(work, [&](const Params& p) {
     const int parts = kernels.pixel_shuffle_norm_backward_parts(p);
-    check_launch(kernels, op,
-                 kernels.pixel_shuffle_norm_backward(
-                     p, parts, wanted ? memory + int64_t{done} * 2 * n : nullptr, stream));
+    float* const place = wanted ? memory + int64_t{done} * 2 * n : nullptr;
+    launch.run(&CudaKernels::pixel_shuffle_norm_backward, p, parts, place);
     done += parts;
   });
-  if (wanted)
-    check_launch(kernels, op,
-                 kernels.pixel_shuffle_weight_grad(memory, all, n, to[0], to[1], stream));
+  if (wanted) launch.run(&CudaKernels::pixel_shuffle_weight_grad, memory, all, n, to[0], to[1]);
 }
 
-std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& hidden_states,
-                                            OptionalTensor norm_weight, OptionalTensor norm_bias,
-                                            int64_t factor, std::string layout, Sizes grid_hw,
-                                            std::string order, std::string norm,
-                                            std::string norm_axis, double eps, double norm_offset,
-                                            std::string reduction, int64_t skip_prefix,
-                                            bool drop_remainder, bool needs_hidden_states,
-                                            bool needs_norm_weight, bool needs_norm_bias) {
+std::tuple<Tensor, Tensor, Tensor> backward(
+    const Tensor& grad, const Tensor& hidden_states, const OptionalTensor& norm_weight,
+    const OptionalTensor& norm_bias, int64_t factor, const std::string& layout,
+    const Sizes& grid_hw, const std::string& order, const std::string& norm,
+    const std::string& norm_axis, double eps, double norm_offset, const std::string& reduction,
+    int64_t skip_prefix, bool drop_remainder, bool needs_hidden_states, bool needs_norm_weight,
+    bool needs_norm_bias) {
   const Options o{"pixel_shuffle_backward",
                   factor,
                   layout,
@@ -681,22 +643,22 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& hi
   Tensor out = torch::stable::new_empty(grad, needs_hidden_states ? shape : none);
   if (needs_hidden_states) clear_rest(o, l, out);
   const int64_t n = p.normed();
-  if (const CudaKernels* kernels = launchers_for(grad)) {
+  const Launch launch(o.op, grad);
+  if (launch.kernels != nullptr) {
     // The order of summation shall not hang on the gradient's strides.
     const Tensor dense = torch::stable::contiguous(grad);
     const Operands operands{&hidden_states, &dense, needs_hidden_states ? &out : nullptr, nullptr};
     Tensor sums[] = {no_grad, no_grad};
-    allow_all(*kernels, operands, norm_weight, norm_bias);
-    norm_backward_cuda(*kernels, o.op, work_of(o, l, p, operands, true), grad, of_weight, of_bias,
-                       sums);
+    allow_all(launch, operands, norm_weight, norm_bias);
+    norm_backward_cuda(launch, work_of(o, l, p, operands, true), grad, of_weight, of_bias, sums);
     return {out, of_weight ? torch::stable::to(sums[0], norm_weight->scalar_type()) : no_grad,
             of_bias ? torch::stable::to(sums[1], norm_bias->scalar_type()) : no_grad};
   }
   const Operands operands{&hidden_states, &grad, needs_hidden_states ? &out : nullptr, nullptr};
   const std::vector<double> sums =
       run_norm_backward_cpu(work_of(o, l, p, operands, true), of_weight || of_bias);
-  return {out, of_weight ? gradient_of(*norm_weight, sums.data(), n) : no_grad,
-          of_bias ? gradient_of(*norm_bias, sums.data() + n, n) : no_grad};
+  return {out, of_weight ? rounded_like(*norm_weight, sums.data()) : no_grad,
+          of_bias ? rounded_like(*norm_bias, sums.data() + n) : no_grad};
 }
 
 }  // namespace
@@ -723,8 +685,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(vlmops, m) {
       "pixel_shuffle_inverse(Tensor hidden_states, int factor=2, str layout=\"auto\", int[] "
       "grid_hw=[], str order=\"yxc\") -> Tensor");
   m.def(
-      "pixel_shuffle_inverse_shape(Tensor hidden_states, int factor, str layout, int[] grid_hw, "
-      "str order) -> int[]");
+      "pixel_shuffle_inverse_empty(Tensor hidden_states, int factor, str layout, int[] grid_hw, "
+      "str order) -> Tensor");
 }
 
 #define VLMOPS_PIXEL_SHUFFLE_IMPL(m)                                             \
@@ -733,7 +695,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(vlmops, m) {
   m.impl("pixel_shuffle_check", TORCH_BOX(&vlmops::pixel_shuffle::check_all));   \
   m.impl("pixel_shuffle_backward", TORCH_BOX(&vlmops::pixel_shuffle::backward)); \
   m.impl("pixel_shuffle_inverse", TORCH_BOX(&vlmops::pixel_shuffle::inverse));   \
-  m.impl("pixel_shuffle_inverse_shape", TORCH_BOX(&vlmops::pixel_shuffle::inverse_shape_of))
+  m.impl("pixel_shuffle_inverse_empty", TORCH_BOX(&vlmops::pixel_shuffle::inverse_empty))
 
 STABLE_TORCH_LIBRARY_IMPL(vlmops, CPU, m) { VLMOPS_PIXEL_SHUFFLE_IMPL(m); }
 STABLE_TORCH_LIBRARY_IMPL(vlmops, CUDA, m) { VLMOPS_PIXEL_SHUFFLE_IMPL(m); }
