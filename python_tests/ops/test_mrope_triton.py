@@ -1,12 +1,10 @@
 """What is special to M-RoPE's Triton kernels, and to their being interpreted."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from testbed import HAS_TRITON
+from testbed import HAS_TRITON, without_interpreter
 
 import vlmops
 from vlmops.ops.mrope import reference
@@ -155,17 +153,6 @@ def test_norm_backward_wants_what_was_normalised():
         op(q, k, None, k, *order, "half", 1.0, 1, *weights)
     with pytest.raises(RuntimeError, match=r"k: expected dtype float32, that of its gradient"):
         op(q, k, q, k.double(), *order, "half", 1.0, 1, *weights)
-
-
-def without_interpreter(script):
-    """stdout of a process in which Triton compiles for GPUs."""
-    run = subprocess.run(
-        [sys.executable, "-c", script], env=ENVIRONMENT, capture_output=True, text=True, check=True
-    )
-    return run.stdout
-
-
-ENVIRONMENT = {"PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
 
 
 def test_no_size_and_no_decode_step_makes_a_new_compile_key():

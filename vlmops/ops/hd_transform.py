@@ -39,9 +39,8 @@ Sources: Dong et al., InternLM-XComposer2-4KHD (arXiv 2404.06512); Abdin et al.,
 
 from __future__ import annotations
 
-import importlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -49,7 +48,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from vlmops import _library, dispatch
-from vlmops.ops.vmap import one_by_one
+from vlmops.ops.registration import overloads, register, triton_twin
 
 Order = Literal["sub_glb", "glb_sub"]
 Pairs = Sequence[tuple[int, int]]
@@ -386,38 +385,9 @@ def _fake_backward(
     )
 
 
-def _on_triton(name: str) -> Callable[..., Any]:
-    """Triton is imported when it is first used: it may be missing, and takes its time."""
-
-    def run(*args: Any) -> Any:
-        return getattr(importlib.import_module("vlmops.ops.hd_transform_triton"), name)(*args)
-
-    return run
-
-
-def _overloads(prefix: str) -> _Ops:
-    names = (prefix, f"{prefix}_backward")
-    return _Ops(*(getattr(torch.ops.vlmops, name).default for name in names))
-
-
-def _register(ops: _Ops) -> None:
-    """Autograd, fakes and vmap."""
-    _lib.impl(ops.forward, lambda *args: _forward(ops, *args), "Autograd")
-    _lib.impl(ops.backward, lambda *args: _backward(ops, *args), "Autograd")
-    torch.library.register_fake(ops.forward, _fake, lib=_lib)
-    torch.library.register_fake(ops.backward, _fake_backward, lib=_lib)
-    for op in ops:
-        torch.library.register_vmap(op, one_by_one(op), lib=_lib)
-
-
 if _library.error is None:
     _lib = torch.library.Library("vlmops", "FRAGMENT")
-    _COMPILED = _overloads("hd_transform")
-    for _op, _name in zip(_COMPILED, _Ops._fields, strict=True):
-        _schema = str(_op._schema).replace("vlmops::hd_transform", "hd_transform_triton", 1)
-        _lib.define(_schema)
-        for _key in ("CPU", "CUDA"):
-            _lib.impl(_schema.partition("(")[0], _on_triton(_name), _key)
-    _TRITON = _overloads("hd_transform_triton")
+    _COMPILED = overloads(_Ops, "hd_transform")
+    _TRITON = triton_twin(_lib, "hd_transform", _COMPILED)
     for _ops in (_COMPILED, _TRITON):
-        _register(_ops)
+        register(_lib, _ops, (_forward, _backward), (_fake, _fake_backward))

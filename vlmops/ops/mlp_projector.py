@@ -44,7 +44,6 @@ Source: Liu et al., Improved Baselines with Visual Instruction Tuning (arXiv 231
 
 from __future__ import annotations
 
-import functools
 import importlib
 import math
 from collections.abc import Callable, Sequence
@@ -58,7 +57,7 @@ from vlmops import _library, dispatch
 from vlmops.ops import mlp_projector_steps as steps
 from vlmops.ops.linear import Activation, activated
 from vlmops.ops.mlp_projector_steps import TENSORS, Arguments
-from vlmops.ops.vmap import one_by_one
+from vlmops.ops.registration import overloads, register, triton_twin
 
 Norm = Literal["layer", "rms"]
 
@@ -327,29 +326,12 @@ def _on_library(name: str) -> Callable[..., Any]:
     return lambda *args: getattr(steps, name)(steps.compiled(), *args)
 
 
-def _ops_of(name: str) -> _Ops:
-    return _Ops(*(getattr(torch.ops.vlmops, f"{name}{end}").default for end in ("", "_backward")))
-
-
-def _register(ops: _Ops) -> None:
-    """Autograd, fakes and vmap."""
-    _lib.impl(ops.forward, functools.partial(_forward, ops), "Autograd")
-    _lib.impl(ops.backward, functools.partial(_backward, ops), "Autograd")
-    torch.library.register_fake(ops.forward, _fake, lib=_lib)
-    torch.library.register_fake(ops.backward, _fake_backward, lib=_lib)
-    for op in ops:
-        torch.library.register_vmap(op, one_by_one(op), lib=_lib)
-
-
 if _library.error is None:
     _lib = torch.library.Library("vlmops", "FRAGMENT")
-    _COMPILED = _ops_of("mlp_projector")
-    for _op in _COMPILED:
-        _lib.define(str(_op._schema).replace("vlmops::mlp_projector", "mlp_projector_triton", 1))
-    _TRITON = _ops_of("mlp_projector_triton")
-    for _key in ("CPU", "CUDA"):
-        for _name, _end in (("forward", ""), ("backward", "_backward")):
-            _lib.impl(f"mlp_projector{_end}", _on_library(_name), _key)
-            _lib.impl(f"mlp_projector_triton{_end}", _on_triton(_name), _key)
+    _COMPILED = overloads(_Ops, "mlp_projector")
+    for _op, _name in zip(_COMPILED, _Ops._fields, strict=True):
+        for _key in ("CPU", "CUDA"):
+            _lib.impl(_op, _on_library(_name), _key)
+    _TRITON = triton_twin(_lib, "mlp_projector", _COMPILED, _on_triton)
     for _ops in (_COMPILED, _TRITON):
-        _register(_ops)
+        register(_lib, _ops, (_forward, _backward), (_fake, _fake_backward))

@@ -44,8 +44,7 @@ Sennrich, RMSNorm (arXiv 1910.07467).
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -53,6 +52,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from vlmops import _library, dispatch
+from vlmops.ops.registration import overloads, register, triton_twin
 
 Rotation = Literal["half", "pairs"]
 
@@ -601,45 +601,20 @@ def _fake_norm_backward(
     )
 
 
-def _on_triton(name: str) -> Callable[..., Any]:
-    """Triton is imported when it is first used: it may be missing, and takes its time."""
-
-    def run(*args: Any) -> Any:
-        return getattr(importlib.import_module("vlmops.ops.mrope_triton"), name)(*args)
-
-    return run
-
-
-def _overloads(prefix: str) -> _Ops:
-    names = (prefix, f"{prefix}_", f"{prefix}_backward", f"{prefix}_norm_backward")
-    return _Ops(*(getattr(torch.ops.vlmops, name).default for name in names))
-
-
-def _register(ops: _Ops) -> None:
-    """Autograd and fakes."""
-    kernels = (
-        lambda *args: _norm_rotate(ops, *args),
-        lambda *args: _in_place(ops.in_place, *args),
-        lambda *args: _rotate(ops.backward, *args),
-        lambda *args: _norm_backward(ops, *args),
-    )
-    fakes: tuple[Callable[..., Any], ...] = (_fake, _fake_in_place, _fake, _fake_norm_backward)
-    for op, kernel, fake in zip(ops, kernels, fakes, strict=True):
-        _lib.impl(op, kernel, "Autograd")
-        torch.library.register_fake(op, fake, lib=_lib)
-
-
 if _library.error is None:
     _lib = torch.library.Library("vlmops", "FRAGMENT")
-    _COMPILED = _overloads("mrope")
-    for _op, _name in zip(_COMPILED, _Ops._fields, strict=True):
-        _schema = str(_op._schema).replace("vlmops::mrope", "mrope_triton", 1)
-        _lib.define(_schema)
-        for _key in ("CPU", "CUDA"):
-            _lib.impl(_schema.partition("(")[0], _on_triton(_name), _key)
-    _TRITON = _overloads("mrope_triton")
+    _COMPILED = overloads(_Ops, "mrope")
+    _TRITON = triton_twin(_lib, "mrope", _COMPILED)
+    _AUTOGRAD = (
+        _norm_rotate,
+        lambda ops, *args: _in_place(ops.in_place, *args),
+        lambda ops, *args: _rotate(ops.backward, *args),
+        _norm_backward,
+    )
     for _ops in (_COMPILED, _TRITON):
-        _register(_ops)
+        register(
+            _lib, _ops, _AUTOGRAD, (_fake, _fake_in_place, _fake, _fake_norm_backward), vmap=False
+        )
     _ADJOINTS = {
         op: adjoint
         for ops in (_COMPILED, _TRITON)

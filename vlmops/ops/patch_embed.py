@@ -47,7 +47,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -60,7 +59,7 @@ from torch.nn import functional
 from vlmops import _library, dispatch
 from vlmops.ops import patch_embed_panels as panels
 from vlmops.ops.patch_embed_panels import INDEX, PATCHES_ONLY, WEIGHT, Arguments
-from vlmops.ops.vmap import one_by_one
+from vlmops.ops.registration import overloads, register, triton_twin
 
 Norm = Literal["layer", "rms"]
 
@@ -646,37 +645,12 @@ def _fake_backward(grad: Tensor, needs: Sequence[bool], *args: Any) -> list[Tens
     ]  # fmt: skip
 
 
-def _on_triton(name: str) -> Callable[..., Any]:
-    def run(*args: Any) -> Any:
-        return getattr(importlib.import_module("vlmops.ops.patch_embed_triton"), name)(*args)
-
-    return run
-
-
-def _ops_of(name: str) -> _Ops:
-    return _Ops(*(getattr(torch.ops.vlmops, f"{name}{end}").default for end in ("", "_backward")))
-
-
-def _register(ops: _Ops) -> None:
-    """Autograd, fakes and vmap."""
-    _lib.impl(ops.forward, lambda *args: _forward(ops, *args), "Autograd")
-    _lib.impl(ops.backward, lambda *args: _backward(ops, *args), "Autograd")
-    torch.library.register_fake(ops.forward, _fake, lib=_lib)
-    torch.library.register_fake(ops.backward, _fake_backward, lib=_lib)
-    for op in ops:
-        torch.library.register_vmap(op, one_by_one(op), lib=_lib)
-
-
 if _library.error is None:
     _lib = torch.library.Library("vlmops", "FRAGMENT")
-    _COMPILED = _ops_of("patch_embed")
-    for _op in _COMPILED:
-        _lib.define(str(_op._schema).replace("vlmops::patch_embed", "patch_embed_triton", 1))
-    _TRITON = _ops_of("patch_embed_triton")
-    for _key in ("CPU", "CUDA"):
-        _lib.impl("patch_embed", panels.forward, _key)
-        _lib.impl("patch_embed_backward", panels.backward, _key)
-        _lib.impl("patch_embed_triton", _on_triton("forward"), _key)
-        _lib.impl("patch_embed_triton_backward", _on_triton("backward"), _key)
+    _COMPILED = overloads(_Ops, "patch_embed")
+    for _op, _kernel in zip(_COMPILED, (panels.forward, panels.backward), strict=True):
+        for _key in ("CPU", "CUDA"):
+            _lib.impl(_op, _kernel, _key)
+    _TRITON = triton_twin(_lib, "patch_embed", _COMPILED)
     for _ops in (_COMPILED, _TRITON):
-        _register(_ops)
+        register(_lib, _ops, (_forward, _backward), (_fake, _fake_backward))

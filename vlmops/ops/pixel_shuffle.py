@@ -46,9 +46,8 @@ Far Are We to GPT-4V? (InternVL 1.5, arXiv 2404.16821).
 
 from __future__ import annotations
 
-import importlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -56,7 +55,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from vlmops import _library, dispatch
-from vlmops.ops.vmap import one_by_one
+from vlmops.ops.registration import overloads, register, triton_twin
 
 Grid = tuple[int, int] | Sequence[tuple[int, int]] | Literal["blocks"]
 Order = Literal["yxc", "cyx"]
@@ -599,44 +598,10 @@ def _fake_inverse(hidden_states: Tensor, factor: int = 2, *_: Any) -> Tensor:
     return hidden_states.new_empty(*batch, tokens * factor**2, channels // factor**2)
 
 
-def _on_triton(name: str) -> Callable[..., Any]:
-    """Triton is imported when it is first used: it may be missing, and takes its time."""
-
-    def run(*args: Any) -> Any:
-        return getattr(importlib.import_module("vlmops.ops.pixel_shuffle_triton"), name)(*args)
-
-    return run
-
-
-def _overloads(prefix: str) -> _Ops:
-    names = (prefix, f"{prefix}_out", f"{prefix}_backward", f"{prefix}_inverse")
-    return _Ops(*(getattr(torch.ops.vlmops, name).default for name in names))
-
-
-def _register(ops: _Ops) -> None:
-    """Autograd, fakes and vmap."""
-    kernels = (
-        lambda *args: _forward(ops, *args),
-        lambda *args: _into(ops, *args),
-        lambda *args: _backward(ops, *args),
-        lambda *args: _inverse(ops, *args),
-    )
-    fakes: tuple[Callable[..., Any], ...] = (_fake, _fake_out, _fake_backward, _fake_inverse)
-    for op, kernel, fake in zip(ops, kernels, fakes, strict=True):
-        _lib.impl(op, kernel, "Autograd")
-        torch.library.register_fake(op, fake, lib=_lib)
-    for op in (ops.forward, ops.backward, ops.inverse):
-        torch.library.register_vmap(op, one_by_one(op), lib=_lib)
-
-
 if _library.error is None:
     _lib = torch.library.Library("vlmops", "FRAGMENT")
-    _COMPILED = _overloads("pixel_shuffle")
-    for _op, _name in zip(_COMPILED, _Ops._fields, strict=True):
-        _schema = str(_op._schema).replace("vlmops::pixel_shuffle", "pixel_shuffle_triton", 1)
-        _lib.define(_schema)
-        for _key in ("CPU", "CUDA"):
-            _lib.impl(_schema.partition("(")[0], _on_triton(_name), _key)
-    _TRITON = _overloads("pixel_shuffle_triton")
+    _COMPILED = overloads(_Ops, "pixel_shuffle")
+    _TRITON = triton_twin(_lib, "pixel_shuffle", _COMPILED)
+    _AUTOGRAD = (_forward, _into, _backward, _inverse)
     for _ops in (_COMPILED, _TRITON):
-        _register(_ops)
+        register(_lib, _ops, _AUTOGRAD, (_fake, _fake_out, _fake_backward, _fake_inverse))
