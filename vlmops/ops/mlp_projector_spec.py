@@ -122,8 +122,8 @@ _ROWS = {
     "gated_one_layer": _inputs(out=None, activation="silu", gate=True),
     "gated_gelu": _inputs((2, 5, 24), activation="gelu", gate=True, norm="rms"),
     "glu_without_activation": _inputs((2, 5, 24), activation=None, gate=True),
-    "tails_gelu": _inputs(scale=6.0),
-    "tails_tanh": _inputs(activation="gelu_tanh", out_activation="silu", scale=6.0),
+    "tails_gelu": _inputs(out=80, scale=6.0),
+    "tails_tanh": _inputs(activation="gelu_tanh", out_activation="silu", out=80, scale=6.0),
     "out_relu": _inputs(activation="silu", out_activation="relu"),
     # Norms.
     "norm_plain": _inputs(norm="layer", affine=False, norm_eps=1e-6),
