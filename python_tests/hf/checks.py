@@ -1,7 +1,14 @@
 """How a model is run before and after patching, and how the results are compared."""
 
+import copy
+import inspect
+import io
+import pickle
+
 import torch
-from hf.tiny import inputs, run
+from hf.tiny import build, inputs, run
+
+import vlmops
 
 BATCHES = {
     "text": [[9], [9]],
@@ -41,3 +48,39 @@ def assert_gradients_agree(got, expected, at_least=20):
         # that cancels: Hugging Face's own float32 is 2e-4 off there.
         floor = largest * (0.1 if grad.numel() == 1 else 0.01)
         assert_agree(got[parameter], grad, parameter, floor)
+
+
+def assert_twin_copies_and_pickles(family, tmp_path):
+    """What patching leaves alone, what copies it, and what undoes it.
+
+    Returns the report, and how many modules were restored at the end.
+    """
+    model, twin, batch = build(family), build(family), batch_of(family, "several_images")
+    classes = [type(m) for m in model.modules()]
+    signatures = [inspect.signature(m.forward) for m in model.modules()]
+    keys = list(model.state_dict())
+    with torch.no_grad():
+        expected = run(twin, batch).logits
+        report = vlmops.patch(model)
+        data, buffer = pickle.dumps(model), io.BytesIO()
+        torch.save(model, buffer)
+        assert b"vlmops" not in data + buffer.getvalue()
+        assert vlmops.unpatch(pickle.loads(data)) == 0
+        logits = run(model, batch).logits
+        assert torch.equal(run(twin, batch).logits, expected)
+        assert list(model.state_dict()) == keys
+        assert [inspect.signature(m.forward) for m in model.modules()] == signatures
+        for patched in (model, copy.deepcopy(model)):
+            again = vlmops.patch(patched)
+            assert again.counts == report.counts
+            assert {row.status for row in again.rows} == {"already patched"}
+            assert torch.equal(run(patched, batch).logits, logits)
+        model.save_pretrained(tmp_path)
+        attention = model.config._attn_implementation
+        loaded = type(model).from_pretrained(tmp_path, attn_implementation=attention).eval()
+        vlmops.patch(loaded)
+        assert torch.equal(run(loaded, batch).logits, logits)
+        restored = vlmops.unpatch(model)
+        assert [type(m) for m in model.modules()] == classes
+        assert torch.equal(run(model, batch).logits, expected)
+    return report, restored

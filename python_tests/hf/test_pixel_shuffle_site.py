@@ -2,7 +2,6 @@
 
 import copy
 import inspect
-import io
 import pickle
 import types
 
@@ -10,7 +9,13 @@ import pytest
 import torch
 import transformers
 from dispatch import CountOps
-from hf.checks import assert_agree, assert_gradients_agree, batch_of, gradients
+from hf.checks import (
+    assert_agree,
+    assert_gradients_agree,
+    assert_twin_copies_and_pickles,
+    batch_of,
+    gradients,
+)
 from hf.tiny import FAMILIES, UNLISTED, build, config_of, inputs, row_of, run
 from torch import nn
 
@@ -797,34 +802,8 @@ def test_gradient_checkpointing(family):
 
 @served
 def test_twin_copies_pickles_and_unpatch(family, tmp_path):
-    model, twin, batch = build(family), build(family), batch_of(family, "several_images")
-    classes = [type(m) for m in model.modules()]
-    signatures = [inspect.signature(m.forward) for m in model.modules()]
-    keys = list(model.state_dict())
-    with torch.no_grad():
-        expected = run(twin, batch).logits
-        report = vlmops.patch(model)
-        data, buffer = pickle.dumps(model), io.BytesIO()
-        torch.save(model, buffer)
-        assert b"vlmops" not in data + buffer.getvalue()
-        assert vlmops.unpatch(pickle.loads(data)) == 0
-        logits = run(model, batch).logits
-        assert torch.equal(run(twin, batch).logits, expected)
-        assert list(model.state_dict()) == keys
-        assert [inspect.signature(m.forward) for m in model.modules()] == signatures
-        for twice in (model, copy.deepcopy(model)):
-            again = vlmops.patch(twice)
-            assert again.counts == report.counts
-            assert {row.status for row in again.rows} == {"already patched"}
-            assert torch.equal(run(twice, batch).logits, logits)
-        model.save_pretrained(tmp_path)
-        attention = model.config._attn_implementation
-        loaded = type(model).from_pretrained(tmp_path, attn_implementation=attention).eval()
-        vlmops.patch(loaded)
-        assert torch.equal(run(loaded, batch).logits, logits)
-        assert vlmops.unpatch(model) == 1
-        assert [type(m) for m in model.modules()] == classes
-        assert torch.equal(run(model, batch).logits, expected)
+    _, restored = assert_twin_copies_and_pickles(family, tmp_path)
+    assert restored == 1
 
 
 @served
