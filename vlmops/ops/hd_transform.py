@@ -48,6 +48,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from vlmops import _library, dispatch
+from vlmops.ops.checks import require_tensor, same_device, wants_grad
 from vlmops.ops.registration import overloads, register, triton_twin
 
 Order = Literal["sub_glb", "glb_sub"]
@@ -135,11 +136,7 @@ def hd_transform(
     _library.require()
     tensors = {"image_features": image_features, "newline": newline, "separator": separator}
     for argument, tensor in tensors.items():
-        if not isinstance(tensor, Tensor):
-            raise TypeError(
-                f"vlmops.hd_transform: {argument}: expected a torch.Tensor, got "
-                f"{type(tensor).__name__}"
-            )
+        require_tensor("hd_transform", argument, tensor)
     ops = _COMPILED
     if backend is not None or dispatch.asked.get() is not None or not image_features.is_cpu:
         name = dispatch.choose("hd_transform", backend, image_features.device.type)
@@ -300,19 +297,15 @@ def _call(op: Any, *args: Any) -> Tensor:
     return result
 
 
-def _wants_grad(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-
-
 def _forward(ops: _Ops, *args: Any) -> Tensor:
     """Skips autograd's Python layer when no derivative can be asked for."""
     if forward_ad._current_level >= 0:
         return _plain(*args)
-    wants_grad = _wants_grad(*args[:3])
+    recorded = wants_grad(*args[:3])
     if torch._C._functorch.maybe_current_level() is not None:
-        result: Tensor = _plain(*args) if wants_grad else ops.forward(*args)
+        result: Tensor = _plain(*args) if recorded else ops.forward(*args)
         return result
-    if not wants_grad:
+    if not recorded:
         return _call(ops.forward, *args)
     result = _HDTransform.apply(ops, *args[:3], *Options(*args[3:]))  # type: ignore[no-untyped-call]
     return result
@@ -334,7 +327,7 @@ def _backward(
     *args: Any,
 ) -> Sequence[Tensor]:
     """The gradients of the three; an empty tensor for one that nobody needs."""
-    if not _wants_grad(grad, image_features, newline, separator):
+    if not wants_grad(grad, image_features, newline, separator):
         with torch._C._AutoDispatchBelowAutograd():
             result: tuple[Tensor, ...] = ops.backward(
                 grad, image_features, newline, separator, *args
@@ -353,19 +346,11 @@ def _backward(
     return [next(found) if needed else grad.new_empty(0) for needed in needs]
 
 
-def _same_device(image_features: Tensor, **others: Tensor) -> None:
-    # On the meta device nothing else looks.
-    for name, tensor in others.items():
-        if tensor.device != image_features.device:
-            raise RuntimeError(
-                f"vlmops.hd_transform: {name}: expected on {image_features.device}, where "
-                f"image_features is, got {tensor.device}"
-            )
-
-
 def _fake(image_features: Tensor, newline: Tensor, separator: Tensor, *args: Any) -> Tensor:
     o = Options(*args)
-    _same_device(image_features, newline=newline, separator=separator)
+    same_device(
+        "hd_transform", "image_features", image_features, newline=newline, separator=separator
+    )
     features, channels = image_features.shape[-2:]
     side = math.isqrt(max(int(features) - o.skip_prefix, 0)) // o.factor
     pairs = [list(zip(n[::2], n[1::2], strict=True)) for n in (o.crop_grids, o.valid_hw)]
@@ -378,7 +363,14 @@ def _fake_backward(
     grad: Tensor, image_features: Tensor, newline: Tensor, separator: Tensor, *args: Any
 ) -> tuple[Tensor, ...]:
     _, needs = _all_needs(args)
-    _same_device(image_features, grad=grad, newline=newline, separator=separator)
+    same_device(
+        "hd_transform",
+        "image_features",
+        image_features,
+        grad=grad,
+        newline=newline,
+        separator=separator,
+    )
     return tuple(
         t.new_empty(t.shape if needed else 0)
         for t, needed in zip((image_features, newline, separator), needs, strict=True)

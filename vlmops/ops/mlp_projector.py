@@ -55,6 +55,7 @@ from torch.autograd import forward_ad
 
 from vlmops import _library, dispatch
 from vlmops.ops import mlp_projector_steps as steps
+from vlmops.ops.checks import require_tensor, wants_grad
 from vlmops.ops.linear import Activation, activated
 from vlmops.ops.mlp_projector_steps import TENSORS, Arguments
 from vlmops.ops.registration import overloads, register, triton_twin
@@ -130,10 +131,8 @@ def mlp_projector(
         "norm_weight": norm_weight, "norm_bias": norm_bias,
     }  # fmt: skip
     for name, value in tensors.items():
-        if not isinstance(value, Tensor) and (value is not None or name in ("x", "fc1_weight")):
-            raise TypeError(
-                f"vlmops.mlp_projector: {name}: expected a torch.Tensor, got {type(value).__name__}"
-            )
+        if value is not None or name in ("x", "fc1_weight"):
+            require_tensor("mlp_projector", name, value)
     args = (*_as_autocast(*tensors.values()), activation or "none", out_activation or "none",
             norm or "none", norm_eps, norm_offset)  # fmt: skip
     ops = _COMPILED if _library.error is None else None
@@ -250,13 +249,13 @@ class _MlpProjector(torch.autograd.Function):
 
 def _forward(ops: _Ops, *args: Any) -> Sequence[Tensor]:
     a = Arguments(*args)
-    wants_grad = _wants_grad(a)
+    recorded = wants_grad(*a.differentiable)
     if forward_ad._current_level >= 0:
         return [_plain(*args)]
     if torch._C._functorch.maybe_current_level() is not None:
-        result: Sequence[Tensor] = [_plain(*args)] if wants_grad else ops.forward(*args)
+        result: Sequence[Tensor] = [_plain(*args)] if recorded else ops.forward(*args)
         return result
-    if not wants_grad:
+    if not recorded:
         with torch._C._AutoDispatchBelowAutograd():
             result = ops.forward(*args)
         return result
@@ -265,17 +264,11 @@ def _forward(ops: _Ops, *args: Any) -> Sequence[Tensor]:
     return result if a.keep else result[:1]
 
 
-def _wants_grad(a: Arguments) -> bool:
-    return torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in a.differentiable
-    )
-
-
 def _backward(
     ops: _Ops, grad: Tensor, kept: Sequence[Tensor], needs: Sequence[bool], *args: Any
 ) -> list[Tensor]:
     a = Arguments(*args)
-    if not (torch.is_grad_enabled() and (grad.requires_grad or _wants_grad(a))):
+    if not wants_grad(grad, *a.differentiable):
         with torch._C._AutoDispatchBelowAutograd():
             result: list[Tensor] = ops.backward(grad, kept, needs, *args)
         return result

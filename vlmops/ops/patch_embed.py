@@ -58,6 +58,7 @@ from torch.nn import functional
 
 from vlmops import _library, dispatch
 from vlmops.ops import patch_embed_panels as panels
+from vlmops.ops.checks import require_tensor, wants_grad
 from vlmops.ops.patch_embed_panels import INDEX, PATCHES_ONLY, WEIGHT, Arguments
 from vlmops.ops.registration import overloads, register, triton_twin
 
@@ -214,10 +215,12 @@ def arguments(
     named = {"weight": weight, "bias": bias, "norm_weight": norm_weight, "norm_bias": norm_bias,
              "prefix": prefix, "pixel_map": pixel_map}  # fmt: skip
     for i, values_of_one in enumerate(values):
-        _tensor(f"pixel_values[{i}]" if listed else "pixel_values", values_of_one)
+        require_tensor(
+            "patch_embed", f"pixel_values[{i}]" if listed else "pixel_values", values_of_one
+        )
     for name, value in named.items():
         if value is not None or name == "weight":
-            _tensor(name, value)
+            require_tensor("patch_embed", name, value)
     if prefix is not None and (prefix.dim() == 1 or (prefix.dim() == 3 and prefix.shape[0] == 1)):
         prefix = prefix.reshape(-1, prefix.shape[-1])
     tensors: list[Tensor] = []
@@ -231,11 +234,11 @@ def arguments(
         kinds.append(INDEX * (position.index is not None)
                      + WEIGHT * (position.weight is not None)
                      + PATCHES_ONLY * position.patches_only)  # fmt: skip
-        _tensor("positions.table", position.table)
+        require_tensor("patch_embed", "positions.table", position.table)
         given = {"table": position.table, "index": position.index, "weight": position.weight}
         for name, value in given.items():
             if value is not None:
-                _tensor(f"positions.{name}", value)
+                require_tensor("patch_embed", f"positions.{name}", value)
                 tensors.append(value)
     if image_mean is not None or image_std is not None or rescale_factor is not None:
         if pixel_map is not None:
@@ -329,13 +332,6 @@ def _pixel_map(
     if rescale_factor is not None:
         means, stds = means * (1.0 / rescale_factor), stds * (1.0 / rescale_factor)
     return (pixels - means[:, None]) / stds[:, None]
-
-
-def _tensor(name: str, value: Any) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(
-            f"vlmops.patch_embed: {name}: expected a torch.Tensor, got {type(value).__name__}"
-        )
 
 
 def _numbers(name: str, values: Sequence[float] | None) -> tuple[float, ...] | None:
@@ -595,14 +591,12 @@ def _forward(ops: _Ops, *args: Any) -> Tensor:
 
 
 def _wants_grad(args: tuple[Any, ...]) -> bool:
-    return torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in _apart(args)[0]
-    )
+    return torch.is_grad_enabled() and wants_grad(*_apart(args)[0])
 
 
 def _backward(ops: _Ops, grad: Tensor, needs: Sequence[bool], *args: Any) -> list[Tensor]:
     a = Arguments(*args)
-    if not (torch.is_grad_enabled() and (grad.requires_grad or _wants_grad(args))):
+    if not (wants_grad(grad) or _wants_grad(args)):
         with torch._C._AutoDispatchBelowAutograd():
             result: list[Tensor] = ops.backward(grad, needs, *args)
         return result

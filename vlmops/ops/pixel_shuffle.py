@@ -55,6 +55,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from vlmops import _library, dispatch
+from vlmops.ops.checks import require_tensor, same_device, wants_grad
 from vlmops.ops.registration import overloads, register, triton_twin
 
 Grid = tuple[int, int] | Sequence[tuple[int, int]] | Literal["blocks"]
@@ -169,9 +170,11 @@ def pixel_shuffle(
         ops.out(hidden_states, out, *options)
         return out
     _library.require()
-    _check_tensors("pixel_shuffle", hidden_states=hidden_states)
+    require_tensor("pixel_shuffle", "hidden_states", hidden_states)
     given = {"norm_weight": norm_weight, "norm_bias": norm_bias, "out": out}
-    _check_tensors("pixel_shuffle", **{n: t for n, t in given.items() if t is not None})
+    for argument, tensor in given.items():
+        if tensor is not None:
+            require_tensor("pixel_shuffle", argument, tensor)
     ops = _COMPILED
     if backend is not None or dispatch.asked.get() is not None or not hidden_states.is_cpu:
         name = dispatch.choose("pixel_shuffle", backend, hidden_states.device.type)
@@ -222,7 +225,7 @@ def pixel_shuffle_inverse(
     options = (factor, layout, sides, order)
     if not torch.compiler.is_compiling():
         _library.require()
-        _check_tensors("pixel_shuffle_inverse", hidden_states=hidden_states)
+        require_tensor("pixel_shuffle_inverse", "hidden_states", hidden_states)
     name = dispatch.choose("pixel_shuffle", backend, hidden_states.device.type)
     if name == "reference":
         return _plain_inverse(hidden_states, *options)
@@ -359,14 +362,6 @@ def _grid_of(o: Options) -> Grid | None:
     return grid
 
 
-def _check_tensors(op: str, **tensors: Any) -> None:
-    for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor):
-            raise TypeError(
-                f"vlmops.{op}: {name}: expected a torch.Tensor, got {type(tensor).__name__}"
-            )
-
-
 def _plain(hidden_states: Tensor, *args: Any) -> Tensor:
     """`reference` on the op's arguments, rounded: a backend, and derivatives without a kernel."""
     o = Options(*args)
@@ -455,10 +450,6 @@ def _call(op: Any, *args: Any) -> Tensor:
     return result
 
 
-def _wants_grad(*tensors: Any) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-
-
 def _forward(
     ops: _Ops,
     hidden_states: Tensor,
@@ -470,18 +461,18 @@ def _forward(
     args = (hidden_states, norm_weight, norm_bias, *rest)
     if forward_ad._current_level >= 0:
         return _plain(*args)
-    wants_grad = _wants_grad(hidden_states, norm_weight, norm_bias)
+    recorded = wants_grad(hidden_states, norm_weight, norm_bias)
     if torch._C._functorch.maybe_current_level() is not None:
-        result: Tensor = _plain(*args) if wants_grad else ops.forward(*args)
+        result: Tensor = _plain(*args) if recorded else ops.forward(*args)
         return result
-    if not wants_grad:
+    if not recorded:
         return _call(ops.forward, *args)
     result = _Shuffle.apply(ops, *args)  # type: ignore[no-untyped-call]
     return result
 
 
 def _into(ops: _Ops, hidden_states: Tensor, out: Tensor, *args: Any) -> None:
-    if _wants_grad(hidden_states, out, *args[:2]):
+    if wants_grad(hidden_states, out, *args[:2]):
         raise RuntimeError(
             "vlmops.pixel_shuffle: out: expected no tensor that requires grad beside it, since "
             "what is written there has no history; leave out away, or use torch.no_grad()"
@@ -512,7 +503,7 @@ def _backward(
     o = Options(*args[: len(Options._fields)])
     needs = [*args[len(Options._fields) :]]
     needs += [True] * (3 - len(needs))  # torch leaves out what is the schema's default
-    if not _wants_grad(grad, hidden_states, o.norm_weight, o.norm_bias):
+    if not wants_grad(grad, hidden_states, o.norm_weight, o.norm_bias):
         with torch._C._AutoDispatchBelowAutograd():
             result: tuple[Tensor, ...] = ops.backward(grad, hidden_states, *args)
         return result
@@ -530,15 +521,15 @@ def _backward(
 def _inverse(ops: _Ops, hidden_states: Tensor, *options: Any) -> Tensor:
     if forward_ad._current_level >= 0:
         return _plain_inverse(hidden_states, *options)
-    wants_grad = _wants_grad(hidden_states)
+    recorded = wants_grad(hidden_states)
     if torch._C._functorch.maybe_current_level() is not None:
         result: Tensor = (
             _plain_inverse(hidden_states, *options)
-            if wants_grad
+            if recorded
             else ops.inverse(hidden_states, *options)
         )
         return result
-    if not wants_grad:
+    if not recorded:
         return _call(ops.inverse, hidden_states, *options)
     result = _Inverse.apply(ops, hidden_states, *options)  # type: ignore[no-untyped-call]
     return result
@@ -561,32 +552,42 @@ def _merged_shape(hidden_states: Tensor, o: Options) -> tuple[Any, ...]:
     return *batch, tokens, channels
 
 
-def _same_device(hidden_states: Tensor, **others: Tensor | None) -> None:
-    # On the meta device nothing else looks.
-    for name, tensor in others.items():
-        if tensor is not None and tensor.device != hidden_states.device:
-            raise RuntimeError(
-                f"vlmops.pixel_shuffle: {name}: expected on {hidden_states.device}, where "
-                f"hidden_states is, got {tensor.device}"
-            )
-
-
 def _fake(hidden_states: Tensor, *args: Any) -> Tensor:
     o = Options(*args)
-    _same_device(hidden_states, norm_weight=o.norm_weight, norm_bias=o.norm_bias)
+    same_device(
+        "pixel_shuffle",
+        "hidden_states",
+        hidden_states,
+        norm_weight=o.norm_weight,
+        norm_bias=o.norm_bias,
+    )
     return hidden_states.new_empty(_merged_shape(hidden_states, o))
 
 
 def _fake_out(hidden_states: Tensor, out: Tensor, *args: Any) -> None:
     o = Options(*args)
-    _same_device(hidden_states, out=out, norm_weight=o.norm_weight, norm_bias=o.norm_bias)
+    same_device(
+        "pixel_shuffle",
+        "hidden_states",
+        hidden_states,
+        out=out,
+        norm_weight=o.norm_weight,
+        norm_bias=o.norm_bias,
+    )
 
 
 def _fake_backward(grad: Tensor, hidden_states: Tensor, *args: Any) -> tuple[Tensor, ...]:
     o = Options(*args[: len(Options._fields)])
     needs = [*args[len(Options._fields) :]]
     needs += [True] * (3 - len(needs))
-    _same_device(hidden_states, grad=grad, norm_weight=o.norm_weight, norm_bias=o.norm_bias)
+    same_device(
+        "pixel_shuffle",
+        "hidden_states",
+        hidden_states,
+        grad=grad,
+        norm_weight=o.norm_weight,
+        norm_bias=o.norm_bias,
+    )
     return tuple(
         grad.new_empty(0) if t is None or not needed else t.new_empty(t.shape)
         for t, needed in zip((hidden_states, o.norm_weight, o.norm_bias), needs, strict=True)
