@@ -10,21 +10,13 @@
 // copies one feature at a time, and writes zeros where no token has it.
 #pragma once
 
-#include "common/simd.h"
+#include "common/rows.h"
 #include "ops/hd_transform/hd_transform.h"
 
 namespace vlmops::hd_transform {
 namespace {
 
 constexpr int64_t kColumns = 512;  // that are summed at a time, in L1
-
-// f(number of lanes, first element) over n elements: a ladder of vector widths.
-template <class F>
-VLMOPS_INLINE void by_vectors(int64_t n, const F& f) {
-  int64_t i = 0;
-  for (; i + kFloats <= n; i += kFloats) f(Lanes<kFloats>{}, i);
-  for (; i < n; ++i) f(Lanes<1>{}, i);
-}
 
 template <class Word>
 VLMOPS_INLINE void copy(const Word* from, int64_t stride, Word* to, int64_t n) {
@@ -148,27 +140,9 @@ inline void write_features(const Params& p, int64_t begin, int64_t end, const Ro
   });
 }
 
-template <class T>
-struct Type {
-  using type = T;
-};
-
-// f(Type of the numbers).
-template <class F>
-VLMOPS_INLINE void with_type(DType dtype, const F& f) {
-  switch (dtype) {
-    case DType::kFloat32:
-      return f(Type<float>());
-    case DType::kBFloat16:
-      return f(Type<bfloat16>());
-    case DType::kFloat16:
-      return f(Type<float16>());
-  }
-}
-
 void forward(const Params& p, int64_t begin, int64_t end) {
   with_type(p.dtype, [&](auto type) {
-    using T = typename decltype(type)::type;
+    using T = Pointee<decltype(type)>;
     if (p.mean) {
       write_tokens<T>(p, begin, end,
                       [&](const Image& image, const Source& s, const T* features, T* to) {
@@ -185,7 +159,7 @@ void forward(const Params& p, int64_t begin, int64_t end) {
 
 void backward(const Params& p, int64_t begin, int64_t end) {
   with_type(p.dtype, [&](auto type) {
-    using T = typename decltype(type)::type;
+    using T = Pointee<decltype(type)>;
     const int64_t stride = p.token_channel_stride;
     if (p.mean) {
       write_features<T>(p, begin, end, [&](const T* from, T* to) {
@@ -248,7 +222,7 @@ inline void add_columns(const Params& p, int64_t begin, int64_t n, double* newli
 
 void sums(const Params& p, int64_t begin, int64_t end, double* sums) {
   with_type(p.dtype, [&](auto type) {
-    using T = typename decltype(type)::type;
+    using T = Pointee<decltype(type)>;
     for (int64_t c = begin; c < end; c += kColumns) {
       const int64_t n = end - c < kColumns ? end - c : kColumns;
       add_columns<T>(p, c, n, sums + c, sums + p.depth() + c);
