@@ -548,14 +548,14 @@ SITE_MUTATIONS = {
     "padded unfolding": (SITE, 'and sides["padding"] == (0, 0)', ""),
     "tokens copied": (SITE, "unflatten(2, grid)", "unflatten(2, grid).contiguous()"),
     "autocast ignored": (SITE, "if torch.is_autocast_enabled(x.device.type):", "if False:"),
-    "mixed dtypes": (SITE, "len({t.dtype for t in given}) > 1", "False"),
-    "channels not compared": (SITE, " or x.shape[1] != weight.shape[1]", ""),
-    "images below a patch": (SITE, "if any(n < p for n", "if False and any(n < p for n"),
+    "mixed dtypes": (SITE, "len({t.dtype for t in floats}) == 1", "True"),
+    "channels not compared": (SITE, "        and x.shape[1] == weight.shape[1]\n", ""),
+    "images below a patch": (SITE, "all(n >= p for n, p in", "all(True or n >= p for n, p in"),
     "ready patches gathered": (SITE, "if sides == patch and x.is_contiguous():", "if False:"),
     "parts of an unfolding not asked": (
         SITE, "if plain.bypassable(unfold, nn.Unfold) and plain.bypassable(linear, nn.Linear):",
         "if True:"),
-    "a linear layer counted twice": (SITE, "absorbs=(found.linear,)", "absorbs=()"),
+    "a linear layer counted twice": (SITE, "absorbs=names[1:]", "absorbs=()"),
     "no numeric check": (SITE, "if not error <= _TOLERANCE:", "if False:"),
     "shapes not checked": (SITE, "if ours.shape != exact.shape or", "if"),
     "16-bit products measured where they are float32": (SITE, ".to(computes_in(weight))", ""),
@@ -571,7 +571,8 @@ SITE_MUTATIONS = {
                 "if False:"),
     "positions of another size": (AROUND, " or layout.size not in (None, size)", ""),
     "pixels cast by nobody": (
-        AROUND, "if pixels.dtype != dtype and not layout.casts:", "if False:"),
+        AROUND, "if pixels.dtype != dtype and not layout.casts and pixel_map is None:",
+        "if False:"),
     "arguments ignored": (AROUND, " and _is_plain(known, args, kwargs)", ""),
     "autocast ignored around": (
         AROUND, "if torch.is_autocast_enabled(pixels.device.type):", "if False:"),
@@ -586,8 +587,7 @@ SITE_MUTATIONS = {
     "guesses not proved": (
         AROUND, "if not error <= _TOLERANCE * max(", "if False and not error <= _TOLERANCE * max("),
     "options of tables": (
-        AROUND, "if reason is not None or any(special[2:]) or special[:2] != (None, None):",
-        "if reason is not None:"),
+        AROUND, "return options == (None, None, False, False)", "return True"),
     "hooks inside": (AROUND, "if plain.watched(child):", "if False:"),
     "studied by shapes alone": (AROUND, "repr(described), ", ""),
 }  # fmt: skip
