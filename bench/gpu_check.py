@@ -33,10 +33,33 @@ BUILD = [
 ]
 """The one place that knows how both libraries are built for the card that is present."""
 
+BUILDS = ("build", "build-cpu-half")
+"""Steps of which one must have passed for nearly all others."""
+
 DONE = ("passed", "failed")
 """What a rerun keeps; a step that was skipped, timed out or not reached is tried again."""
 
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
+BENCHES = {
+    "pixel_shuffle": (120, ("bfloat16", "float32"), ()),
+    "mlp_projector": (100, ("bfloat16",), ("--no-compile",)),
+    "hd_transform": (40, ("bfloat16",), ()),
+    "patch_embed": (100, ("bfloat16",), ()),
+}
+"""Seconds, dtypes and options of what is measured beside mrope, whose numbers have targets."""
+
+REHEARSED = {
+    "pixel_shuffle": "smolvlm_f4",
+    "hd_transform": "phi4_4x4",
+    "patch_embed": "siglip_so400m_384",
+}
+"""What a dry run measures; mlp_projector's products take a CPU minutes."""
+
+FAMILIES = (
+    *("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v", "mistral3", "llama4", "mllama", "gemma3"),
+    *("paligemma", "llava", "llava_next", "llava_onevision", "internvl", "idefics3"),
+    "phi4_multimodal",
+)
 TARGETS = {"percent_of_ceiling": 85.0, "times_eager": 8.0, "times_compiled": 1.5, "launches": 1.2}
 
 
@@ -73,6 +96,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--dry-run", action="store_true", help="on the CPU: only the device is replaced"
     )
+    parser.add_argument("--only", metavar="NAME", nargs="+", help="these steps, and the build")
     parser.add_argument("--budget", type=float, default=BUDGET, help="seconds (default 520)")
     parser.add_argument("--do", choices=sorted(PARTS), help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
@@ -80,7 +104,14 @@ def main(argv: Sequence[str]) -> int:
         return PARTS[args.do](args.out, args.dry_run)
     out = args.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
-    check = Check(steps(out, args.dry_run), out, identity(args.dry_run), args.budget, args.fresh)
+    chosen = steps(out, args.dry_run)
+    if args.only is not None:
+        unknown = set(args.only) - {step.name for step in chosen}
+        if unknown:
+            names = ", ".join(step.name for step in chosen)
+            parser.error(f"--only: expected {names}, got {', '.join(sorted(unknown))}")
+        chosen = [s for s in chosen if s.name in (*args.only, *BUILDS)]
+    check = Check(chosen, out, identity(args.dry_run), args.budget, args.fresh)
     return check.run()
 
 
@@ -89,24 +120,30 @@ def steps(out: Path, dry_run: bool) -> list[Step]:
     python = sys.executable
     device = "rehearsal" if dry_run else "cuda"
     test_device = {"VLMOPS_TEST_DEVICE": "cpu" if dry_run else "cuda"}
-    built = ("build", "build-cpu-half")
 
     def part(name: str) -> list[str]:
         return [python, __file__, str(out), "--do", name, *(["--dry-run"] if dry_run else [])]
 
-    def contract(backend: str) -> Step:
+    def contract(backend: str, seconds: float) -> Step:
         selected = {"cuda": "cpu_portable and qwen2vl_s17", "triton": "triton and tiny_s1"}
         # Warnings differ from one torch to the next: they are read in the log here.
         suite = [python, "-m", "pytest", "-v", "-rf", "-W", "default", "-p", "no:cacheprovider"]
         suite += ["--tb=short", "--maxfail=30", *workers(), "python_tests/test_contract.py"]
         suite += ["-k", selected[backend] if dry_run else backend]
         skip = without("triton") if backend == "triton" else lambda: None
-        return Step(f"contract-{backend}", 150, suite, test_device, built, skip=skip)
+        return Step(f"contract-{backend}", seconds, suite, test_device, BUILDS, skip=skip)
 
     def bench(name: str, seconds: float, *options: str, op: str = "mrope") -> Step:
         path = out / f"{name}.json"
         command = [python, "-m", "vlmops", "bench", op, "--device", device, *options]
-        return Step(name, seconds, [*command, "--json", str(path)], needs=built, makes=path)
+        return Step(name, seconds, [*command, "--json", str(path)], needs=BUILDS, makes=path)
+
+    def bench_of(op: str) -> Step:
+        seconds, dtypes, options = BENCHES[op]
+        chosen = ["--quick", *(word for dtype in dtypes for word in ("--dtype", dtype)), *options]
+        if dry_run:
+            chosen = ["--quick", "--dtype", dtypes[0], "--no-compile", "--case", REHEARSED[op]]
+        return bench(f"bench-{op}", seconds, *chosen, op=op)
 
     def sanitizer(tool: str) -> Step:
         program = find_sanitizer()
@@ -117,25 +154,24 @@ def steps(out: Path, dry_run: bool) -> list[Step]:
         watched = "calls" if tool == "racecheck" else "small"
         missing = "compute-sanitizer is not installed; it comes with the CUDA toolkit"
         skip = lambda: None if program else missing  # noqa: E731
-        return Step(f"sanitizer-{tool}", 40, [*command, *part(watched)], env, built, skip=skip)
+        return Step(f"sanitizer-{tool}", 60, [*command, *part(watched)], env, BUILDS, skip=skip)
 
     quick = ["--quick", "--no-compile", "--dtype", "bfloat16"]
     shapes = ["decode_b1", "s1024"] if dry_run else ["decode_b1", "s4096", "s16384", "norm_s4096"]
     cases = [option for shape in shapes for option in ("--case", shape)]
-    patches = ["--quick", "--dtype", "bfloat16"]
-    if dry_run:
-        patches += ["--no-compile", "--case", "siglip_so400m_384"]
-    build = part("imports") if dry_run else [python, *BUILD]
+    # A build that was made elsewhere only has to load.
+    loads_only = dry_run or "VLMOPS_LIBRARY" in os.environ
+    build = part("imports") if loads_only else [python, *BUILD]
     return [
         Step("environment", 30, part("environment")),
         Step("build", 150, build),
         Step("build-cpu-half", 90, [python, *BUILD[:-4]], instead_of="build"),
-        Step("small", 80, part("small"), needs=built),
-        contract("cuda"),
+        Step("small", 80, part("small"), needs=BUILDS),
+        contract("cuda", 300),
         bench("bench-headline", 60, *quick, *cases),
-        bench("bench-patch-embed", 100, *patches, op="patch_embed"),
-        Step("patched", 60, part("patched"), needs=built, skip=without("transformers")),
-        contract("triton"),
+        *(bench_of(op) for op in (REHEARSED if dry_run else BENCHES)),
+        Step("patched", 120, part("patched"), needs=BUILDS, skip=without("transformers")),
+        contract("triton", 300),
         *(sanitizer(tool) for tool in SANITIZERS[:2]),
         bench("bench", 120, *([*quick, "--case", "decode_b1"] if dry_run else [])),
         *(sanitizer(tool) for tool in SANITIZERS[2:]),
@@ -157,7 +193,7 @@ def workers() -> list[str]:
 
     if not importlib.util.find_spec("xdist"):
         return []
-    return ["-n", str(max(1, min(8, (os.cpu_count() or 1) // 2))), "--dist", "worksteal"]
+    return ["-n", str(max(1, min(12, (os.cpu_count() or 1) * 3 // 4))), "--dist", "worksteal"]
 
 
 def find_sanitizer() -> str | None:
@@ -331,9 +367,10 @@ def verdict(
             break
     else:
         lines += ["", "NUMBERS     none were measured"]
-    path = out / "bench-patch-embed.json"
-    if path.exists() and outcomes.get("bench-patch-embed", Outcome("")).status in DONE:
-        lines += ["", *products(json.loads(path.read_text()))]
+    for op in BENCHES:
+        path = out / f"bench-{op}.json"
+        if path.exists() and outcomes.get(path.stem, Outcome("")).status in DONE:
+            lines += ["", *times(json.loads(path.read_text()))]
     statuses = [outcome.status for outcome in outcomes.values()]
     bad = sum(status in ("failed", "timed out", "not reached") for status in statuses)
     lines += ["", f"VERDICT     {bad or 'no'} of {len(steps)} steps did not pass, "
@@ -382,17 +419,34 @@ def numbers(report: Mapping[str, Any]) -> list[str]:
     return lines + [f"ERROR       {error}" for error in report.get("errors", ())]
 
 
-def products(report: Mapping[str, Any]) -> list[str]:
-    """Of an op that is mostly products: time against eager and the fastest bare product."""
+def times(report: Mapping[str, Any]) -> list[str]:
+    """Each of our times, against everything that was measured beside it."""
+    keys = ("case", "dtype", "direction")
+    compiled = {
+        tuple(row[key] for key in keys): row["median_ms"]
+        for row in report["rows"]
+        if row["variant"] == "torch.compile" and "median_ms" in row
+    }
     lines = []
     for row in report["rows"]:
-        if row["variant"].startswith("vlmops") and row.get("times_eager") is not None:
-            over = row.get("over_product")
-            lines.append(
-                f"{row['case']:20}{row['dtype']:10}{row['direction']:9}{row['variant']:15}"
-                f"{row['median_ms'] * 1e3:9.1f} us, {row['times_eager']:.2f}x eager"
-                + ("" if over is None else f", {over:.2f} x product")
-            )
+        if not row["variant"].startswith("vlmops") or "median_ms" not in row:
+            continue
+        found = {
+            "x eager": row.get("times_eager"),
+            "x torch.compile": None,
+            "% of copy's speed": row.get("percent_of_ceiling"),
+            "x product": row.get("over_product"),
+        }
+        other = compiled.get(tuple(row[key] for key in keys))
+        if other is not None:
+            found["x torch.compile"] = other / row["median_ms"]
+        told = ", ".join(
+            f"{value:.2f} {name}" for name, value in found.items() if value is not None
+        )
+        lines.append(
+            f"{row['case']:20}{row['dtype']:10}{row['direction']:9}{row['variant']:15}"
+            f"{row['median_ms'] * 1e3:9.1f} us, {told}"
+        )
     return lines + [f"ERROR       {error}" for error in report.get("errors", ())]
 
 
@@ -510,23 +564,23 @@ def patched(out: Path, dry_run: bool) -> int:
     device, wrong = torch.device("cpu" if dry_run else "cuda"), 0
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False  # on by default; 6e-5 of a convolution's gradient
-    for family in ("qwen2_vl",) if dry_run else ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v"):
+    for family in FAMILIES[:1] if dry_run else FAMILIES:
         model = tiny.build(family).to(device)
         batch = {k: v.to(device) for k, v in checks.batch_of(family, "several_images").items()}
         before, grads = checks.gradients(model, batch)
         report = vlmops.patch(model)
         with CountOps() as ran:
             after, our_grads = checks.gradients(model, batch)
-        calls = sum(n for name, n in ran.counts.items() if name.startswith("vlmops"))
+        calls = {n.split("::")[1]: c for n, c in ran.counts.items() if n.startswith("vlmops")}
         try:
             checks.assert_agree(after, before, "logits")
             checks.assert_gradients_agree(our_grads, grads)
-            assert calls > 0, f"no call of ours; {report}"
+            assert calls, f"no call of ours; {report}"
         except AssertionError as error:
             print(f"{family}: {error}")
             wrong += 1
         else:
-            print(f"{family}: logits and {len(grads)} gradients agree, {calls} calls of ours")
+            print(f"{family}: logits and {len(grads)} gradients agree; ours: {calls}")
     return int(wrong > 0)
 
 

@@ -224,8 +224,9 @@ class _Traffic(TorchDispatchMode):
             made = read
         self.ops += 1
         self.bytes += sum(t.numel() * t.element_size() for t in read + made)
-        if func.overloadpacket is torch.ops.aten.mm:
-            self.flops += 2.0 * args[0].numel() * args[1].shape[1]
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm):
+            left, right = args[-2:]
+            self.flops += 2.0 * left.numel() * right.shape[1]
         return result
 
 
