@@ -297,3 +297,14 @@ def test_gpu_rehearsal_counts_what_operators_move():
     assert seconds == pytest.approx(2e-6 + 8000e-12)
     with contextlib.suppress(ZeroDivisionError):
         assert device.clock() == seconds
+
+
+def test_a_spent_budget_leaves_the_cases_that_are_left(monkeypatch):
+    """What was measured before it is kept, and what was not is named."""
+    now = iter([0.0, 5.0, 15.0])
+    monkeypatch.setattr(measure_gpu.time, "monotonic", lambda: next(now))
+    result = run_toy(toy(), monkeypatch, dtypes=["float32", "bfloat16"], budget=10.0)
+    assert {row["dtype"] for row in result["rows"]} == {"float32"}
+    assert result["errors"] == ["small bfloat16: not measured: --budget was spent before it"]
+    for options in (["--budget", "5"], ["--device", "rehearsal", "--budget", "0"]):
+        assert cli.main(["bench", "mrope", *options]) == 2

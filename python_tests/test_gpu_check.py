@@ -110,7 +110,7 @@ def test_contract_runs_in_processes_where_xdist_is_installed(check, monkeypatch,
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert "-n" not in command()
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
-    monkeypatch.setattr(check.os, "cpu_count", lambda: 6)
+    monkeypatch.setattr(check.os, "cpu_count", lambda: 4)
     assert command()[command().index("-n") + 1] == "3"
 
 

@@ -123,6 +123,12 @@ def _parser() -> Parser:
     )
     bench.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     bench.add_argument("--quick", action="store_true", help="few rounds: a look, not a claim")
+    bench.add_argument(
+        "--budget",
+        type=float,
+        metavar="SECONDS",
+        help="on a GPU that is there for a short time: start no further case after so long",
+    )
     add_json(bench)
     bench.set_defaults(run=_bench)
 
@@ -235,6 +241,7 @@ def _bench(args: argparse.Namespace) -> int:
         args.sizes,
         args.device,
         args.against,
+        args.budget,
     )
     measured = runner.run(request, args.threads)
     _answer(args, report.table(measured), measured)

@@ -56,6 +56,8 @@ class Request:
     device: str = "cpu"
     """One of `gpu.DEVICES`, or the CPU."""
     against: Sequence[str] = AGAINST
+    budget: float | None = None
+    """Seconds after which a GPU starts no further case."""
 
     @property
     def compiles(self) -> bool:

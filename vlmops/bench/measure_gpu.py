@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import platform
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -46,12 +47,16 @@ def run(request: Request, device: gpu.Device | None = None) -> dict[str, Any]:
     result["backends"] = {"vlmops": backend, **{f"vlmops {name}": name for name in others}}
     rows: list[Row] = []
     errors: list[str] = []
+    start = time.monotonic()
     with torch.no_grad(), device.stream():
         progress("measuring copy bandwidth and matmul rate")
         ceilings = gpu.measure_ceilings(device, request.dtypes, request.quick)
         for dtype in request.dtypes:
             for name in request.cases:
                 case = known[name]
+                if request.budget is not None and time.monotonic() - start > request.budget:
+                    errors.append(f"{name} {dtype}: not measured: --budget was spent before it")
+                    continue
                 try:
                     found = measure_case(request, spec, case, getattr(torch, dtype), device,
                                          ceilings, others)  # fmt: skip

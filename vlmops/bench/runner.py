@@ -49,6 +49,7 @@ def request(
     sizes: Sequence[int] | None = None,
     device: str = "cpu",
     against: Sequence[str] | None = None,
+    budget: float | None = None,
 ) -> Request:
     """A request whose every name exists; all cases, float32 and bfloat16 by default.
 
@@ -76,8 +77,13 @@ def request(
     _check_names("--device", [device], ["cpu", *gpu.DEVICES])
     _check_names("--isa", [isa] if isa else [], list(TORCH_CAPS))
     _check_names("--against", against or [], AGAINST)
+    if budget is not None and (device == "cpu" or not budget > 0):
+        raise BenchError(
+            f"--budget: expected seconds above 0 and another --device than cpu, got {budget:g} and "
+            f"{device}"
+        )
     return Request(
-        op, cases, dtypes, isa, compile, quick, models, sizes, device, against or AGAINST
+        op, cases, dtypes, isa, compile, quick, models, sizes, device, against or AGAINST, budget
     )
 
 

@@ -64,7 +64,7 @@ def _inputs(
         features = options.get("skip_prefix", 0) + (side * factor) ** 2
         crops = sum(1 + h * w for h, w in grids)
         first = (len(grids), padded) if padded else (crops,)
-        x = torch.randn(*first, features, channels).to(device, dtype)
+        x = torch.randn(*first, features, channels, device=device).to(dtype)
         depth = channels * (1 if options.get("reduction") else factor**2)
         newline, separator = torch.randn(2, depth).to(device, learned_dtype or dtype)
         if shapes == "phi3":

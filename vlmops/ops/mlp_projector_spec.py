@@ -57,7 +57,7 @@ def _inputs(
 
     def make(dtype: torch.dtype, device: torch.device) -> Arguments:
         def draw(*size: int, scale: float = 1.0, of: torch.dtype | None = None) -> Tensor:
-            return (torch.randn(size) * scale).to(device, of or dtype)
+            return (torch.randn(size, device=device) * scale).to(of or dtype)
 
         def weight(n: int, k: int, scale: float) -> Tensor:
             if weights == "transposed":  # Gemma-3's [in, out]
@@ -290,9 +290,9 @@ def _products(args: Arguments) -> Mapping[tuple[str, str], Callable[[], Any]]:
     """Forward, and the gradients of weights and of what they multiply."""
     weights = _weights(args)
     rows = args["x"].shape[:-1].numel()
-    given = [torch.randn(rows, w.shape[1]).to(w) for w in weights]
+    given = [torch.randn(rows, w.shape[1], device=w.device).to(w) for w in weights]
     outs = [w.new_empty(rows, len(w)) for w in weights]
-    grads = [torch.randn(rows, len(w)).to(w) for w in weights]
+    grads = [torch.randn(rows, len(w), device=w.device).to(w) for w in weights]
 
     def each(multiply: Callable[[Tensor, Tensor, Tensor], Any]) -> Callable[[], None]:
         def run() -> None:

@@ -73,11 +73,11 @@ def _inputs(
 
     def make(dtype: torch.dtype, device: torch.device) -> Arguments:
         def draw(*size: int, scale: float = 1.0, of: torch.dtype | None = None) -> Tensor:
-            return (torch.randn(size) * scale).to(device, of or dtype)
+            return (torch.randn(size, device=device) * scale).to(of or dtype)
 
         def image(size: Sequence[int]) -> Tensor:
             if pixel_dtype == torch.uint8:
-                x = torch.randint(256, tuple(size), dtype=torch.uint8).to(device)
+                x = torch.randint(256, tuple(size), dtype=torch.uint8, device=device)
             else:
                 x = draw(*size, of=pixel_dtype)
             if pixels == "channels_last":
@@ -404,8 +404,11 @@ def _products(args: Arguments) -> Mapping[tuple[str, str], Callable[[], Any]]:
     """Forward, and the gradients of weight and, unless they are raw, of pixels."""
     weight = args["weight"].flatten(1)
     tokens = math.prod(reference_shape(args)[:-1])
-    patches = torch.randn(tokens, weight.shape[1]).to(weight)
-    grad, out = torch.randn(tokens, len(weight)).to(weight), weight.new_empty(tokens, len(weight))
+    patches = torch.randn(tokens, weight.shape[1], device=weight.device).to(weight)
+    grad, out = (
+        torch.randn(tokens, len(weight), device=weight.device).to(weight),
+        weight.new_empty(tokens, len(weight)),
+    )
     values = args["pixel_values"]
 
     def backward() -> None:

@@ -64,10 +64,10 @@ def _inputs(
 
     def make(dtype: torch.dtype, device: torch.device) -> Arguments:
         def vector(size: int, around: float) -> Tensor:
-            scattered = torch.randn(size, 3) * 0.3 + around
-            return scattered.to(device, norm_dtype or dtype)[:, 1]
+            scattered = torch.randn(size, 3, device=device) * 0.3 + around
+            return scattered.to(norm_dtype or dtype)[:, 1]
 
-        x = _strided((torch.randn(tuple(shape)) + mean).to(device, dtype), layout)
+        x = _strided((torch.randn(tuple(shape), device=device) + mean).to(dtype), layout)
         channels = shape[-1]
         if norm_axis == "merged" and options.get("reduction") is None:
             channels *= factor**2
@@ -251,7 +251,11 @@ def _change(name: str, change: Callable[[Tensor], Any]) -> Callable[[Arguments],
 
 def _out(change: Callable[[Tensor], Any]) -> Callable[[Arguments], Arguments]:
     """``change`` of memory for the result."""
-    return lambda args: {**args, "out": change(torch.zeros(2, 4, 160))}
+
+    def put(args: Arguments) -> Arguments:
+        return {**args, "out": change(torch.zeros(2, 4, 160, device=args["hidden_states"].device))}
+
+    return put
 
 
 # The good call is CASES[0]: [2, 1 + 4 * 4, 40], factor 2, norm "layer" with weight and bias [160].

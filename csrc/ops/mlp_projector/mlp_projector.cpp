@@ -181,13 +181,13 @@ std::tuple<Tensor, Tensor> norm_backward(const Tensor& grad, const Tensor& x,
   p.bias_sums = floats(bias_sums, needs_bias);
   const Launch launch(kOp, x);
   if (launch.kernels != nullptr) {
-    Tensor scales = torch::stable::new_empty(x, Sizes{p.rows, 2}, ScalarType::Float);
+    Tensor scales = torch::stable::new_empty(x, Sizes{p.rows, kScales}, ScalarType::Float);
     p.scales = floats(scales, true);
     launch.reads(x, "x");
     launch.reads(grad, "the gradient");
     launch.reads(w.tensor, "norm_weight");
     if (grad_x.has_value()) launch.writes(*grad_x, "the gradient of x");
-    launch.writes(scales, "mean and factor");
+    launch.writes(scales, "mean, factor and shift");
     launch.writes(weight_sums, "sums of norm_weight");
     launch.writes(bias_sums, "sums of norm_bias");
     launch.run(&CudaKernels::mlp_projector_norm_backward, p);

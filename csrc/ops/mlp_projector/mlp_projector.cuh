@@ -247,11 +247,13 @@ __device__ __forceinline__ Pair row_sums(Pair x, Pair* shared) {
   return sum;
 }
 
+// (x - mean) * factor + shift is x normed.
 struct Scale {
-  float mean, factor;
+  float mean, factor, shift;
 };
 
-// The mean is mended once, with the variance's pass, which finds the row in L1.
+// What the mean lacks is found in the variance's pass, which has the row in L1, and shifted: added
+// to the mean it would be rounded away again where a row is far from 0.
 template <class T, int V>
 __device__ __forceinline__ Scale statistics(const Norm& p, int64_t start, Pair* shared) {
   const auto moments = [&](float mean) {  // of x - mean and of its square
@@ -271,8 +273,9 @@ __device__ __forceinline__ Scale statistics(const Norm& p, int64_t start, Pair* 
   };
   const float mean = p.layer ? moments(0.0f).a : 0.0f;
   const Pair off = moments(mean);
-  if (!p.layer) return {0.0f, 1.0f / sqrtf(off.b + p.eps)};
-  return {mean + off.a, 1.0f / sqrtf(off.b - off.a * off.a + p.eps)};
+  if (!p.layer) return {0.0f, 1.0f / sqrtf(off.b + p.eps), 0.0f};
+  const float factor = 1.0f / sqrtf(off.b - off.a * off.a + p.eps);
+  return {mean, factor, -off.a * factor};
 }
 
 template <class T, int V>
@@ -329,7 +332,7 @@ __global__ void __launch_bounds__(kRowThreads)
     const Floats<V> weight = norm_weight<V>(p, i), bias = load_row<V>(p.bias, i, 0.0f);
 #pragma unroll
     for (int e = 0; e < V; ++e)
-      x.v[e] = (x.v[e] - scale.mean) * scale.factor * weight.v[e] + bias.v[e];
+      x.v[e] = ((x.v[e] - scale.mean) * scale.factor + scale.shift) * weight.v[e] + bias.v[e];
     store<T, V>(p.out, row * p.width + i, x);
   }
 }
@@ -343,8 +346,9 @@ __global__ void __launch_bounds__(kRowThreads)
   const int64_t row = blockIdx.x, start = row * p.x_stride;
   const Scale scale = statistics<T, V>(p, start, shared);
   if (threadIdx.x == 0) {
-    p.scales[2 * row] = scale.mean;
-    p.scales[2 * row + 1] = scale.factor;
+    p.scales[kScales * row] = scale.mean;
+    p.scales[kScales * row + 1] = scale.factor;
+    p.scales[kScales * row + 2] = scale.shift;
   }
   if (p.grad_x == nullptr) return;
   // f(columns, y, g) for this thread's part of the row
@@ -354,7 +358,7 @@ __global__ void __launch_bounds__(kRowThreads)
       const Floats<V> weight = norm_weight<V>(p, i);
 #pragma unroll
       for (int e = 0; e < V; ++e) {
-        y.v[e] = (y.v[e] - scale.mean) * scale.factor;
+        y.v[e] = (y.v[e] - scale.mean) * scale.factor + scale.shift;
         g.v[e] *= weight.v[e];
       }
       f(i, y, g);
@@ -385,11 +389,12 @@ __global__ void __launch_bounds__(kThreads)
   const Tile<V> tile(p.rows, p.width);
   Floats<V> weight_sum = {}, bias_sum = {};
   for (int64_t row = tile.row; tile.inside && row < tile.last; row += kSumWarps) {
-    const float mean = p.scales[2 * row], factor = p.scales[2 * row + 1];
+    const float* const scale = p.scales + kScales * row;
+    const float mean = scale[0], factor = scale[1], shift = scale[2];
     Floats<V> y = load<T, V>(p.x, row * p.x_stride + tile.column);
     const Floats<V> g = load<T, V>(p.grad, row * p.width + tile.column);
 #pragma unroll
-    for (int e = 0; e < V; ++e) y.v[e] = (y.v[e] - mean) * factor * g.v[e];
+    for (int e = 0; e < V; ++e) y.v[e] = ((y.v[e] - mean) * factor + shift) * g.v[e];
     add(weight_sum, y);
     add(bias_sum, g);
   }

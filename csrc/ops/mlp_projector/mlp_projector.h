@@ -10,6 +10,7 @@ enum class Activation : int { kNone, kGelu, kGeluTanh, kQuickGelu, kSilu, kRelu 
 
 // Sums over rows are kept for this many rows each, whatever runs them: their order is the same.
 constexpr int64_t kPartRows = 32;
+constexpr int64_t kScales = 3;  // of a row: mean, factor, shift
 
 VLMOPS_HOST_DEVICE constexpr int64_t parts_of(int64_t rows) {
   return (rows + kPartRows - 1) / kPartRows;
@@ -29,7 +30,7 @@ struct Norm {
   // Backward: from the gradient of out to that of x, and parts of those of weight and bias.
   const void* grad;
   void* grad_x;        // or null
-  float* scales;       // [rows, 2], mean and factor, on a GPU with sums
+  float* scales;       // [rows, kScales], on a GPU with sums
   float* weight_sums;  // [parts_of(rows), width], or null
   float* bias_sums;    // the same
 };
