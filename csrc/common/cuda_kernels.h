@@ -27,13 +27,13 @@ struct CudaKernels {
   patch_embed::CudaFinish patch_embed_finish;
   pixel_shuffle::CudaKernel pixel_shuffle;
   pixel_shuffle::CudaKernel pixel_shuffle_inverse;
-  pixel_shuffle::CudaNormBackwardParts pixel_shuffle_norm_backward_parts;
   pixel_shuffle::CudaNormBackward pixel_shuffle_norm_backward;
   pixel_shuffle::CudaWeightGrad pixel_shuffle_weight_grad;
   mlp_projector::CudaNorm mlp_projector_norm;
   mlp_projector::CudaNorm mlp_projector_norm_backward;
   mlp_projector::CudaActivate mlp_projector_activate;
   mlp_projector::CudaActivate mlp_projector_activate_backward;
+  mlp_projector::CudaRowSum mlp_projector_sum_rows;
   hd_transform::CudaKernel hd_transform;
   hd_transform::CudaKernel hd_transform_backward;
   hd_transform::CudaSums hd_transform_sums;

@@ -164,6 +164,9 @@ inline long long __double_as_longlong(double x) { return __builtin_bit_cast(long
 inline float rsqrtf(float x) { return 1.0f / sqrtf(x) * (1.0f + 0x1p-22f); }
 inline double rsqrt(double x) { return 1.0 / sqrt(x); }
 inline float __expf(float x) { return expf(x); }
+inline uint32_t __umulhi(uint32_t a, uint32_t b) {
+  return static_cast<uint32_t>(static_cast<uint64_t>(a) * b >> 32);
+}
 inline float __fdividef(float x, float y) { return x / y; }
 inline float __frcp_rn(float x) { return 1.0f / x; }
 inline float __fsqrt_rn(float x) { return sqrtf(x); }

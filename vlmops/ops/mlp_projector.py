@@ -237,10 +237,13 @@ class _MlpProjector(torch.autograd.Function):
             out, *kept = ops.forward(*tensors, *options, True)
         ctx.save_for_backward(*tensors, *kept)
         ctx.mark_non_differentiable(*kept)
+        ctx.set_materialize_grads(False)  # zeros for what was kept would be as large as that
         return out, *kept
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return (None,) * (2 + TENSORS)
         saved, needs = ctx.saved_tensors, ctx.needs_input_grad[2:]
         tensors, kept = saved[:TENSORS], saved[TENSORS:]
         grads = _backward(ctx.ops, grad, kept, needs, *tensors, *ctx.options)

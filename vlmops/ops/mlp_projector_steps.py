@@ -74,6 +74,8 @@ class Kernels(NamedTuple):
     norm_backward: Callable[..., Sequence[Tensor]]
     activate: Callable[..., None]
     activate_backward: Callable[..., Sequence[Tensor]]
+    sum_rows: Callable[[Tensor, Tensor], Tensor]
+    """Over the first dimension, in the dtype of the second argument; on a GPU."""
 
 
 @functools.cache
@@ -223,6 +225,11 @@ def _gradients(
             return products.linear(g, weight.t())
         return torch.mm(g, weight, out=to)
 
+    def summed(x: Tensor, like: Tensor | None) -> Tensor | None:
+        if like is None:
+            return None
+        return kernels.sum_rows(x, like) if on_gpu else x.sum(0)
+
     def of_weight(g: Tensor, x: Tensor) -> Tensor:
         return g.t() @ x if on_gpu else products.linear(g.t(), x.t())
 
@@ -230,7 +237,7 @@ def _gradients(
      norm_bias) = needs  # fmt: skip
     below = x or norm_weight or norm_bias
     needs_hidden = below or fc1_weight or fc1_bias or gate_weight or gate_bias
-    found: dict[str, Tensor] = {}
+    found: dict[str, Tensor | None] = {}
     layers = iter(kept)
     g = _rows(grad).contiguous()
     plain = a.activation == "none" and a.gate_weight is None
@@ -243,9 +250,10 @@ def _gradients(
             _, _, sums, _ = kernels.activate_backward(
                 g, next(layers), None, a.out_activation, above, False, fc2_bias, False
             )
-            found["fc2_bias"] = sums.sum(0)
+            if fc2_bias:
+                found["fc2_bias"] = summed(sums, a.fc2_bias)
         elif fc2_bias:
-            found["fc2_bias"] = g.sum(0)
+            found["fc2_bias"] = summed(g, a.fc2_bias)
         g = through(above, a.fc2_weight) if needs_hidden else above
     out, of_gate = hidden, None
     if not plain and needs_hidden:
@@ -254,12 +262,15 @@ def _gradients(
             g, hidden, gate, a.activation, of_hidden, fc2_weight, fc1_bias, gate_bias
         )
         g = of_hidden
-        found |= {"fc1_bias": sums.sum(0), "gate_bias": gate_sums.sum(0)}
+        if fc1_bias:
+            found["fc1_bias"] = summed(sums, a.fc1_bias)
+        if gate_bias:
+            found["gate_bias"] = summed(gate_sums, a.gate_bias)
     elif not plain and fc2_weight and hidden is not None:
         out = torch.empty_like(hidden)
         kernels.activate(hidden, gate, a.activation, out)
     elif fc1_bias:
-        found["fc1_bias"] = g.sum(0)
+        found["fc1_bias"] = summed(g, a.fc1_bias)
     if fc2_weight and out is not None:
         found["fc2_weight"] = of_weight(above, out)
     del out
@@ -284,5 +295,8 @@ def _gradients(
             )  # fmt: skip
             if of_x is not None:
                 found["x"] = of_x
-            found |= {"norm_weight": sums.sum(0), "norm_bias": bias_sums.sum(0)}
+            if norm_weight:
+                found["norm_weight"] = summed(sums, a.norm_weight)
+            if norm_bias:
+                found["norm_bias"] = summed(bias_sums, a.norm_bias)
     return [found.get(name) for name in Arguments._fields[:TENSORS]]

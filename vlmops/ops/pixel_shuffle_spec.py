@@ -58,14 +58,16 @@ def _inputs(
     norm_offset: float = 0.0,
     layout: str = "contiguous",
     mean: float = 0.0,
+    scattered: bool = True,
     **options: Any,
 ) -> Callable[[torch.dtype, torch.device], Arguments]:
-    """``affine`` names the vectors of the norm, which lie scattered; ``mean`` is the tokens'."""
+    """``affine`` names the vectors of the norm, ``scattered`` or not; ``mean`` is the tokens'."""
 
     def make(dtype: torch.dtype, device: torch.device) -> Arguments:
         def vector(size: int, around: float) -> Tensor:
-            scattered = torch.randn(size, 3, device=device) * 0.3 + around
-            return scattered.to(norm_dtype or dtype)[:, 1]
+            drawn = torch.randn(size, 3, device=device) * 0.3 + around
+            column = drawn.to(norm_dtype or dtype)[:, 1]
+            return column if scattered else column.contiguous()
 
         x = _strided((torch.randn(tuple(shape), device=device) + mean).to(dtype), layout)
         channels = shape[-1]
@@ -361,7 +363,7 @@ def _flops(args: Arguments) -> float:
 
 
 def _bench(name: str, **inputs: Any) -> BenchCase:
-    return BenchCase(name, _inputs(**inputs), moved=_moved, flops=_flops)
+    return BenchCase(name, _inputs(**inputs, scattered=False), moved=_moved, flops=_flops)
 
 
 _BENCH = [

@@ -267,6 +267,28 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> activate_backward(
   return {grad_gate, out, hidden_sums, gate_sums};
 }
 
+// The sums over the rows of x, in the dtype of `like`; on a GPU.
+Tensor sum_rows(const Tensor& x, const Tensor& like) {
+  Tensor out = torch::stable::new_empty(like, Sizes{x.size(1)});
+  RowSum p{};
+  p.x = x.const_data_ptr();
+  p.dtype = Argument{kOp, "x", x}.floating();
+  p.rows = x.size(0), p.width = x.size(1);
+  p.out = out.mutable_data_ptr();
+  p.out_dtype = Argument{kOp, "like", like}.floating();
+  const int64_t slices = slices_of(p.rows);
+  const Sizes size{slices > 1 ? slices : 0, p.width};
+  Tensor partial = torch::stable::new_empty(x, size, ScalarType::Float);
+  p.partial = floats(partial, true);
+  const Launch launch(kOp, x);
+  if (launch.kernels == nullptr) fail(kOp, "x", "expected a tensor on a GPU; use x.sum(0)");
+  launch.reads(x, "x");
+  launch.writes(partial, "partial sums");
+  launch.writes(out, "sums over rows");
+  launch.run(&CudaKernels::mlp_projector_sum_rows, p);
+  return out;
+}
+
 }  // namespace
 }  // namespace vlmops::mlp_projector
 
@@ -297,14 +319,16 @@ STABLE_TORCH_LIBRARY_FRAGMENT(vlmops, m) {
       "mlp_projector_activate_backward(Tensor grad, Tensor hidden, Tensor? gate, str activation, "
       "Tensor(a!) grad_hidden, bool needs_out, bool needs_hidden_sums, bool needs_gate_sums) -> "
       "(Tensor, Tensor, Tensor, Tensor)");
+  m.def("mlp_projector_sum_rows(Tensor x, Tensor like) -> Tensor");
 }
 
-#define VLMOPS_MLP_PROJECTOR_IMPL(m)                                                       \
-  m.impl("mlp_projector_check", TORCH_BOX(&vlmops::mlp_projector::check));                 \
-  m.impl("mlp_projector_norm", TORCH_BOX(&vlmops::mlp_projector::norm));                   \
-  m.impl("mlp_projector_norm_backward", TORCH_BOX(&vlmops::mlp_projector::norm_backward)); \
-  m.impl("mlp_projector_activate", TORCH_BOX(&vlmops::mlp_projector::activate));           \
-  m.impl("mlp_projector_activate_backward", TORCH_BOX(&vlmops::mlp_projector::activate_backward))
+#define VLMOPS_MLP_PROJECTOR_IMPL(m)                                                               \
+  m.impl("mlp_projector_check", TORCH_BOX(&vlmops::mlp_projector::check));                         \
+  m.impl("mlp_projector_norm", TORCH_BOX(&vlmops::mlp_projector::norm));                           \
+  m.impl("mlp_projector_norm_backward", TORCH_BOX(&vlmops::mlp_projector::norm_backward));         \
+  m.impl("mlp_projector_activate", TORCH_BOX(&vlmops::mlp_projector::activate));                   \
+  m.impl("mlp_projector_activate_backward", TORCH_BOX(&vlmops::mlp_projector::activate_backward)); \
+  m.impl("mlp_projector_sum_rows", TORCH_BOX(&vlmops::mlp_projector::sum_rows))
 
 STABLE_TORCH_LIBRARY_IMPL(vlmops, CPU, m) { VLMOPS_MLP_PROJECTOR_IMPL(m); }
 STABLE_TORCH_LIBRARY_IMPL(vlmops, CUDA, m) { VLMOPS_MLP_PROJECTOR_IMPL(m); }

@@ -72,12 +72,37 @@ struct RunActivateBackward {
   }
 };
 
+bool is_wide(const Norm& p) {
+  const int pack = pack_of(p.dtype);
+  return p.width % pack == 0 && p.x_stride % pack == 0 &&
+         all_aligned(p.x, p.weight.data, p.bias.data, p.out, p.grad, p.grad_x);
+}
+
+// f(type of weight and bias, threads) where a block of as many threads holds a row in packs, else
+// any().
+template <class T, class F, class Any>
+int by_vectors(const Norm& p, const F& f, const Any& any) {
+  const int threads = is_wide(p) ? norm_threads<T>(p.width / kPack<T>) : 0;
+  if (threads == 0) return any();
+  return with_vectors<T>(
+      p.dtype, {p.weight.data, p.weight.dtype, 1}, {p.bias.data, p.bias.dtype, 1},
+      [&](auto* type) { return f(type, threads); }, any);
+}
+
 struct RunNorm {
   const Norm& p;
   void* stream;
   template <class T, int V>
   int run() const {
-    return launch_1d(mlp_projector_norm_kernel<T, V>, p.rows, kRowThreads, p, stream);
+    return by_vectors<T>(
+        p,
+        [&](auto* type, int threads) {
+          using TW = std::remove_pointer_t<decltype(type)>;
+          return launch_1d(mlp_projector_norm_kernel<T, TW>, p.rows, threads, p, stream);
+        },
+        [&] {
+          return launch_1d(mlp_projector_norm_any_kernel<T>, p.rows, kAnyThreads, p, stream);
+        });
   }
 };
 
@@ -86,25 +111,27 @@ struct RunNormBackward {
   void* stream;
   template <class T, int V>
   int run() const {
-    const int status =
-        launch_1d(mlp_projector_norm_backward_kernel<T, V>, p.rows, kRowThreads, p, stream);
+    const int status = by_vectors<T>(
+        p,
+        [&](auto* type, int threads) {
+          using TW = std::remove_pointer_t<decltype(type)>;
+          return launch_1d(mlp_projector_norm_backward_kernel<T, TW>, p.rows, threads, p, stream);
+        },
+        [&] {
+          return launch_1d(mlp_projector_norm_backward_any_kernel<T>, p.rows, kAnyThreads, p,
+                           stream);
+        });
     if (status != 0 || (p.weight_sums == nullptr && p.bias_sums == nullptr)) return status;
     return launch_1d(mlp_projector_norm_sums_kernel<T, V>, tiles<V>(p.rows, p.width), kThreads, p,
                      stream);
   }
 };
 
-bool is_wide(const Norm& p) {
-  const int pack = pack_of(p.dtype);
-  return p.width % pack == 0 && p.x_stride % pack == 0 &&
-         all_aligned(p.x, p.weight.data, p.bias.data, p.out, p.grad, p.grad_x);
-}
-
 }  // namespace
 
 int norm_cuda(const Norm& p, void* stream) {
   if (p.rows * p.width == 0) return 0;
-  return by_dtype(p.dtype, is_wide(p), RunNorm{p, stream});
+  return by_dtype(p.dtype, true, RunNorm{p, stream});
 }
 
 int norm_backward_cuda(const Norm& p, void* stream) {
@@ -122,6 +149,47 @@ int activate_backward_cuda(const Activate& p, void* stream) {
   const bool wide = p.width % pack_of(p.dtype) == 0 &&
                     all_aligned(p.hidden, p.gate, p.grad, p.out, p.grad_hidden, p.grad_gate);
   return by_dtype(p.dtype, wide, RunActivateBackward{p, stream});
+}
+
+namespace {
+
+template <class T, class Out>
+int sum_rows(const void* x, int64_t rows, int64_t slices, int64_t width, void* out, void* stream) {
+  const int64_t blocks = divide_up(width, kWarpSize * 4 / static_cast<int64_t>(sizeof(T)));
+  if (slices > 65535) return kInvalidValue;
+  return launch(mlp_projector_sum_rows_kernel<T, Out>,
+                dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(slices)), dim3(kThreads),
+                0, stream, static_cast<const T*>(x), rows, width, static_cast<Out*>(out));
+}
+
+struct SumRows {
+  const RowSum& p;
+  int64_t slices;
+  void* stream;
+  template <class T, int>
+  int run() const {
+    if (slices > 1) return sum_rows<T, float>(p.x, p.rows, slices, p.width, p.partial, stream);
+    switch (p.out_dtype) {
+      case DType::kFloat32:
+        return sum_rows<T, float>(p.x, p.rows, 1, p.width, p.out, stream);
+      case DType::kBFloat16:
+        return sum_rows<T, bfloat16>(p.x, p.rows, 1, p.width, p.out, stream);
+      case DType::kFloat16:
+        return sum_rows<T, float16>(p.x, p.rows, 1, p.width, p.out, stream);
+    }
+    return 0;
+  }
+};
+
+}  // namespace
+
+int sum_rows_cuda(const RowSum& p, void* stream) {
+  if (p.width == 0) return 0;
+  const int64_t slices = slices_of(p.rows);
+  const int status = by_dtype(p.dtype, false, SumRows{p, slices < 2 ? 1 : slices, stream});
+  if (status != 0 || slices < 2) return status;
+  const RowSum rest{p.partial, DType::kFloat32, slices, p.width, p.out, p.out_dtype, nullptr};
+  return by_dtype(DType::kFloat32, false, SumRows{rest, 1, stream});
 }
 
 }  // namespace vlmops::mlp_projector

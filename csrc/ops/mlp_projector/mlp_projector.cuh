@@ -27,13 +27,13 @@
 // keeps them out of the kernel that owns rows, which would need shared memory of 8 bytes a channel.
 #pragma once
 
-#include "common/gpu.cuh"
+#include "common/norm.cuh"
 #include "ops/mlp_projector/mlp_projector.h"
 
 namespace vlmops::mlp_projector {
 
 constexpr int kThreads = 256;     // of elementwise kernels and of sums
-constexpr int kRowThreads = 128;  // of a norm
+constexpr int kAnyThreads = 128;  // of a norm element by element
 constexpr int kSumWarps = kThreads / kWarpSize;
 
 template <int V>
@@ -46,17 +46,29 @@ struct Value {
   float f, slope;
 };
 
+// e^x and x / y, to the last place or, for results that are rounded to 16 bits, to two.
+template <bool kExact>
+__device__ __forceinline__ float exp_of(float x) {
+  return kExact ? expf(x) : __expf(x);
+}
+template <bool kExact>
+__device__ __forceinline__ float quotient(float x, float y) {
+  return kExact ? x / y : __fdividef(x, y);
+}
+
 // x sigmoid(u), where du/dx = slope
+template <bool kExact>
 __device__ __forceinline__ Value swish(float x, float u, float slope) {
-  const float e = __expf(-(u < -88.0f ? -88.0f : u));  // finite
-  const float s = __fdividef(1.0f, 1.0f + e), f = x * s;
+  const float e = exp_of<kExact>(-(u < -88.0f ? -88.0f : u));  // finite
+  const float s = quotient<kExact>(1.0f, 1.0f + e), f = x * s;
   return {f, s + f * (e * s) * slope};  // 1 - s = e s, without its cancellation
 }
 
+template <bool kExact>
 __device__ __forceinline__ Value gelu(float x) {
-  const float e = __expf(-0.5f * x * x);
+  const float e = exp_of<kExact>(-0.5f * x * x);
   // erfc(z) = e^(-z^2) t q(t), t = 1 / (1 + 0.4 z); q fits to 2e-8. __fdividef is 0 beyond 2^126.
-  const float t = __fdividef(1.0f, 1.0f + 0.282842712f * fabsf(x));
+  const float t = quotient<kExact>(1.0f, 1.0f + 0.282842712f * fabsf(x));
   float q = fmaf(-0.0335011268715059f, t, 0.21878535612963773f);
   q = fmaf(q, t, -0.5465026177592626f);
   q = fmaf(q, t, 0.6093421802854352f);
@@ -71,26 +83,43 @@ __device__ __forceinline__ Value gelu(float x) {
   return {x * below, below + 0.398942280f * x * e};
 }
 
-__device__ __forceinline__ Value activated(Activation kind, float x) {
-  switch (kind) {
-    case Activation::kGelu:
-      return gelu(x);
-    case Activation::kGeluTanh:
-      return swish(x, x * (1.59576912f + 0.0713548163f * x * x),
-                   1.59576912f + 0.214064449f * x * x);
-    case Activation::kQuickGelu:
-      return swish(x, 1.702f * x, 1.702f);
-    case Activation::kSilu:
-      return swish(x, x, 1.0f);
-    case Activation::kRelu:
-      return x <= 0.0f ? Value{0.0f, 0.0f} : Value{x, 1.0f};  // NaN stays
-    case Activation::kNone:
-      break;
+template <Activation kind, bool kExact>
+__device__ __forceinline__ Value activated(float x) {
+  if constexpr (kind == Activation::kGelu) {
+    return gelu<kExact>(x);
+  } else if constexpr (kind == Activation::kGeluTanh) {
+    return swish<kExact>(x, x * (1.59576912f + 0.0713548163f * x * x),
+                         1.59576912f + 0.214064449f * x * x);
+  } else if constexpr (kind == Activation::kQuickGelu) {
+    return swish<kExact>(x, 1.702f * x, 1.702f);
+  } else if constexpr (kind == Activation::kSilu) {
+    return swish<kExact>(x, x, 1.0f);
+  } else if constexpr (kind == Activation::kRelu) {
+    return x <= 0.0f ? Value{0.0f, 0.0f} : Value{x, 1.0f};  // NaN stays
+  } else {
+    return {x, 1.0f};
   }
-  return {x, 1.0f};
 }
 
-// V elements at an offset, by one access.
+// f(kind), a constant: chosen once, so that the elements of a pack are computed side by side.
+template <class F>
+__device__ __forceinline__ void with_activation(Activation kind, const F& f) {
+  switch (kind) {
+    case Activation::kGelu:
+      return f(std::integral_constant<Activation, Activation::kGelu>());
+    case Activation::kGeluTanh:
+      return f(std::integral_constant<Activation, Activation::kGeluTanh>());
+    case Activation::kQuickGelu:
+      return f(std::integral_constant<Activation, Activation::kQuickGelu>());
+    case Activation::kSilu:
+      return f(std::integral_constant<Activation, Activation::kSilu>());
+    case Activation::kRelu:
+      return f(std::integral_constant<Activation, Activation::kRelu>());
+    case Activation::kNone:
+      return f(std::integral_constant<Activation, Activation::kNone>());
+  }
+}
+
 template <class T, int V>
 __device__ __forceinline__ Floats<V> load(const void* p, int64_t offset) {
   const T* const from = static_cast<const T*>(p) + offset;
@@ -120,17 +149,18 @@ __device__ __forceinline__ Floats<V> store(void* p, int64_t offset, const Floats
   return rounded;
 }
 
-template <class T, int V>
+template <class T, int V, Activation kind>
 __device__ __forceinline__ void activate_at(const Activate& p, int64_t i) {
+  constexpr bool kExact = sizeof(T) == 4;
   const Floats<V> x = load<T, V>(p.hidden, i);
   Floats<V> y;
   if (p.gate == nullptr) {
 #pragma unroll
-    for (int e = 0; e < V; ++e) y.v[e] = activated(p.activation, x.v[e]).f;
+    for (int e = 0; e < V; ++e) y.v[e] = activated<kind, kExact>(x.v[e]).f;
   } else {
     const Floats<V> gate = load<T, V>(p.gate, i);
 #pragma unroll
-    for (int e = 0; e < V; ++e) y.v[e] = activated(p.activation, gate.v[e]).f * x.v[e];
+    for (int e = 0; e < V; ++e) y.v[e] = activated<kind, kExact>(gate.v[e]).f * x.v[e];
   }
   store<T, V>(p.out, i, y);
 }
@@ -141,10 +171,12 @@ __global__ void __launch_bounds__(kThreads)
     mlp_projector_activate_kernel(const VLMOPS_GRID_CONSTANT Activate p) {
   const int64_t elements = p.rows * p.width, packs = elements / V;
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (i < packs) activate_at<T, V>(p, i * V);
-  if constexpr (V > 1) {
-    if (i < elements - packs * V) activate_at<T, 1>(p, packs * V + i);
-  }
+  with_activation(p.activation, [&](auto kind) {
+    if (i < packs) activate_at<T, V, decltype(kind)::value>(p, i * V);
+    if constexpr (V > 1) {
+      if (i < elements - packs * V) activate_at<T, 1, decltype(kind)::value>(p, packs * V + i);
+    }
+  });
 }
 
 // Where a thread of the kernels that sum is: V columns, rows of a part that are kSumWarps apart.
@@ -191,194 +223,228 @@ __device__ __forceinline__ void add(Floats<V>& sum, const Floats<V>& x) {
 template <class T, int V>
 __global__ void __launch_bounds__(kThreads)
     mlp_projector_activate_backward_kernel(const VLMOPS_GRID_CONSTANT Activate p) {
+  constexpr bool kExact = sizeof(T) == 4;
   VLMOPS_SHARED(float, shared, kThreads* V);
   const Tile<V> tile(p.rows, p.width);
   Floats<V> hidden_sum = {}, gate_sum = {};
-  for (int64_t row = tile.row; tile.inside && row < tile.last; row += kSumWarps) {
-    const int64_t i = row * p.width + tile.column;
-    const Floats<V> x = load<T, V>(p.hidden, i), g = load<T, V>(p.grad, i);
-    Floats<V> out, of_hidden;
-    if (p.gate == nullptr) {
+  with_activation(p.activation, [&](auto type) {
+    constexpr Activation kind = decltype(type)::value;
+    if (!tile.inside) return;
+    for (int64_t row = tile.row; row < tile.last; row += kSumWarps) {
+      const int64_t i = row * p.width + tile.column;
+      const Floats<V> x = load<T, V>(p.hidden, i), g = load<T, V>(p.grad, i);
+      Floats<V> out, of_hidden;
+      if (p.gate == nullptr) {
 #pragma unroll
-      for (int e = 0; e < V; ++e) {
-        const Value y = activated(p.activation, x.v[e]);
-        out.v[e] = y.f;
-        of_hidden.v[e] = g.v[e] * y.slope;
-      }
-    } else {
-      const Floats<V> gate = load<T, V>(p.gate, i);
-      Floats<V> of_gate;
+        for (int e = 0; e < V; ++e) {
+          const Value y = activated<kind, kExact>(x.v[e]);
+          out.v[e] = y.f;
+          of_hidden.v[e] = g.v[e] * y.slope;
+        }
+      } else {
+        const Floats<V> gate = load<T, V>(p.gate, i);
+        Floats<V> of_gate;
 #pragma unroll
-      for (int e = 0; e < V; ++e) {
-        const Value y = activated(p.activation, gate.v[e]);
-        out.v[e] = y.f * x.v[e];
-        of_hidden.v[e] = g.v[e] * y.f;
-        of_gate.v[e] = g.v[e] * x.v[e] * y.slope;
+        for (int e = 0; e < V; ++e) {
+          const Value y = activated<kind, kExact>(gate.v[e]);
+          out.v[e] = y.f * x.v[e];
+          of_hidden.v[e] = g.v[e] * y.f;
+          of_gate.v[e] = g.v[e] * x.v[e] * y.slope;
+        }
+        add(gate_sum, store<T, V>(p.grad_gate, i, of_gate));
       }
-      add(gate_sum, store<T, V>(p.grad_gate, i, of_gate));
+      add(hidden_sum, store<T, V>(p.grad_hidden, i, of_hidden));
+      if (p.out != nullptr) store<T, V>(p.out, i, out);
     }
-    add(hidden_sum, store<T, V>(p.grad_hidden, i, of_hidden));
-    if (p.out != nullptr) store<T, V>(p.out, i, out);
-  }
+  });
   add_up(p.hidden_sums, hidden_sum, tile, p.width, shared);
   add_up(p.gate_sums, gate_sum, tile, p.width, shared);
 }
 
+// ---- Sums over rows ----
+
+// Grid: 32 threads' columns times slices. With `slices` 1 the result, else partial sums.
+template <class T, class Out>
+__global__ void __launch_bounds__(kThreads)
+    mlp_projector_sum_rows_kernel(const T* x, int64_t rows, int64_t width, Out* out) {
+  constexpr int V = 4 / static_cast<int>(sizeof(T));
+  VLMOPS_SHARED(float, shared, kThreads* V);
+  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+  const int64_t column = (static_cast<int64_t>(blockIdx.x) * kWarpSize + lane) * V;
+  const int64_t first = blockIdx.y * kSliceRows;
+  const int64_t last = gridDim.y == 1 || first + kSliceRows > rows ? rows : first + kSliceRows;
+  const bool pairs = V == 1 || width % V == 0;
+  float sum[V] = {};
+  if (column < width) {
+#pragma unroll 8
+    for (int64_t row = first + warp; row < last; row += kSumWarps) {
+      const T* const from = x + row * width + column;
+      float one[V];
+      if (pairs) {
+        const auto pack = load_pack<V>(from);
+#pragma unroll
+        for (int e = 0; e < V; ++e) one[e] = to_float(pack.v[e]);
+      } else {
+#pragma unroll
+        for (int e = 0; e < V; ++e) one[e] = column + e < width ? to_float(from[e]) : 0.0f;
+      }
+#pragma unroll
+      for (int e = 0; e < V; ++e) sum[e] += one[e];
+    }
+  }
+#pragma unroll
+  for (int e = 0; e < V; ++e) shared[(warp * V + e) * kWarpSize + lane] = sum[e];
+  __syncthreads();
+  if (warp >= V || column + warp >= width) return;
+  float total = 0.0f;
+#pragma unroll
+  for (int w = 0; w < kSumWarps; ++w) total += shared[(w * V + warp) * kWarpSize + lane];
+  out[blockIdx.y * width + column + warp] = from_float<Out>(total);
+}
+
 // ---- Norms ----
 
-struct Pair {
-  float a, b;
-};
+__device__ __forceinline__ NormVector vector_of(const Row& row) { return {row.data, row.dtype, 1}; }
 
-// Sums over a row's threads, for all of them.
-__device__ __forceinline__ Pair row_sums(Pair x, Pair* shared) {
-  for (int distance = kWarpSize / 2; distance > 0; distance /= 2) {
-    x.a += __shfl_xor_sync(kFullWarp, x.a, distance);
-    x.b += __shfl_xor_sync(kFullWarp, x.b, distance);
-  }
-  if (threadIdx.x % kWarpSize == 0) shared[threadIdx.x / kWarpSize] = x;
-  __syncthreads();
-  Pair sum = {};
-  for (int w = 0; w < kRowThreads / kWarpSize; ++w) {
-    sum.a += shared[w].a;
-    sum.b += shared[w].b;
-  }
-  __syncthreads();
-  return sum;
+__device__ __forceinline__ void keep(const Norm& p, int64_t row, const Statistics& by) {
+  float* const to = p.scales + row * kScales;
+  to[0] = by.mean;
+  to[1] = by.scale;
+  to[2] = by.shift;
 }
 
-// (x - mean) * factor + shift is x normed.
-struct Scale {
-  float mean, factor, shift;
-};
-
-// What the mean lacks is found in the variance's pass, which has the row in L1, and shifted: added
-// to the mean it would be rounded away again where a row is far from 0.
-template <class T, int V>
-__device__ __forceinline__ Scale statistics(const Norm& p, int64_t start, Pair* shared) {
-  const auto moments = [&](float mean) {  // of x - mean and of its square
-    Pair sum = {};
-    for (int64_t i = threadIdx.x * V; i < p.width; i += kRowThreads * V) {
-      const Floats<V> x = load<T, V>(p.x, start + i);
-#pragma unroll
-      for (int e = 0; e < V; ++e) {
-        const float off = x.v[e] - mean;
-        sum.a += off;
-        sum.b += off * off;
-      }
-    }
-    sum = row_sums(sum, shared);
-    const auto width = static_cast<float>(p.width);
-    return Pair{sum.a / width, sum.b / width};
-  };
-  const float mean = p.layer ? moments(0.0f).a : 0.0f;
-  const Pair off = moments(mean);
-  if (!p.layer) return {0.0f, 1.0f / sqrtf(off.b + p.eps), 0.0f};
-  const float factor = 1.0f / sqrtf(off.b - off.a * off.a + p.eps);
-  return {mean, factor, -off.a * factor};
-}
-
-template <class T, int V>
-__device__ __forceinline__ Floats<V> load_as(const void* p, int64_t offset) {
-  constexpr int kAtOnce = V * sizeof(T) > 16 ? kPack<T> : V;
-  Floats<V> x;
-#pragma unroll
-  for (int first = 0; first < V; first += kAtOnce) {
-    const Floats<kAtOnce> part = load<T, kAtOnce>(p, offset + first);
-#pragma unroll
-    for (int e = 0; e < kAtOnce; ++e) x.v[first + e] = part.v[e];
-  }
-  return x;
-}
-
-// Numbers of a vector of any dtype, or `missing`.
-template <int V>
-__device__ __forceinline__ Floats<V> load_row(const Row& row, int64_t i, float missing) {
-  Floats<V> x;
-  if (row.data == nullptr) {
-#pragma unroll
-    for (int e = 0; e < V; ++e) x.v[e] = missing;
-    return x;
-  }
-  switch (row.dtype) {
-    case DType::kFloat32:
-      return load_as<float, V>(row.data, i);
-    case DType::kBFloat16:
-      return load_as<bfloat16, V>(row.data, i);
-    case DType::kFloat16:
-      return load_as<float16, V>(row.data, i);
-  }
-  return x;
-}
-
-template <int V>
-__device__ __forceinline__ Floats<V> norm_weight(const Norm& p, int64_t i) {
-  Floats<V> weight = load_row<V>(p.weight, i, 1.0f - p.offset);
-#pragma unroll
-  for (int e = 0; e < V; ++e)
-    weight.v[e] = p.weight.data == nullptr ? 1.0f : weight.v[e] + p.offset;
-  return weight;
-}
-
-// A block to a row.
-template <class T, int V>
-__global__ void __launch_bounds__(kRowThreads)
+// A block to a row, in packs. TW: of weight and bias.
+template <class T, class TW>
+__global__ void __launch_bounds__(kNormThreads, 1)
     mlp_projector_norm_kernel(const VLMOPS_GRID_CONSTANT Norm p) {
-  VLMOPS_SHARED(Pair, shared, kRowThreads / kWarpSize);
-  const int64_t row = blockIdx.x, start = row * p.x_stride;
-  const Scale scale = statistics<T, V>(p, start, shared);
-  for (int64_t i = threadIdx.x * V; i < p.width; i += kRowThreads * V) {
-    Floats<V> x = load<T, V>(p.x, start + i);
-    const Floats<V> weight = norm_weight<V>(p, i), bias = load_row<V>(p.bias, i, 0.0f);
+  constexpr int V = kPack<T>;
+  using Held = HeldRow<T>;
+  VLMOPS_SHARED(float, shared, BlockSum::kFloats);
+  BlockSum add_up(shared);
+  const int packs = static_cast<int>(p.width) / V;
+  const T* const x = static_cast<const T*>(p.x) + blockIdx.x * p.x_stride;
+  T* const out = static_cast<T*>(p.out) + blockIdx.x * p.width;
+  Held held;
+  Affine<T, TW, V> affine(p.weight.data, p.bias.data, p.offset);
+  Held::each(packs, [&](int j, int u) { load_floats(x + u * V, held.x[j]); });
+  affine.load(packs);
+  Statistics by[1];
+  held.statistics(packs, p.layer, p.eps, 1.0f / static_cast<float>(p.width), add_up, by);
+  Held::each(packs, [&](int j, int u) {
+    float w[V], b[V];
+    affine.weights(j, w);
+    affine.biases(j, b);
 #pragma unroll
     for (int e = 0; e < V; ++e)
-      x.v[e] = ((x.v[e] - scale.mean) * scale.factor + scale.shift) * weight.v[e] + bias.v[e];
-    store<T, V>(p.out, row * p.width + i, x);
-  }
+      held.x[j][e] = (held.x[j][e] * by[0].scale + by[0].shift) * w[e] + b[e];
+    store_words(out + u * V, narrow<T>(held.x[j]));
+  });
 }
 
-// With y the normalised row and g its gradient times the weight:
-// grad_x = (g - mean(g) - y mean(g y)) * factor, for "rms" without mean(g).
-template <class T, int V>
-__global__ void __launch_bounds__(kRowThreads)
+template <class T, class TW>
+__global__ void __launch_bounds__(kNormThreads, 1)
     mlp_projector_norm_backward_kernel(const VLMOPS_GRID_CONSTANT Norm p) {
-  VLMOPS_SHARED(Pair, shared, kRowThreads / kWarpSize);
-  const int64_t row = blockIdx.x, start = row * p.x_stride;
-  const Scale scale = statistics<T, V>(p, start, shared);
-  if (threadIdx.x == 0) {
-    p.scales[kScales * row] = scale.mean;
-    p.scales[kScales * row + 1] = scale.factor;
-    p.scales[kScales * row + 2] = scale.shift;
-  }
-  if (p.grad_x == nullptr) return;
-  // f(columns, y, g) for this thread's part of the row
-  const auto each = [&](auto f) {
-    for (int64_t i = threadIdx.x * V; i < p.width; i += kRowThreads * V) {
-      Floats<V> y = load<T, V>(p.x, start + i), g = load<T, V>(p.grad, row * p.width + i);
-      const Floats<V> weight = norm_weight<V>(p, i);
+  constexpr int V = kPack<T>;
+  using Held = HeldRow<T>;
+  VLMOPS_SHARED(float, shared, BlockSum::kFloats);
+  BlockSum add_up(shared);
+  const int packs = static_cast<int>(p.width) / V;
+  const T* const x = static_cast<const T*>(p.x) + blockIdx.x * p.x_stride;
+  const T* const grad = static_cast<const T*>(p.grad) + blockIdx.x * p.width;
+  Held held;
+  float wg[Held::P][V];
+  Affine<T, TW, V> affine(p.weight.data, nullptr, p.offset);
+  Held::each(packs, [&](int j, int u) { load_floats(x + u * V, held.x[j]); });
+  Held::each(packs, [&](int j, int u) { load_floats(grad + u * V, wg[j]); });
+  affine.load(packs);
+  Held::each(packs, [&](int j, int) {
+    float w[V];
+    affine.weights(j, w);
 #pragma unroll
-      for (int e = 0; e < V; ++e) {
-        y.v[e] = (y.v[e] - scale.mean) * scale.factor + scale.shift;
-        g.v[e] *= weight.v[e];
-      }
-      f(i, y, g);
-    }
-  };
-  Pair sum = {};
-  each([&](int64_t, const Floats<V>& y, const Floats<V>& g) {
-#pragma unroll
-    for (int e = 0; e < V; ++e) {
-      sum.a += g.v[e];
-      sum.b += g.v[e] * y.v[e];
-    }
+    for (int e = 0; e < V; ++e) wg[j][e] *= w[e];
   });
-  sum = row_sums(sum, shared);
-  const auto width = static_cast<float>(p.width);
-  const float mean = p.layer ? sum.a / width : 0.0f, slope = sum.b / width;
-  each([&](int64_t i, const Floats<V>& y, Floats<V>& g) {
-#pragma unroll
-    for (int e = 0; e < V; ++e) g.v[e] = (g.v[e] - mean - y.v[e] * slope) * scale.factor;
-    store<T, V>(p.grad_x, row * p.width + i, g);
+  Statistics by[1];
+  held.pull_back(wg, packs, p.layer, p.eps, 1.0f / static_cast<float>(p.width), add_up, by);
+  if (threadIdx.x == 0) keep(p, blockIdx.x, by[0]);
+  if (p.grad_x == nullptr) return;
+  T* const to = static_cast<T*>(p.grad_x) + blockIdx.x * p.width;
+  Held::each(packs, [&](int j, int u) { store_words(to + u * V, narrow<T>(held.x[j])); });
+}
+
+// Any width and strides: element by element, a block to a row, which is read again out of L1.
+template <class T>
+struct AnyRow {
+  const Norm& p;
+  const T* x;
+
+  __device__ __forceinline__ explicit AnyRow(const Norm& p)
+      : p(p), x(static_cast<const T*>(p.x) + blockIdx.x * p.x_stride) {}
+
+  template <class F>
+  __device__ __forceinline__ void each(const F& f) const {
+    for (int64_t i = threadIdx.x; i < p.width; i += kAnyThreads) f(i);
+  }
+  __device__ __forceinline__ float weight(int64_t i) const {
+    return p.weight.data == nullptr ? 1.0f : vector_of(p.weight).at(i) + p.offset;
+  }
+  __device__ __forceinline__ Statistics statistics(BlockSum& add_up) const {
+    const float per_element = 1.0f / static_cast<float>(p.width);
+    float mean[1] = {}, sums[2] = {};
+    if (p.layer) {
+      each([&](int64_t i) { mean[0] += to_float(x[i]); });
+      add_up(mean);
+      mean[0] *= per_element;
+    }
+    each([&](int64_t i) {
+      const float off = to_float(x[i]) - mean[0];
+      sums[0] += off;
+      sums[1] += off * off;
+    });
+    add_up(sums);
+    return statistics_of(p.layer, p.eps, mean[0], sums[0], sums[1], per_element);
+  }
+  __device__ __forceinline__ float normed(int64_t i, const Statistics& by) const {
+    return (to_float(x[i]) - by.mean) * by.scale + by.shift;
+  }
+};
+
+template <class T>
+__global__ void __launch_bounds__(kAnyThreads)
+    mlp_projector_norm_any_kernel(const VLMOPS_GRID_CONSTANT Norm p) {
+  VLMOPS_SHARED(float, shared, BlockSum::kFloats);
+  BlockSum add_up(shared);
+  const AnyRow<T> row(p);
+  const Statistics by = row.statistics(add_up);
+  T* const out = static_cast<T*>(p.out) + blockIdx.x * p.width;
+  row.each([&](int64_t i) {
+    const float bias = p.bias.data == nullptr ? 0.0f : vector_of(p.bias).at(i);
+    out[i] = from_float<T>(row.normed(i, by) * row.weight(i) + bias);
+  });
+}
+
+template <class T>
+__global__ void __launch_bounds__(kAnyThreads)
+    mlp_projector_norm_backward_any_kernel(const VLMOPS_GRID_CONSTANT Norm p) {
+  VLMOPS_SHARED(float, shared, BlockSum::kFloats);
+  BlockSum add_up(shared);
+  const AnyRow<T> row(p);
+  const Statistics by = row.statistics(add_up);
+  if (threadIdx.x == 0) keep(p, blockIdx.x, by);
+  if (p.grad_x == nullptr) return;
+  const T* const grad = static_cast<const T*>(p.grad) + blockIdx.x * p.width;
+  T* const to = static_cast<T*>(p.grad_x) + blockIdx.x * p.width;
+  float sums[2] = {};
+  row.each([&](int64_t i) {
+    const float wg = row.weight(i) * to_float(grad[i]);
+    sums[0] += wg;
+    sums[1] += wg * row.normed(i, by);
+  });
+  add_up(sums);
+  const float per_element = 1.0f / static_cast<float>(p.width);
+  const float mean = p.layer ? sums[0] * per_element : 0.0f, along = sums[1] * per_element;
+  row.each([&](int64_t i) {
+    const float wg = row.weight(i) * to_float(grad[i]);
+    to[i] = from_float<T>((wg - mean - row.normed(i, by) * along) * by.scale);
   });
 }
 
@@ -388,13 +454,15 @@ __global__ void __launch_bounds__(kThreads)
   VLMOPS_SHARED(float, shared, kThreads* V);
   const Tile<V> tile(p.rows, p.width);
   Floats<V> weight_sum = {}, bias_sum = {};
-  for (int64_t row = tile.row; tile.inside && row < tile.last; row += kSumWarps) {
+#pragma unroll
+  for (int i = 0; i < kPartRows / kSumWarps; ++i) {
+    const int64_t row = tile.row + i * kSumWarps;
+    if (!tile.inside || row >= tile.last) continue;
     const float* const scale = p.scales + kScales * row;
-    const float mean = scale[0], factor = scale[1], shift = scale[2];
     Floats<V> y = load<T, V>(p.x, row * p.x_stride + tile.column);
     const Floats<V> g = load<T, V>(p.grad, row * p.width + tile.column);
 #pragma unroll
-    for (int e = 0; e < V; ++e) y.v[e] = ((y.v[e] - mean) * factor + shift) * g.v[e];
+    for (int e = 0; e < V; ++e) y.v[e] = ((y.v[e] - scale[0]) * scale[1] + scale[2]) * g.v[e];
     add(weight_sum, y);
     add(bias_sum, g);
   }

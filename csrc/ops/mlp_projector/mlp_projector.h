@@ -52,6 +52,19 @@ struct Activate {
   float* gate_sums;    // the same
 };
 
+// out [width], the sums over the rows of x.
+struct RowSum {
+  const void* x;
+  DType dtype;
+  int64_t rows, width;
+  void* out;
+  DType out_dtype;
+  float* partial;  // [slices_of(rows), width] where those are several
+};
+
+constexpr int64_t kSliceRows = 256;
+inline int64_t slices_of(int64_t rows) { return (rows + kSliceRows - 1) / kSliceRows; }
+
 using CpuNorm = void (*)(const Norm&, int64_t begin, int64_t end);                  // rows
 using CpuNormBackward = void (*)(const Norm&, int64_t begin, int64_t end);          // parts
 using CpuActivate = void (*)(const Activate&, int64_t begin, int64_t end);          // elements
@@ -60,10 +73,12 @@ using CpuActivateBackward = void (*)(const Activate&, int64_t begin, int64_t end
 // On a GPU, where all pointers are the device's. They return 0 or an error's number.
 using CudaNorm = int (*)(const Norm&, void* stream);
 using CudaActivate = int (*)(const Activate&, void* stream);
+using CudaRowSum = int (*)(const RowSum&, void* stream);
 
 int norm_cuda(const Norm& p, void* stream);
 int norm_backward_cuda(const Norm& p, void* stream);
 int activate_cuda(const Activate& p, void* stream);
 int activate_backward_cuda(const Activate& p, void* stream);
+int sum_rows_cuda(const RowSum& p, void* stream);
 
 }  // namespace vlmops::mlp_projector

@@ -228,9 +228,10 @@ Params params_of(const Options& o, const Layout& l) {
   return p;
 }
 
-// The vectors of the norm, checked.
-void set_norm(const Options& o, const Argument& hidden, const OptionalTensor& weight,
-              const OptionalTensor& bias, Params& p) {
+// The vectors of the norm, checked. A GPU's are made to lie side by side: strided ones cost it
+// three times what a whole call does.
+void set_norm(const Options& o, const Argument& hidden, OptionalTensor& weight,
+              OptionalTensor& bias, Params& p) {
   if (p.norm == Norm::kNone && (weight.has_value() || bias.has_value())) {
     fail(o.op, "norm", "expected 'layer' or 'rms', as a ",
          weight.has_value() ? "norm_weight" : "norm_bias", " is given, got None");
@@ -239,12 +240,13 @@ void set_norm(const Options& o, const Argument& hidden, const OptionalTensor& we
   const char* meaning = p.norm_channels ? "[C], one for each channel of a token"
                         : p.mean        ? "[C], one for each channel"
                                         : "[factor^2 C], one for each channel of a merged token";
-  const auto set = [&](const char* name, const OptionalTensor& t, Weight& w) {
+  const auto set = [&](const char* name, OptionalTensor& t, Weight& w) {
     if (!t.has_value()) return;
     const Argument a{o.op, name, *t};
     w.dtype = a.floating();
     a.device_like(hidden);
     a.shape({expected, 1}, meaning);
+    if (launchers_for(*t) != nullptr) t = torch::stable::contiguous(*t);
     w.data = t->const_data_ptr();
     w.stride = t->stride(0);
   };
@@ -415,7 +417,8 @@ void clear_rest(const Options& o, const Layout& l, Tensor& pixels) {
 struct Checked {
   Layout layout;
   Params params;
-  Sizes shape;  // of the result
+  Sizes shape;                  // of the result
+  OptionalTensor weight, bias;  // as kernels read them
 };
 
 Checked check(const Options& o, const Tensor& hidden_states, const OptionalTensor& weight,
@@ -423,10 +426,10 @@ Checked check(const Options& o, const Tensor& hidden_states, const OptionalTenso
   const Argument hidden{o.op, "hidden_states", hidden_states};
   hidden.floating();
   check_options(o);
-  Checked c{layout_of(o, hidden.name, hidden_states.sizes()), {}, {}};
+  Checked c{layout_of(o, hidden.name, hidden_states.sizes()), {}, {}, weight, bias};
   c.shape = merged_shape(o, c.layout, hidden_states.dim());
   c.params = params_of(o, c.layout);
-  set_norm(o, hidden, weight, bias, c.params);
+  set_norm(o, hidden, c.weight, c.bias, c.params);
   return c;
 }
 
@@ -464,7 +467,7 @@ Tensor shuffle(const Options& o, const Tensor& hidden_states, const OptionalTens
   const Work work = work_of(o, c.layout, c.params, operands, given == nullptr);
   const Launch launch(o.op, hidden_states);
   if (launch.kernels != nullptr) {
-    allow_all(launch, operands, weight, bias);
+    allow_all(launch, operands, c.weight, c.bias);
     each_part(work, [&](const Params& p) { launch.run(&CudaKernels::pixel_shuffle, p); });
   } else {
     run_cpu(work, cpu_kernels().pixel_shuffle);
@@ -582,33 +585,37 @@ Tensor inverse_empty(const Tensor& hidden_states, int64_t factor, const std::str
   return torch::stable::new_empty(hidden_states, inverse_shape(o, hidden_states, l));
 }
 
-// Blocks of all parts leave their sums in one tensor, which is added up at the end.
+// Rows of all pieces of the work leave their sums in one tensor, which is added up at the end.
 void norm_backward_cuda(const Launch& launch, const Work& work, const Tensor& grad, bool of_weight,
                         bool of_bias, Tensor (&sums)[2]) {
-  const CudaKernels& kernels = *launch.kernels;
   const int64_t n = work.p.normed();
   const bool wanted = of_weight || of_bias;
-  int all = 0;
-  each_part(work, [&](const Params& p) { all += kernels.pixel_shuffle_norm_backward_parts(p); });
-  const int64_t scratch[] = {wanted ? all : 0, 2, n}, size[] = {n};
-  Tensor partial = torch::stable::new_empty(grad, {scratch, 3}, ScalarType::Float);
+  int64_t all = 0, rows = 0;
+  each_part(work, [&](const Params& p) {
+    all += wanted ? parts_of(p) : 0;
+    rows += wanted ? normed_rows(p) : 0;
+  });
+  Tensor partial = torch::stable::new_empty(grad, Sizes{all, 2, n}, ScalarType::Float);
+  Tensor scales = torch::stable::new_empty(grad, Sizes{rows, kScales}, ScalarType::Float);
   launch.writes(partial, "partial sums");
-  auto* const memory = static_cast<float*>(partial.mutable_data_ptr());
+  launch.writes(scales, "statistics of rows");
+  auto* const parts = static_cast<float*>(partial.mutable_data_ptr());
+  auto* const of_rows = static_cast<float*>(scales.mutable_data_ptr());
   float* to[] = {nullptr, nullptr};
   for (int i = 0; i < 2; ++i) {
     if (!(i == 0 ? of_weight : of_bias)) continue;
-    sums[i] = torch::stable::new_empty(grad, {size, 1}, ScalarType::Float);
+    sums[i] = torch::stable::new_empty(grad, Sizes{n}, ScalarType::Float);
     to[i] = static_cast<float*>(sums[i].mutable_data_ptr());
     launch.writes(sums[i], "the gradient of a vector of the norm");
   }
-  int done = 0;
+  int64_t part = 0, row = 0;
   each_part(work, [&](const Params& p) {
-    const int parts = kernels.pixel_shuffle_norm_backward_parts(p);
-    float* const place = wanted ? memory + int64_t{done} * 2 * n : nullptr;
-    launch.run(&CudaKernels::pixel_shuffle_norm_backward, p, parts, place);
-    done += parts;
+    launch.run(&CudaKernels::pixel_shuffle_norm_backward, p,
+               wanted ? of_rows + row * kScales : nullptr, wanted ? parts + part * 2 * n : nullptr);
+    part += parts_of(p);
+    row += normed_rows(p);
   });
-  if (wanted) launch.run(&CudaKernels::pixel_shuffle_weight_grad, memory, all, n, to[0], to[1]);
+  if (wanted) launch.run(&CudaKernels::pixel_shuffle_weight_grad, parts, all, n, to[0], to[1]);
 }
 
 std::tuple<Tensor, Tensor, Tensor> backward(
@@ -649,7 +656,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(
     const Tensor dense = torch::stable::contiguous(grad);
     const Operands operands{&hidden_states, &dense, needs_hidden_states ? &out : nullptr, nullptr};
     Tensor sums[] = {no_grad, no_grad};
-    allow_all(launch, operands, norm_weight, norm_bias);
+    allow_all(launch, operands, c.weight, c.bias);
     norm_backward_cuda(launch, work_of(o, l, p, operands, true), grad, of_weight, of_bias, sums);
     return {out, of_weight ? torch::stable::to(sums[0], norm_weight->scalar_type()) : no_grad,
             of_bias ? torch::stable::to(sums[1], norm_bias->scalar_type()) : no_grad};

@@ -99,86 +99,78 @@ int by_dtype(const Params& p, const F& f) {
   return 0;
 }
 
-bool wide(const Weight& w) { return w.stride == 1 && on(16, w.data); }
-
-// Calls f(layout) for the kernel of packs that p asks for, or any() where there is none. A row of
-// "cyx" is a whole token, whose pixels are normed each for itself.
-template <class F, class Any>
-int by_layout(const Params& p, int packs_of_a_row, const F& f, const Any& any) {
-  const int64_t units = p.normed() * bytes_of(p) / 16;
-  const auto fits = [&](int64_t n) { return packs(p) && n <= packs_of_a_row; };
-  if (p.mean && fits(units)) return f(std::integral_constant<Layout, Layout::kMean>(), units);
-  if (!p.mean && p.order == Order::kYxc && fits(units))
-    return f(std::integral_constant<Layout, Layout::kYxc>(), units);
-  if (!p.mean && p.order == Order::kCyx && p.norm_channels && fits(4 * units))
-    return f(std::integral_constant<Layout, Layout::kCyx>(), 4 * p.channels * bytes_of(p) / 16);
+// Calls f(layout, type of weight and bias, packs, threads) for the kernel of packs that p asks for,
+// or any() where there is none. A row of "cyx" is a whole token, whose pixels are normed each for
+// itself. Averages, whose packs are many loads, get a thread for each pack.
+template <class T, class F, class Any>
+int by_layout(const Params& p, const F& f, const Any& any) {
+  const int64_t units = p.normed() / kPack<T>;
+  const NormVector weight{p.weight.data, p.weight.dtype, p.weight.stride};
+  const NormVector bias{p.bias.data, p.bias.dtype, p.bias.stride};
+  const auto call = [&](auto layout, int64_t n) {
+    int threads = packs(p) ? norm_threads<T>(n) : 0;
+    if (threads == 0) return any();
+    if (p.mean)
+      threads =
+          static_cast<int>(std::min<int64_t>(divide_up(n, kWarpSize) * kWarpSize, kNormThreads));
+    return with_vectors<T>(
+        p.dtype, weight, bias,
+        [&](auto* type) { return f(layout, type, n, static_cast<unsigned>(threads)); }, any);
+  };
+  if (p.mean) return call(std::integral_constant<Layout, Layout::kMean>(), units);
+  if (p.order == Order::kYxc) return call(std::integral_constant<Layout, Layout::kYxc>(), units);
+  if (p.norm_channels)
+    return call(std::integral_constant<Layout, Layout::kCyx>(), 4 * p.channels / kPack<T>);
   return any();
 }
 
-int64_t rows_of(const Params& p, Layout layout) {
-  return p.norm_channels && layout == Layout::kYxc ? p.tokens * p.block() : p.tokens;
-}
-
-int64_t any_rows(const Params& p) { return p.norm_channels ? p.tokens * p.block() : p.tokens; }
-
+template <class T>
 Plan plan_of(const Params& p, Layout layout, int64_t units) {
-  return {static_cast<int>(units), rows_of(p, layout), wide(p.weight), wide(p.bias)};
-}
-
-unsigned threads_for(int64_t units, int per) {
-  return static_cast<unsigned>(divide_up(units, int64_t{per} * kWarpSize) * kWarpSize);
+  return {static_cast<int>(units), layout == Layout::kYxc ? normed_rows(p) : p.tokens,
+          Divider::of(std::max<int64_t>(p.channels / kPack<T>, 1)), Divider::of(p.factor)};
 }
 
 template <class T>
 int norm(const Params& p, void* stream) {
-  return by_layout(
-      p, kPer * kRowThreads,
-      [&](auto layout, int64_t units) {
-        const Plan plan = plan_of(p, layout, units);
-        return launch(pixel_shuffle_norm_kernel<T, decltype(layout)::value>,
-                      dim3(static_cast<unsigned>(plan.rows)), dim3(threads_for(units, kPer)), 0,
-                      stream, p, plan);
+  return by_layout<T>(
+      p,
+      [&](auto layout, auto* type, int64_t units, unsigned threads) {
+        using TW = std::remove_pointer_t<decltype(type)>;
+        const Plan plan = plan_of<T>(p, layout, units);
+        return launch(pixel_shuffle_norm_kernel<T, TW, decltype(layout)::value>,
+                      dim3(static_cast<unsigned>(plan.rows)), dim3(threads), 0, stream, p, plan);
       },
       [&] {
         if (p.norm == Norm::kNone)
           return launch_move(pixel_shuffle_mean_any_kernel<T, false>, p, p.channels, stream);
-        return launch(pixel_shuffle_norm_any_kernel<T>, dim3(static_cast<unsigned>(any_rows(p))),
+        return launch(pixel_shuffle_norm_any_kernel<T>, dim3(static_cast<unsigned>(normed_rows(p))),
                       dim3(kAnyThreads), 0, stream, p);
       });
 }
 
-// Shared memory that a block may have, but for its static part.
-size_t most_shared() {
-  const int arch = architecture();
-  const size_t kib = arch == 80 ? 163 : arch == 90 || arch == 100 || arch == 103 ? 227 : 99;
-  return (kib << 10) - BlockSum::kFloats * sizeof(float);
-}
-
-size_t shared_bytes(const Params& p, const float* partial) {
-  return partial == nullptr ? 0 : 2 * p.normed() * sizeof(float);
-}
-
 template <class T>
-int norm_backward(const Params& p, int parts, float* partial, void* stream) {
-  const dim3 grid(static_cast<unsigned>(parts));
-  const size_t shared = shared_bytes(p, partial);
-  const auto any = [&] {
-    return launch(pixel_shuffle_norm_backward_any_kernel<T>, grid, dim3(kAnyThreads), 0, stream, p,
-                  any_rows(p), partial);
-  };
-  if (shared > most_shared()) return any();
-  return by_layout(
-      p, std::numeric_limits<int>::max(),
-      [&](auto type, int64_t units) {
-        constexpr Layout layout = decltype(type)::value;
-        const auto kernel = pixel_shuffle_norm_backward_kernel<T, layout>;
-        const int status = shared > (44u << 10) ? allow_dynamic_shared(kernel, shared) : 0;
-        if (status != 0) return status;
-        const unsigned threads = std::min<unsigned>(threads_for(units, 1), kBackwardThreads);
-        return launch(kernel, grid, dim3(threads), shared, stream, p, plan_of(p, layout, units),
-                      partial);
+int norm_backward(const Params& p, float* scales, float* partial, void* stream) {
+  const int64_t parts = parts_of(p);
+  return by_layout<T>(
+      p,
+      [&](auto of, auto* type, int64_t units, unsigned threads) {
+        using TW = std::remove_pointer_t<decltype(type)>;
+        constexpr Layout layout = decltype(of)::value;
+        const Plan plan = plan_of<T>(p, layout, units);
+        const int status = launch(pixel_shuffle_norm_backward_kernel<T, TW, layout>,
+                                  dim3(static_cast<unsigned>(plan.rows)), dim3(threads), 0, stream,
+                                  p, plan, scales);
+        const int64_t blocks = parts * divide_up(units, kWarpSize);
+        if (status != 0 || partial == nullptr) return status;
+        if (blocks >= int64_t{1} << 31) return kInvalidValue;
+        return launch(pixel_shuffle_norm_sums_kernel<T, layout>,
+                      dim3(static_cast<unsigned>(blocks)), dim3(kSumThreads), 0, stream, p, plan,
+                      static_cast<const float*>(scales), partial);
       },
-      any);
+      [&] {
+        return launch(pixel_shuffle_norm_backward_any_kernel<T>, dim3(static_cast<unsigned>(parts)),
+                      dim3(kAnyThreads), 0, stream, p, normed_rows(p), partial);
+      });
 }
 
 }  // namespace
@@ -199,23 +191,15 @@ int run_inverse_cuda(const Params& p, void* stream) {
   });
 }
 
-int norm_backward_parts_cuda(const Params& p) {
-  // As many threads to a multiprocessor as registers allow, in smaller blocks if rows are short.
-  const int64_t threads = threads_for(std::max<int64_t>(p.normed() * bytes_of(p) / 16, 1), 1);
-  const int64_t blocks =
-      std::clamp<int64_t>(kBackwardBlocks * kBackwardThreads / threads, kBackwardBlocks, 8);
-  const int64_t most = blocks * std::max(1, multiprocessors());
-  return static_cast<int>(std::clamp<int64_t>(any_rows(p), 1, most));
-}
-
-int run_norm_backward_cuda(const Params& p, int parts, float* partial, void* stream) {
+int run_norm_backward_cuda(const Params& p, float* scales, float* partial, void* stream) {
   if (!fits_int(p)) return kInvalidValue;
+  if (p.tokens == 0) return 0;
   return by_dtype(p, [&](auto* type) {
-    return norm_backward<std::remove_pointer_t<decltype(type)>>(p, parts, partial, stream);
+    return norm_backward<std::remove_pointer_t<decltype(type)>>(p, scales, partial, stream);
   });
 }
 
-int run_weight_grad_cuda(const float* partial, int parts, int64_t normed, float* weight_grad,
+int run_weight_grad_cuda(const float* partial, int64_t parts, int64_t normed, float* weight_grad,
                          float* bias_grad, void* stream) {
   if (normed == 0) return 0;
   const auto columns = static_cast<unsigned>(divide_up(normed, kWarpSize));

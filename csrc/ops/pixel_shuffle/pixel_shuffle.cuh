@@ -23,27 +23,22 @@
 // shared memory allow, unaligned or strided go element by element.
 #pragma once
 
-#include "common/gpu.cuh"
+#include "common/norm.cuh"
 #include "ops/pixel_shuffle/pixel_shuffle.h"
 
 namespace vlmops::pixel_shuffle {
 
 constexpr int kAhead = 4;  // packs a lane moves at once
 constexpr int kMoveThreads = 256;
-constexpr int kPer = 4;  // packs of a row that a thread holds
-constexpr int kRowThreads = 1024;
-constexpr int kBackwardThreads = 384;
-constexpr int kBackwardBlocks = 2;  // on one multiprocessor
+constexpr int kSumThreads = 256;
 constexpr int kAnyThreads = 256;
-constexpr int kMostSums = 16;
 
 // What a row of packs is; see the head.
 enum class Layout { kYxc, kCyx, kMean };
 
 // Where a merged token is.
 struct Place {
-  const Group* group;
-  int number, image, row, column;  // number: among the tokens of its image
+  int group, number, image, row, column;  // number: among the tokens of its image
 };
 
 __device__ __forceinline__ Place find(const Params& p, int64_t token) {
@@ -54,7 +49,7 @@ __device__ __forceinline__ Place find(const Params& p, int64_t token) {
   const auto columns = static_cast<uint32_t>(group.columns);
   const uint32_t tokens = static_cast<uint32_t>(group.rows) * columns;
   const uint32_t image = n / tokens, number = n - image * tokens, row = number / columns;
-  return {&group, static_cast<int>(number), static_cast<int>(image), static_cast<int>(row),
+  return {at, static_cast<int>(number), static_cast<int>(image), static_cast<int>(row),
           static_cast<int>(number - row * columns)};
 }
 
@@ -70,14 +65,14 @@ __device__ __forceinline__ int64_t pixel_at(const Params& p, const Pixels& pixel
 
 template <class T>
 __device__ __forceinline__ const T* merged_at(const Params& p, const Place& at) {
-  return static_cast<const T*>(p.merged) + at.group->merged + at.image * at.group->image +
-         at.number * p.token_stride;
+  return static_cast<const T*>(p.merged) + p.groups[at.group].merged +
+         at.image * p.groups[at.group].image + at.number * p.token_stride;
 }
 
 template <class T>
 __device__ __forceinline__ T* merged_out_at(const Params& p, const Place& at) {
-  return static_cast<T*>(p.merged_out) + at.group->merged_out + at.image * at.group->image_out +
-         at.number * p.token_stride_out;
+  return static_cast<T*>(p.merged_out) + p.groups[at.group].merged_out +
+         at.image * p.groups[at.group].image_out + at.number * p.token_stride_out;
 }
 
 // Warps share merged tokens out in segments of kAhead units to a lane.
@@ -113,8 +108,9 @@ __global__ void __launch_bounds__(kMoveThreads)
       packs[j] = load_words<V>(merged_at<T>(p, at) + static_cast<int64_t>(u) * V);
     } else {
       const int pixel = u / per_pixel;
-      packs[j] = load_words<V>(static_cast<const T*>(p.pixels) + block_at(at, at.group->from) +
-                               pixel_at(p, at.group->from, pixel) + (u - pixel * per_pixel) * V);
+      packs[j] =
+          load_words<V>(static_cast<const T*>(p.pixels) + block_at(at, p.groups[at.group].from) +
+                        pixel_at(p, p.groups[at.group].from, pixel) + (u - pixel * per_pixel) * V);
     }
   }
 #pragma unroll
@@ -123,8 +119,8 @@ __global__ void __launch_bounds__(kMoveThreads)
     if (u >= units) break;
     if constexpr (kInverse) {
       const int pixel = u / per_pixel;
-      store_words(static_cast<T*>(p.pixels_out) + block_at(at, at.group->to) +
-                      pixel_at(p, at.group->to, pixel) + (u - pixel * per_pixel) * V,
+      store_words(static_cast<T*>(p.pixels_out) + block_at(at, p.groups[at.group].to) +
+                      pixel_at(p, p.groups[at.group].to, pixel) + (u - pixel * per_pixel) * V,
                   packs[j]);
     } else {
       store_words(merged_out_at<T>(p, at) + static_cast<int64_t>(u) * V, packs[j]);
@@ -194,8 +190,8 @@ __global__ void __launch_bounds__(kMoveThreads)
     if constexpr (kInverse) {
       quads[j].split(load_words<V>(merged_at<T>(p, at) + static_cast<int64_t>(u) * V));
     } else {
-      quads[j].load(static_cast<const T*>(p.pixels) + block_at(at, at.group->from), at.group->from,
-                    u);
+      quads[j].load(static_cast<const T*>(p.pixels) + block_at(at, p.groups[at.group].from),
+                    p.groups[at.group].from, u);
     }
   }
 #pragma unroll
@@ -203,7 +199,8 @@ __global__ void __launch_bounds__(kMoveThreads)
     const int u = segment.first + j * kWarpSize;
     if (u >= units) break;
     if constexpr (kInverse) {
-      quads[j].store(static_cast<T*>(p.pixels_out) + block_at(at, at.group->to), at.group->to, u);
+      quads[j].store(static_cast<T*>(p.pixels_out) + block_at(at, p.groups[at.group].to),
+                     p.groups[at.group].to, u);
     } else {
       store_words(merged_out_at<T>(p, at) + static_cast<int64_t>(u) * V, quads[j].merged());
     }
@@ -238,13 +235,13 @@ __global__ void __launch_bounds__(kMoveThreads)
     if (k >= units) break;
     const Element e(p, k);
     if constexpr (kInverse) {
-      static_cast<T*>(p.pixels_out)[block_at(at, at.group->to) +
-                                    pixel_at(p, at.group->to, e.pixel) + e.channel] =
+      static_cast<T*>(p.pixels_out)[block_at(at, p.groups[at.group].to) +
+                                    pixel_at(p, p.groups[at.group].to, e.pixel) + e.channel] =
           merged_at<T>(p, at)[k * p.merged_stride];
     } else {
       merged_out_at<T>(p, at)[k] = static_cast<const T*>(
-          p.pixels)[block_at(at, at.group->from) + pixel_at(p, at.group->from, e.pixel) +
-                    e.channel * p.pixel_stride];
+          p.pixels)[block_at(at, p.groups[at.group].from) +
+                    pixel_at(p, p.groups[at.group].from, e.pixel) + e.channel * p.pixel_stride];
     }
   }
 }
@@ -274,401 +271,268 @@ __global__ void __launch_bounds__(kMoveThreads)
     if constexpr (kInverse) {
       const T share = from_float<T>(to_float(merged_at<T>(p, at)[k * p.merged_stride]) *
                                     (1.0f / static_cast<float>(n)));
-      T* block = static_cast<T*>(p.pixels_out) + block_at(at, at.group->to) + k;
-      for (int i = 0; i < n; ++i) block[pixel_at(p, at.group->to, i)] = share;
+      T* block = static_cast<T*>(p.pixels_out) + block_at(at, p.groups[at.group].to) + k;
+      for (int i = 0; i < n; ++i) block[pixel_at(p, p.groups[at.group].to, i)] = share;
     } else {
-      const T* block = static_cast<const T*>(p.pixels) + block_at(at, at.group->from);
-      merged_out_at<T>(p, at)[k] = from_float<T>(mean_at(p, block, at.group->from, k));
+      const T* block = static_cast<const T*>(p.pixels) + block_at(at, p.groups[at.group].from);
+      merged_out_at<T>(p, at)[k] = from_float<T>(mean_at(p, block, p.groups[at.group].from, k));
     }
   }
 }
 
-// Sums over the threads of a block, of N numbers at once. Two buffers take turns: the barrier of
-// one sum orders the reads of the one before and the writes of the one behind.
-class BlockSum {
- public:
-  __device__ explicit BlockSum(float* shared) : shared_(shared) {}
+// n / d by one multiplication, for n d < 2^32.
+struct Divider {
+  uint32_t d, inverse;
 
-  template <int N>
-  __device__ __forceinline__ void operator()(float (&x)[N]) {
-    static_assert(N <= kMostSums);
-#pragma unroll
-    for (int n = 0; n < N; ++n) x[n] = over_warp(x[n], kWarpSize);
-    const int warps = static_cast<int>(blockDim.x) / kWarpSize;
-    if (warps == 1) return;
-    const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
-    float* const mine = shared_ + turn_ * kWarpSize * kMostSums;
-    turn_ ^= 1;
-    if (lane == 0) {
-#pragma unroll
-      for (int n = 0; n < N; ++n) mine[n * kWarpSize + warp] = x[n];
-    }
-    __syncthreads();
-#pragma unroll
-    for (int n = 0; n < N; ++n)
-      x[n] = over_warp(lane < warps ? mine[n * kWarpSize + lane] : 0.0f, kWarpSize);
+  static Divider of(int64_t d) {  // on the host
+    const auto n = static_cast<uint32_t>(d);
+    return {n, static_cast<uint32_t>(((uint64_t{1} << 32) + n - 1) / n)};
   }
-
-  static constexpr int kFloats = 2 * kWarpSize * kMostSums;
-
- private:
-  static __device__ __forceinline__ float over_warp(float x, int lanes) {
-#pragma unroll
-    for (int distance = kWarpSize / 2; distance > 0; distance /= 2) {
-      if (distance < lanes) x += __shfl_xor_sync(kFullWarp, x, distance);
-    }
-    return x;
+  __device__ __forceinline__ int operator()(int n) const {
+    return d == 1 ? n : static_cast<int>(__umulhi(static_cast<uint32_t>(n), inverse));
   }
-
-  float* shared_;
-  int turn_ = 0;
 };
-
-// (x - mean) * scale + shift is x normed.
-struct Statistics {
-  float mean, scale, shift;
-};
-
-// From sums over n of (x - mean) and its square: what the mean lacks is shifted.
-__device__ __forceinline__ Statistics statistics_of(const Params& p, float mean, float sum,
-                                                    float squares, float per_element) {
-  const float rest = p.norm == Norm::kLayer ? sum * per_element : 0.0f;
-  const float scale = 1.0f / sqrtf(squares * per_element - rest * rest + p.eps);
-  return {mean, scale, -rest * scale};
-}
-
-__device__ __forceinline__ float element(const Weight& w, int64_t k) {
-  const int64_t at = k * w.stride;
-  switch (w.dtype) {
-    case DType::kFloat32:
-      return static_cast<const float*>(w.data)[at];
-    case DType::kBFloat16:
-      return to_float(static_cast<const bfloat16*>(w.data)[at]);
-    case DType::kFloat16:
-      return to_float(static_cast<const float16*>(w.data)[at]);
-  }
-  return 0.0f;
-}
-
-__device__ __forceinline__ float weight_at(const Params& p, int64_t k) {
-  return p.weight.data == nullptr ? 1.0f : element(p.weight, k) + p.offset;
-}
-
-__device__ __forceinline__ float bias_at(const Params& p, int64_t k) {
-  return p.bias.data == nullptr ? 0.0f : element(p.bias, k);
-}
-
-template <class T, int N>
-__device__ __forceinline__ void load_floats(const T* p, float (&x)[N]) {
-  if constexpr (sizeof(T) * N >= 8) {
-    widen(load_words<N>(p), x);
-  } else {
-    const auto pack = load_pack<N>(p);
-#pragma unroll
-    for (int e = 0; e < N; ++e) x[e] = to_float(pack.v[e]);
-  }
-}
-
-// N weights that follow each other from k on, in wide accesses where `wide`.
-template <int N>
-__device__ __forceinline__ void load_vector(const Weight& w, bool wide, int64_t k, float offset,
-                                            float (&x)[N]) {
-  if (!wide) {
-#pragma unroll
-    for (int e = 0; e < N; ++e) x[e] = element(w, k + e) + offset;
-    return;
-  }
-  switch (w.dtype) {
-    case DType::kFloat32: {
-      constexpr int kPart = N < 4 ? N : 4;
-#pragma unroll
-      for (int e = 0; e < N; e += kPart) {
-        float part[kPart];
-        load_floats(static_cast<const float*>(w.data) + k + e, part);
-#pragma unroll
-        for (int i = 0; i < kPart; ++i) x[e + i] = part[i];
-      }
-      break;
-    }
-    case DType::kBFloat16:
-      load_floats(static_cast<const bfloat16*>(w.data) + k, x);
-      break;
-    case DType::kFloat16:
-      load_floats(static_cast<const float16*>(w.data) + k, x);
-      break;
-  }
-#pragma unroll
-  for (int e = 0; e < N; ++e) x[e] += offset;
-}
 
 // What the launcher knows of a Params beyond it.
 struct Plan {
   int units;  // packs of a row
   int64_t rows;
-  bool wide_weight, wide_bias;
+  Divider per_pixel, factor;  // packs of a pixel; Params' factor
 };
+
+__device__ __forceinline__ NormVector vector_of(const Weight& w) {
+  return {w.data, w.dtype, w.stride};
+}
+
+__device__ __forceinline__ float weight_at(const Params& p, int64_t k) {
+  return p.weight.data == nullptr ? 1.0f : vector_of(p.weight).at(k) + p.offset;
+}
+
+__device__ __forceinline__ float bias_at(const Params& p, int64_t k) {
+  return p.bias.data == nullptr ? 0.0f : vector_of(p.bias).at(k);
+}
+
+struct PlaceOfRow {
+  Place at;
+  int pixel;  // where a row is one pixel; else -1
+};
+
+template <Layout layout>
+__device__ __forceinline__ PlaceOfRow find_row(const Params& p, int64_t row) {
+  if (layout != Layout::kYxc || !p.norm_channels) return {find(p, row), -1};
+  const int block = static_cast<int>(p.block());
+  const int64_t token = row / block;
+  return {find(p, token), static_cast<int>(row - token * block)};
+}
 
 // One row of packs.
 template <class T, Layout layout>
 struct Row {
   static constexpr int V = kPack<T>;
-  static constexpr int kSets = layout == Layout::kCyx ? 4 : 1;  // of statistics: one a pixel
-  // Of element e of a pack.
-  static __device__ __forceinline__ constexpr int set_of(int e) {
-    return layout == Layout::kCyx ? e % 4 : 0;
+  static constexpr int kSets = layout == Layout::kCyx ? 4 : 1;  // normed each for itself: pixels
+  // Of the columns of the norm that element e of a pack is one of; a pack has kColumns.
+  static constexpr int kColumns = layout == Layout::kCyx ? V / 4 : V;
+  static __device__ __forceinline__ constexpr int column_of(int e) {
+    return layout == Layout::kCyx ? e / 4 : e;
   }
 
+  const Params& p;
+  const Plan& plan;
   Place at;
-  int pixel;  // where a row is one pixel; else -1
+  int pixel;
 
-  __device__ __forceinline__ Row(const Params& p, int64_t row) {
-    pixel = -1;
-    int64_t token = row;
-    if (layout == Layout::kYxc && p.norm_channels) {
-      const int block = static_cast<int>(p.block());
-      token = row / block;
-      pixel = static_cast<int>(row - token * block);
-    }
-    at = find(p, token);
+  __device__ __forceinline__ Row(const Params& p, const Plan& plan, const PlaceOfRow& place)
+      : p(p), plan(plan), at(place.at), pixel(place.pixel) {}
+
+  // Where pack u lies in a block of pixels, for layouts where it lies in one of them.
+  __device__ __forceinline__ int64_t offset(const Pixels& pixels, int u) const {
+    const int i = pixel >= 0 ? pixel : plan.per_pixel(u), y = plan.factor(i);
+    const int in_pixel = pixel >= 0 ? u : u - i * static_cast<int>(plan.per_pixel.d);
+    return y * pixels.y + (i - y * p.factor) * pixels.x + in_pixel * V;
   }
 
-  // Bits of pack u from a block of pixels, for layouts that have them.
-  __device__ __forceinline__ int64_t offset(const Params& p, const Pixels& pixels, int u) const {
-    if (pixel >= 0) return pixel_at(p, pixels, pixel) + u * V;
-    const int per_pixel = static_cast<int>(p.channels) / V, i = u / per_pixel;
-    return pixel_at(p, pixels, i) + (u - i * per_pixel) * V;
-  }
-
-  __device__ __forceinline__ void load(const Params& p, int u, float (&x)[V]) const {
-    const Pixels& pixels = at.group->from;
+  __device__ __forceinline__ void load(int u, float (&x)[V]) const {
+    const Pixels& pixels = p.groups[at.group].from;
     const T* block = static_cast<const T*>(p.pixels) + block_at(at, pixels);
     if constexpr (layout == Layout::kYxc) {
-      load_floats(block + offset(p, pixels, u), x);
+      load_floats(block + offset(pixels, u), x);
     } else if constexpr (layout == Layout::kCyx) {
       Quad<T> quad;
       quad.load(block, pixels, u);
       widen(quad.merged(), x);
     } else {
-      const int n = static_cast<int>(p.block());
 #pragma unroll
       for (int e = 0; e < V; ++e) x[e] = 0.0f;
-#pragma unroll 2
-      for (int i = 0; i < n; ++i) {
-        float one[V];
-        load_floats(block + pixel_at(p, pixels, i) + u * V, one);
+      for (int dy = 0; dy < p.factor; ++dy) {
+        const T* line = block + dy * pixels.y + u * V;
+#pragma unroll 4
+        for (int dx = 0; dx < p.factor; ++dx) {
+          float one[V];
+          load_floats(line + dx * pixels.x, one);
 #pragma unroll
-        for (int e = 0; e < V; ++e) x[e] += one[e];
+          for (int e = 0; e < V; ++e) x[e] += one[e];
+        }
       }
-      const float share = 1.0f / static_cast<float>(n);
+      const float share = 1.0f / static_cast<float>(p.block());
 #pragma unroll
       for (int e = 0; e < V; ++e) x[e] *= share;
     }
   }
 
   // To the pixels that pack u comes from.
-  __device__ __forceinline__ void store_pixels(const Params& p, int u, const float (&x)[V]) const {
-    const Pixels& pixels = at.group->to;
+  __device__ __forceinline__ void store_pixels(int u, const float (&x)[V]) const {
+    const Pixels& pixels = p.groups[at.group].to;
     T* block = static_cast<T*>(p.pixels_out) + block_at(at, pixels);
     if constexpr (layout == Layout::kYxc) {
-      store_words(block + offset(p, pixels, u), narrow<T>(x));
+      store_words(block + offset(pixels, u), narrow<T>(x));
     } else if constexpr (layout == Layout::kCyx) {
       Quad<T> quad;
       quad.split(narrow<T>(x));
       quad.store(block, pixels, u);
     } else {
-      const int n = static_cast<int>(p.block());
       float share[V];
 #pragma unroll
-      for (int e = 0; e < V; ++e) share[e] = x[e] * (1.0f / static_cast<float>(n));
+      for (int e = 0; e < V; ++e) share[e] = x[e] * (1.0f / static_cast<float>(p.block()));
       const auto pack = narrow<T>(share);
-      for (int i = 0; i < n; ++i) store_words(block + pixel_at(p, pixels, i) + u * V, pack);
+      for (int dy = 0; dy < p.factor; ++dy) {
+        T* line = block + dy * pixels.y + u * V;
+        for (int dx = 0; dx < p.factor; ++dx) store_words(line + dx * pixels.x, pack);
+      }
     }
   }
 
   // Where pack u lies in its merged token.
-  __device__ __forceinline__ int64_t merged(const Params& p, int u) const {
+  __device__ __forceinline__ int64_t merged(int u) const {
     return (pixel > 0 ? pixel * p.channels : 0) + static_cast<int64_t>(u) * V;
-  }
-
-  // The first of the norm's columns of pack u, and how many they are.
-  static constexpr int kColumns = layout == Layout::kCyx ? V / 4 : V;
-  static __device__ __forceinline__ constexpr int column_of(int e) {
-    return layout == Layout::kCyx ? e / 4 : e;
   }
 };
 
-// Grid: rows. Where there is no norm a row's mean alone is taken.
-template <class T, Layout layout>
-__global__ void __launch_bounds__(kRowThreads)
+// Grid: rows. Where there is no norm a row's mean alone is taken. TW: of weight and bias.
+template <class T, class TW, Layout layout>
+__global__ void __launch_bounds__(kNormThreads, 1)
     pixel_shuffle_norm_kernel(const VLMOPS_GRID_CONSTANT Params p,
                               const VLMOPS_GRID_CONSTANT Plan plan) {
   using R = Row<T, layout>;
+  using Held = HeldRow<T>;
   constexpr int V = R::V, S = R::kSets;
   VLMOPS_SHARED(float, shared, BlockSum::kFloats);
   BlockSum add_up(shared);
-  const R row(p, blockIdx.x);
-  const int stride = static_cast<int>(blockDim.x);
-  float x[kPer][V];
-#pragma unroll
-  for (int j = 0; j < kPer; ++j) {
-    const int u = static_cast<int>(threadIdx.x) + j * stride;
-    if (u < plan.units) row.load(p, u, x[j]);
-  }
-  Statistics by[S];
-#pragma unroll
-  for (int s = 0; s < S; ++s) by[s] = {0.0f, 1.0f, 0.0f};
-  if (p.norm != Norm::kNone) {
-    const float per_element = 1.0f / static_cast<float>(p.normed());
-    float mean[S] = {};
-    if (p.norm == Norm::kLayer) {
-#pragma unroll
-      for (int j = 0; j < kPer; ++j) {
-        if (static_cast<int>(threadIdx.x) + j * stride >= plan.units) break;
-#pragma unroll
-        for (int e = 0; e < V; ++e) mean[R::set_of(e)] += x[j][e];
-      }
-      add_up(mean);
-#pragma unroll
-      for (int s = 0; s < S; ++s) mean[s] *= per_element;
-    }
-    float sums[2 * S] = {};
-#pragma unroll
-    for (int j = 0; j < kPer; ++j) {
-      if (static_cast<int>(threadIdx.x) + j * stride >= plan.units) break;
+  const R row(p, plan, find_row<layout>(p, blockIdx.x));
+  Held held;
+  Affine<T, TW, R::kColumns> affine(p.weight.data, p.bias.data, p.offset);
+  Held::each(plan.units, [&](int j, int u) { row.load(u, held.x[j]); });
+  affine.load(plan.units);
+  Statistics by[S] = {};
+  const bool normed = p.norm != Norm::kNone;
+  if (normed)
+    held.statistics(plan.units, p.norm == Norm::kLayer, p.eps,
+                    1.0f / static_cast<float>(p.normed()), add_up, by);
+  T* const out = merged_out_at<T>(p, row.at);
+  Held::each(plan.units, [&](int j, int u) {
+    if (normed) {
+      float w[R::kColumns], b[R::kColumns];
+      affine.weights(j, w);
+      affine.biases(j, b);
 #pragma unroll
       for (int e = 0; e < V; ++e) {
-        const float centred = x[j][e] - mean[R::set_of(e)];
-        sums[R::set_of(e)] += centred;
-        sums[S + R::set_of(e)] += centred * centred;
+        const Statistics& s = by[e % S];
+        const float y = held.x[j][e] * s.scale + s.shift;
+        held.x[j][e] = y * w[R::column_of(e)] + b[R::column_of(e)];
       }
     }
-    add_up(sums);
-#pragma unroll
-    for (int s = 0; s < S; ++s)
-      by[s] = statistics_of(p, mean[s], sums[s], sums[S + s], per_element);
-  }
-  T* const out = merged_out_at<T>(p, row.at);
-#pragma unroll
-  for (int j = 0; j < kPer; ++j) {
-    const int u = static_cast<int>(threadIdx.x) + j * stride;
-    if (u >= plan.units) break;
-    float w[R::kColumns];
-    if (p.norm != Norm::kNone) {
-#pragma unroll
-      for (int e = 0; e < V; ++e)
-        x[j][e] =
-            (x[j][e] - by[R::set_of(e)].mean) * by[R::set_of(e)].scale + by[R::set_of(e)].shift;
-    }
-    if (p.weight.data != nullptr) {
-      load_vector(p.weight, plan.wide_weight, static_cast<int64_t>(u) * R::kColumns, p.offset, w);
-#pragma unroll
-      for (int e = 0; e < V; ++e) x[j][e] *= w[R::column_of(e)];
-    }
-    if (p.bias.data != nullptr) {
-      load_vector(p.bias, plan.wide_bias, static_cast<int64_t>(u) * R::kColumns, 0.0f, w);
-#pragma unroll
-      for (int e = 0; e < V; ++e) x[j][e] += w[R::column_of(e)];
-    }
-    store_words(out + row.merged(p, u), narrow<T>(x[j]));
-  }
+    store_words(out + row.merged(u), narrow<T>(held.x[j]));
+  });
 }
 
-// partial [grid, 2, normed]: the sums of the gradients of weight and bias over the rows of each
-// block; null where nobody needs them. Dynamic shared memory: as many floats as a part has.
-template <class T, Layout layout>
-__global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocks)
+// Grid: rows. scales [rows that are normed, kScales], for the sums below; or null.
+template <class T, class TW, Layout layout>
+__global__ void __launch_bounds__(kNormThreads, 1)
     pixel_shuffle_norm_backward_kernel(const VLMOPS_GRID_CONSTANT Params p,
-                                       const VLMOPS_GRID_CONSTANT Plan plan, float* partial) {
+                                       const VLMOPS_GRID_CONSTANT Plan plan, float* scales) {
   using R = Row<T, layout>;
-  constexpr int V = R::V, S = R::kSets, C = R::kColumns;
+  using Held = HeldRow<T>;
+  constexpr int V = R::V, S = R::kSets;
   VLMOPS_SHARED(float, shared, BlockSum::kFloats);
-  VLMOPS_DYNAMIC_SHARED(float, totals);  // [2, C, units]: threads side by side meet in no bank
   BlockSum add_up(shared);
-  const int first = static_cast<int>(threadIdx.x), stride = static_cast<int>(blockDim.x);
-  const int units = plan.units;
-  const float per_element = 1.0f / static_cast<float>(p.normed());
-  const bool layer = p.norm == Norm::kLayer;
-  for (int u = first; partial != nullptr && u < units; u += stride) {
+  const R row(p, plan, find_row<layout>(p, blockIdx.x));
+  const T* const grad = merged_at<T>(p, row.at);
+  Held held;
+  float wg[Held::P][V];
+  Affine<T, TW, R::kColumns> affine(p.weight.data, nullptr, p.offset);
+  Held::each(plan.units, [&](int j, int u) { row.load(u, held.x[j]); });
+  Held::each(plan.units, [&](int j, int u) { load_floats(grad + row.merged(u), wg[j]); });
+  affine.load(plan.units);
+  Held::each(plan.units, [&](int j, int) {
+    float w[R::kColumns];
+    affine.weights(j, w);
 #pragma unroll
-    for (int i = 0; i < 2 * C; ++i) totals[i * units + u] = 0.0f;
-  }
-  for (int64_t number = blockIdx.x; number < plan.rows; number += gridDim.x) {
-    const R row(p, number);
-    const T* const grad = merged_at<T>(p, row.at);
-    float mean[S] = {};
-    if (layer) {
-      for (int u = first; u < units; u += stride) {
-        float x[V];
-        row.load(p, u, x);
-#pragma unroll
-        for (int e = 0; e < V; ++e) mean[R::set_of(e)] += x[e];
-      }
-      add_up(mean);
-#pragma unroll
-      for (int s = 0; s < S; ++s) mean[s] *= per_element;
-    }
-    const auto weights = [&](int u, float (&w)[C]) {
-#pragma unroll
-      for (int c = 0; c < C; ++c) w[c] = 1.0f;
-      if (p.weight.data != nullptr)
-        load_vector(p.weight, plan.wide_weight, static_cast<int64_t>(u) * C, p.offset, w);
-    };
-    float sums[4 * S] = {};  // of deviations, their squares, w g, w g times the deviation
-    for (int u = first; u < units; u += stride) {
-      float x[V], g[V], w[C];
-      row.load(p, u, x);
-      load_floats(grad + row.merged(p, u), g);
-      weights(u, w);
-#pragma unroll
-      for (int e = 0; e < V; ++e) {
-        const int s = R::set_of(e);
-        const float centred = x[e] - mean[s], wg = w[R::column_of(e)] * g[e];
-        sums[s] += centred;
-        sums[S + s] += centred * centred;
-        sums[2 * S + s] += wg;
-        sums[3 * S + s] += wg * centred;
-      }
-    }
-    add_up(sums);
-    Statistics by[S];
-    float mean_wg[S], mean_along[S];
+    for (int e = 0; e < V; ++e) wg[j][e] *= w[R::column_of(e)];
+  });
+  Statistics by[S];
+  held.pull_back(wg, plan.units, p.norm == Norm::kLayer, p.eps,
+                 1.0f / static_cast<float>(p.normed()), add_up, by);
+  if (scales != nullptr && threadIdx.x == 0) {
 #pragma unroll
     for (int s = 0; s < S; ++s) {
-      by[s] = statistics_of(p, mean[s], sums[s], sums[S + s], per_element);
-      mean_wg[s] = layer ? sums[2 * S + s] * per_element : 0.0f;
-      mean_along[s] = (sums[3 * S + s] * by[s].scale + sums[2 * S + s] * by[s].shift) * per_element;
-    }
-    for (int u = first; u < units; u += stride) {
-      float x[V], g[V], w[C];
-      row.load(p, u, x);
-      load_floats(grad + row.merged(p, u), g);
-      weights(u, w);
-      float of_weight[C] = {}, of_bias[C] = {};
-#pragma unroll
-      for (int e = 0; e < V; ++e) {
-        const int s = R::set_of(e), c = R::column_of(e);
-        const float xh = (x[e] - by[s].mean) * by[s].scale + by[s].shift;
-        of_weight[c] += g[e] * xh;
-        of_bias[c] += g[e];
-        x[e] = (w[c] * g[e] - mean_wg[s] - xh * mean_along[s]) * by[s].scale;
-      }
-      if (p.pixels_out != nullptr) row.store_pixels(p, u, x);
-      if (partial == nullptr) continue;
-#pragma unroll
-      for (int c = 0; c < C; ++c) {
-        totals[c * units + u] += of_weight[c];
-        totals[(C + c) * units + u] += of_bias[c];
-      }
+      float* const to = scales + (static_cast<int64_t>(blockIdx.x) * S + s) * kScales;
+      to[0] = by[s].mean;
+      to[1] = by[s].scale;
+      to[2] = by[s].shift;
     }
   }
-  if (partial == nullptr) return;
-  float* const mine = partial + static_cast<int64_t>(blockIdx.x) * 2 * p.normed();
-  for (int u = first; u < units; u += stride) {
+  if (p.pixels_out == nullptr) return;
+  Held::each(plan.units, [&](int j, int u) { row.store_pixels(u, held.x[j]); });
+}
+
+// partial [parts, 2, normed]: of kPartRows rows each, the sums of the gradients of weight and bias.
+// Grid: parts times the packs of a row by kWarpSize. What is read here again, x and the gradient,
+// partly lies in L2 still; sums within the kernel above took registers and made blocks few, which
+// cost three times as much.
+template <class T, Layout layout>
+__global__ void __launch_bounds__(kSumThreads)
+    pixel_shuffle_norm_sums_kernel(const VLMOPS_GRID_CONSTANT Params p,
+                                   const VLMOPS_GRID_CONSTANT Plan plan, const float* scales,
+                                   float* partial) {
+  using R = Row<T, layout>;
+  constexpr int V = R::V, S = R::kSets, C = R::kColumns, kWarps = kSumThreads / kWarpSize;
+  constexpr int kRows = kPartRows / S;  // a "cyx" token is S rows that are normed
+  VLMOPS_SHARED(PlaceOfRow, places, kRows);
+  VLMOPS_SHARED(float, shared, kWarps * 2 * C * kWarpSize);
+  const int columns = (plan.units + kWarpSize - 1) / kWarpSize;
+  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+  const int64_t part = blockIdx.x / columns;
+  const int u = static_cast<int>(blockIdx.x - part * columns) * kWarpSize + lane;
+  const int64_t first = part * kRows, left = plan.rows - first;
+  if (static_cast<int>(threadIdx.x) < kRows && static_cast<int>(threadIdx.x) < left)
+    places[threadIdx.x] = find_row<layout>(p, first + threadIdx.x);
+  __syncthreads();
+  float sums[2 * C] = {};
 #pragma unroll
-    for (int c = 0; c < C; ++c) {
-      mine[static_cast<int64_t>(u) * C + c] = totals[c * units + u];
-      mine[p.normed() + static_cast<int64_t>(u) * C + c] = totals[(C + c) * units + u];
+  for (int i = warp; i < kRows; i += kWarps) {
+    if (i >= left || u >= plan.units) continue;
+    const R row(p, plan, places[i]);
+    float x[V], g[V];
+    row.load(u, x);
+    load_floats(merged_at<T>(p, row.at) + row.merged(u), g);
+    const float* const of = scales + (first + i) * S * kScales;
+#pragma unroll
+    for (int e = 0; e < V; ++e) {
+      const float* const s = of + e % S * kScales;
+      sums[R::column_of(e)] += g[e] * ((x[e] - s[0]) * s[1] + s[2]);
+      sums[C + R::column_of(e)] += g[e];
     }
+  }
+#pragma unroll
+  for (int i = 0; i < 2 * C; ++i) shared[(warp * 2 * C + i) * kWarpSize + lane] = sums[i];
+  __syncthreads();
+  if (u >= plan.units) return;
+  // Warp w adds up columns w, w + kWarps, ... of both vectors.
+  float* const to = partial + part * 2 * p.normed();
+  for (int i = warp; i < 2 * C; i += kWarps) {
+    float sum = 0.0f;
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) sum += shared[(w * 2 * C + i) * kWarpSize + lane];
+    to[i / C * p.normed() + static_cast<int64_t>(u) * C + i % C] = sum;
   }
 }
 
@@ -693,14 +557,14 @@ struct AnyRow {
     return e;
   }
   __device__ __forceinline__ float load(const Params& p, int k) const {
-    const Pixels& pixels = at.group->from;
+    const Pixels& pixels = p.groups[at.group].from;
     const T* block = static_cast<const T*>(p.pixels) + block_at(at, pixels);
     if (p.mean) return mean_at(p, block, pixels, k);
     const Element e = element_of(p, k);
     return to_float(block[pixel_at(p, pixels, e.pixel) + e.channel * p.pixel_stride]);
   }
   __device__ __forceinline__ void store_pixels(const Params& p, int k, float x) const {
-    const Pixels& pixels = at.group->to;
+    const Pixels& pixels = p.groups[at.group].to;
     T* block = static_cast<T*>(p.pixels_out) + block_at(at, pixels);
     if (p.mean) {
       const int n = static_cast<int>(p.block());
@@ -739,7 +603,8 @@ __global__ void __launch_bounds__(kAnyThreads)
     sums[1] += centred * centred;
   }
   add_up(sums);
-  const Statistics by = statistics_of(p, mean[0], sums[0], sums[1], per_element);
+  const Statistics by =
+      statistics_of(p.norm == Norm::kLayer, p.eps, mean[0], sums[0], sums[1], per_element);
   T* const out = merged_out_at<T>(p, row.at);
   for (int k = threadIdx.x; k < n; k += kAnyThreads) {
     const float xh = (row.load(p, k) - by.mean) * by.scale + by.shift;
@@ -781,7 +646,7 @@ __global__ void __launch_bounds__(kAnyThreads)
       sums[3] += wg * centred;
     }
     add_up(sums);
-    const Statistics by = statistics_of(p, mean[0], sums[0], sums[1], per_element);
+    const Statistics by = statistics_of(layer, p.eps, mean[0], sums[0], sums[1], per_element);
     const float mean_wg = layer ? sums[2] * per_element : 0.0f;
     const float mean_along = (sums[3] * by.scale + sums[2] * by.shift) * per_element;
     for (int k = threadIdx.x; k < n; k += kAnyThreads) {
@@ -802,7 +667,7 @@ constexpr int kSlices = 8;  // of the rows of partial sums
 // weight_grad, bias_grad [normed], or null: the sums of partial [parts, 2, normed]. Grid (normed /
 // 32, 2), block (32, kSlices).
 __global__ void __launch_bounds__(kWarpSize* kSlices)
-    pixel_shuffle_weight_grad_kernel(const float* partial, int parts, int64_t normed,
+    pixel_shuffle_weight_grad_kernel(const float* partial, int64_t parts, int64_t normed,
                                      float* weight_grad, float* bias_grad) {
   VLMOPS_SHARED(double, sums, kSlices* kWarpSize);
   float* const out = blockIdx.y == 0 ? weight_grad : bias_grad;
@@ -811,8 +676,9 @@ __global__ void __launch_bounds__(kWarpSize* kSlices)
   const bool mine = column < normed;
   double sum = 0.0;
   if (mine) {
-    for (int part = threadIdx.y; part < parts; part += kSlices)
-      sum += partial[(static_cast<int64_t>(part) * 2 + blockIdx.y) * normed + column];
+#pragma unroll 4
+    for (int64_t part = threadIdx.y; part < parts; part += kSlices)
+      sum += partial[(part * 2 + blockIdx.y) * normed + column];
   }
   sums[threadIdx.y * kWarpSize + threadIdx.x] = sum;
   __syncthreads();

@@ -81,23 +81,28 @@ inline int64_t scratch_floats(const Params& p) { return 8 * (p.depth() + 16 + kS
 // On a GPU, where all pointers of Params are the device's. They return 0 or an error's number.
 using CudaKernel = int (*)(const Params&, void* stream);
 
-// Blocks in backward where there is a norm, each of which leaves [2, normed()] sums.
-using CudaNormBackwardParts = int (*)(const Params&);
+// Rows that are normed, of which a part leaves one sum in backward: their order is the same on
+// every GPU.
+constexpr int kPartRows = 32;
+inline int64_t normed_rows(const Params& p) {
+  return p.norm_channels ? p.tokens * p.block() : p.tokens;
+}
+inline int64_t parts_of(const Params& p) { return (normed_rows(p) + kPartRows - 1) / kPartRows; }
+constexpr int64_t kScales = 3;  // of a row: mean, factor, shift
 
-// partial [parts, 2, normed()] is written; null where nobody needs the gradients of weight and
-// bias.
-using CudaNormBackward = int (*)(const Params&, int parts, float* partial, void* stream);
+// partial [parts, 2, normed()] is written, scales [rows, kScales] is scratch; both null where
+// nobody needs the gradients of weight and bias.
+using CudaNormBackward = int (*)(const Params&, float* scales, float* partial, void* stream);
 
 // weight_grad, bias_grad [normed], null where nobody needs them: the sums of partial over its
 // parts.
-using CudaWeightGrad = int (*)(const float* partial, int parts, int64_t normed, float* weight_grad,
-                               float* bias_grad, void* stream);
+using CudaWeightGrad = int (*)(const float* partial, int64_t parts, int64_t normed,
+                               float* weight_grad, float* bias_grad, void* stream);
 
 int run_cuda(const Params& p, void* stream);
 int run_inverse_cuda(const Params& p, void* stream);
-int norm_backward_parts_cuda(const Params& p);
-int run_norm_backward_cuda(const Params& p, int parts, float* partial, void* stream);
-int run_weight_grad_cuda(const float* partial, int parts, int64_t normed, float* weight_grad,
+int run_norm_backward_cuda(const Params& p, float* scales, float* partial, void* stream);
+int run_weight_grad_cuda(const float* partial, int64_t parts, int64_t normed, float* weight_grad,
                          float* bias_grad, void* stream);
 
 }  // namespace vlmops::pixel_shuffle

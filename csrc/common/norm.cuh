@@ -1,0 +1,274 @@
+// LayerNorm and RMSNorm of rows on NVIDIA GPUs: what the norms of several ops have in common.
+//
+// A row is one block's, of as few warps as hold it: kNormElements a thread in registers, as packs
+// of 16 bytes, from its one read on. Two things bound such a kernel, and both are instructions
+// rather than bytes: what is done for each element (some 12 forward), and what is done for each
+// row (addresses, sums over the block), which is why rows that fit a warp get no more.
+//
+// Sums are those of deviations from a first mean, which is what remains in registers; what that
+// mean lacks by rounding is shifted. Kinds of elements ("sets") that are normed each for itself
+// take turns: element e of a pack is of set e % kSets.
+#pragma once
+
+#include "common/gpu.cuh"
+
+namespace vlmops {
+
+constexpr int kNormElements = 32;  // of a row, that a thread holds
+constexpr int kNormThreads = 512;  // at most
+constexpr int kMostSums = 16;
+
+template <class T>
+constexpr int kNormPacks = kNormElements / kPack<T>;
+
+// Threads of a row of so many packs; 0: it is too long.
+template <class T>
+int norm_threads(int64_t packs) {
+  constexpr int64_t of_a_warp = kNormPacks<T> * kWarpSize;
+  const int64_t warps = packs < of_a_warp ? 1 : (packs + of_a_warp - 1) / of_a_warp;
+  return warps * kWarpSize <= kNormThreads ? static_cast<int>(warps * kWarpSize) : 0;
+}
+
+// Sums over the threads of a block, of N numbers at once. Two buffers take turns: the barrier of
+// one sum orders the reads of the one before and the writes of the one behind.
+class BlockSum {
+ public:
+  __device__ explicit BlockSum(float* shared) : shared_(shared) {}
+
+  template <int N>
+  __device__ __forceinline__ void operator()(float (&x)[N]) {
+    static_assert(N <= kMostSums);
+#pragma unroll
+    for (int n = 0; n < N; ++n) x[n] = over_warp(x[n]);
+    const int warps = static_cast<int>(blockDim.x) / kWarpSize;
+    if (warps == 1) return;
+    const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+    float* const mine = shared_ + turn_ * kWarpSize * kMostSums;
+    turn_ ^= 1;
+    if (lane == 0) {
+#pragma unroll
+      for (int n = 0; n < N; ++n) mine[n * kWarpSize + warp] = x[n];
+    }
+    __syncthreads();
+#pragma unroll
+    for (int n = 0; n < N; ++n) x[n] = over_warp(lane < warps ? mine[n * kWarpSize + lane] : 0.0f);
+  }
+
+  static constexpr int kFloats = 2 * kWarpSize * kMostSums;
+
+ private:
+  static __device__ __forceinline__ float over_warp(float x) {
+#pragma unroll
+    for (int distance = kWarpSize / 2; distance > 0; distance /= 2)
+      x += __shfl_xor_sync(kFullWarp, x, distance);
+    return x;
+  }
+
+  float* shared_;
+  int turn_ = 0;
+};
+
+// With d the deviation from `mean`, d * scale + shift is x normed.
+struct Statistics {
+  float mean, scale, shift;
+};
+
+// From sums over n of d and its square.
+__device__ __forceinline__ Statistics statistics_of(bool layer, float eps, float mean, float sum,
+                                                    float squares, float per_element) {
+  const float rest = layer ? sum * per_element : 0.0f;
+  const float scale = 1.0f / sqrtf(squares * per_element - rest * rest + eps);
+  return {mean, scale, -rest * scale};
+}
+
+// A thread's part of a row: packs threadIdx.x, threadIdx.x + blockDim.x, ... of `packs`.
+template <class T>
+struct HeldRow {
+  static constexpr int V = kPack<T>, P = kNormPacks<T>;
+  float x[P][V];
+
+  // f(j, u) for each pack u of this thread.
+  template <class F>
+  static __device__ __forceinline__ void each(int packs, const F& f) {
+#pragma unroll
+    for (int j = 0; j < P; ++j) {
+      const int u = static_cast<int>(threadIdx.x + j * blockDim.x);
+      if (u < packs) f(j, u);
+    }
+  }
+
+  // Subtracts the means; zeros for "rms".
+  template <int S>
+  __device__ __forceinline__ void centre(int packs, bool layer, float per_element, BlockSum& add_up,
+                                         float (&mean)[S]) {
+#pragma unroll
+    for (int s = 0; s < S; ++s) mean[s] = 0.0f;
+    if (!layer) return;
+    each(packs, [&](int j, int) {
+#pragma unroll
+      for (int e = 0; e < V; ++e) mean[e % S] += x[j][e];
+    });
+    add_up(mean);
+#pragma unroll
+    for (int s = 0; s < S; ++s) mean[s] *= per_element;
+    each(packs, [&](int j, int) {
+#pragma unroll
+      for (int e = 0; e < V; ++e) x[j][e] -= mean[e % S];
+    });
+  }
+
+  // Leaves deviations in x.
+  template <int S>
+  __device__ __forceinline__ void statistics(int packs, bool layer, float eps, float per_element,
+                                             BlockSum& add_up, Statistics (&by)[S]) {
+    float mean[S], sums[2 * S] = {};
+    centre(packs, layer, per_element, add_up, mean);
+    each(packs, [&](int j, int) {
+#pragma unroll
+      for (int e = 0; e < V; ++e) {
+        sums[e % S] += x[j][e];
+        sums[S + e % S] += x[j][e] * x[j][e];
+      }
+    });
+    add_up(sums);
+#pragma unroll
+    for (int s = 0; s < S; ++s)
+      by[s] = statistics_of(layer, eps, mean[s], sums[s], sums[S + s], per_element);
+  }
+
+  // x becomes the gradient of the row, from wg, that of what is normed times the norm's weight:
+  // (wg - mean(wg) - y mean(wg y)) * scale, for "rms" without mean(wg).
+  template <int S>
+  __device__ __forceinline__ void pull_back(float (&wg)[P][V], int packs, bool layer, float eps,
+                                            float per_element, BlockSum& add_up,
+                                            Statistics (&by)[S]) {
+    float mean[S], sums[4 * S] = {};
+    centre(packs, layer, per_element, add_up, mean);
+    each(packs, [&](int j, int) {
+#pragma unroll
+      for (int e = 0; e < V; ++e) {
+        const int s = e % S;
+        sums[s] += x[j][e];
+        sums[S + s] += x[j][e] * x[j][e];
+        sums[2 * S + s] += wg[j][e];
+        sums[3 * S + s] += wg[j][e] * x[j][e];
+      }
+    });
+    add_up(sums);
+    float by_wg[S], by_x[S], rest[S];
+#pragma unroll
+    for (int s = 0; s < S; ++s) {
+      by[s] = statistics_of(layer, eps, mean[s], sums[s], sums[S + s], per_element);
+      const float scale = by[s].scale, shift = by[s].shift;
+      const float along = (sums[3 * S + s] * scale + sums[2 * S + s] * shift) * per_element;
+      by_wg[s] = scale;
+      by_x[s] = -along * scale * scale;
+      rest[s] = -((layer ? sums[2 * S + s] * per_element : 0.0f) + along * shift) * scale;
+    }
+    each(packs, [&](int j, int) {
+#pragma unroll
+      for (int e = 0; e < V; ++e)
+        x[j][e] = wg[j][e] * by_wg[e % S] + (x[j][e] * by_x[e % S] + rest[e % S]);
+    });
+  }
+};
+
+// N elements that lie side by side on as many bytes, at most 16.
+template <class T, int N>
+__device__ __forceinline__ Words<T, N> load_bits(const T* p) {
+  constexpr int kBytes = N * static_cast<int>(sizeof(T));
+  Words<T, N> x;
+  if constexpr (kBytes > 16) {
+    constexpr int kPart = kPack<T>;
+#pragma unroll
+    for (int first = 0; first < N; first += kPart) {
+      const auto part = load_words<kPart>(p + first);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) x.w[first / kPart * 4 + i] = part.w[i];
+    }
+  } else if constexpr (kBytes >= 8) {
+    x = load_words<N>(p);
+  } else {
+    x.w[0] = load_pack<1>(reinterpret_cast<const uint32_t*>(p)).v[0];
+  }
+  return x;
+}
+
+template <class T, int N>
+__device__ __forceinline__ void load_floats(const T* p, float (&x)[N]) {
+  widen(load_bits<T, N>(p), x);
+}
+
+// What packs of a row are multiplied by, and what is added: N columns of each, asked for before
+// the statistics are there. TW: of the vectors; null where there is none.
+template <class T, class TW, int N>
+struct Affine {
+  static constexpr int P = kNormPacks<T>;
+  const TW *weight, *bias;
+  float offset;
+  Words<TW, N> w[P], b[P];
+
+  __device__ __forceinline__ Affine(const void* weight, const void* bias, float offset)
+      : weight(static_cast<const TW*>(weight)),
+        bias(static_cast<const TW*>(bias)),
+        offset(weight == nullptr ? 0.0f : offset) {}
+
+  __device__ __forceinline__ void load(int packs) {
+    if (weight != nullptr)
+      HeldRow<T>::each(packs, [&](int j, int u) { w[j] = load_bits<TW, N>(weight + u * N); });
+    if (bias != nullptr)
+      HeldRow<T>::each(packs, [&](int j, int u) { b[j] = load_bits<TW, N>(bias + u * N); });
+  }
+  __device__ __forceinline__ void weights(int j, float (&to)[N]) const {
+    if (weight != nullptr) widen(w[j], to);
+#pragma unroll
+    for (int e = 0; e < N; ++e) to[e] = weight == nullptr ? 1.0f : to[e] + offset;
+  }
+  __device__ __forceinline__ void biases(int j, float (&to)[N]) const {
+    if (bias != nullptr) widen(b[j], to);
+#pragma unroll
+    for (int e = 0; e < N; ++e) to[e] = bias == nullptr ? 0.0f : to[e];
+  }
+};
+
+// A vector of the norm: its weight, or its bias.
+struct NormVector {
+  const void* data;  // null where there is none
+  DType dtype;
+  int64_t stride;
+
+  __device__ __forceinline__ float at(int64_t k) const {
+    switch (dtype) {
+      case DType::kFloat32:
+        return static_cast<const float*>(data)[k * stride];
+      case DType::kBFloat16:
+        return to_float(static_cast<const bfloat16*>(data)[k * stride]);
+      case DType::kFloat16:
+        return to_float(static_cast<const float16*>(data)[k * stride]);
+    }
+    return 0.0f;
+  }
+};
+
+// Calls f of a null pointer to the one type that both vectors have, the row's own or float, and
+// none() where they have none.
+template <class T, class F, class None>
+int with_vectors(DType own, const NormVector& weight, const NormVector& bias, const F& f,
+                 const None& none) {
+  const auto all = [&](DType dtype) {
+    bool good = true;
+    for (const NormVector* v : {&weight, &bias}) {
+      if (v->data == nullptr) continue;
+      good = good && v->dtype == dtype && v->stride == 1 &&
+             reinterpret_cast<uintptr_t>(v->data) % 16 == 0;
+    }
+    return good;
+  };
+  if (all(own)) return f(static_cast<T*>(nullptr));
+  if constexpr (!std::is_same_v<T, float>) {
+    if (all(DType::kFloat32)) return f(static_cast<float*>(nullptr));
+  }
+  return none();
+}
+
+}  // namespace vlmops
