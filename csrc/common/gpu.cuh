@@ -258,6 +258,16 @@ struct Words {
   uint32_t w[kCount];
 };
 
+// An assignment of four words whose values come from branches is compiled to four stores.
+template <class Word>
+__device__ __forceinline__ void store_whole(Word* p, const Word& word) {
+#if defined(VLMOPS_EMULATOR)
+  *p = word;
+#else
+  __stwb(p, word);
+#endif
+}
+
 // By one access, of 8 or 16 bytes.
 template <int N, class T>
 __device__ __forceinline__ Words<T, N> load_words(const T* p) {
@@ -275,11 +285,13 @@ template <class T, int N>
 __device__ __forceinline__ void store_words(T* p, const Words<T, N>& x) {
   using Word = typename PackWord<static_cast<int>(sizeof(T)) * N>::type;
   VLMOPS_CHECK_ALIGNED(p, sizeof(Word));
+  Word word;
   if constexpr (sizeof(Word) == 8) {
-    *reinterpret_cast<Word*>(p) = {x.w[0], x.w[1]};
+    word = {x.w[0], x.w[1]};
   } else {
-    *reinterpret_cast<Word*>(p) = {x.w[0], x.w[1], x.w[2], x.w[3]};
+    word = {x.w[0], x.w[1], x.w[2], x.w[3]};
   }
+  store_whole(reinterpret_cast<Word*>(p), word);
 }
 
 // Element by element, `stride` apart.

@@ -199,35 +199,48 @@ __device__ __forceinline__ void load_floats(const T* p, float (&x)[N]) {
   widen(load_bits<T, N>(p), x);
 }
 
-// What packs of a row are multiplied by, and what is added: N columns of each, asked for before
-// the statistics are there. TW: of the vectors; null where there is none.
-template <class T, class TW, int N>
+// Weight and bias of a norm: N columns to a pack. TW: of both; null where there is none.
+template <class TW, int N>
 struct Affine {
-  static constexpr int P = kNormPacks<T>;
   const TW *weight, *bias;
-  float offset;
-  Words<TW, N> w[P], b[P];
+  float offset;  // added to the weight
 
   __device__ __forceinline__ Affine(const void* weight, const void* bias, float offset)
       : weight(static_cast<const TW*>(weight)),
         bias(static_cast<const TW*>(bias)),
-        offset(weight == nullptr ? 0.0f : offset) {}
+        offset(offset) {}
 
-  __device__ __forceinline__ void load(int packs) {
-    if (weight != nullptr)
-      HeldRow<T>::each(packs, [&](int j, int u) { w[j] = load_bits<TW, N>(weight + u * N); });
-    if (bias != nullptr)
-      HeldRow<T>::each(packs, [&](int j, int u) { b[j] = load_bits<TW, N>(bias + u * N); });
-  }
-  __device__ __forceinline__ void weights(int j, float (&to)[N]) const {
-    if (weight != nullptr) widen(w[j], to);
+  __device__ __forceinline__ void weights(int u, float (&w)[N]) const {
 #pragma unroll
-    for (int e = 0; e < N; ++e) to[e] = weight == nullptr ? 1.0f : to[e] + offset;
-  }
-  __device__ __forceinline__ void biases(int j, float (&to)[N]) const {
-    if (bias != nullptr) widen(b[j], to);
+    for (int e = 0; e < N; ++e) w[e] = 1.0f;
+    if (weight == nullptr) return;
+    load_floats(weight + u * N, w);
+    if (offset == 0.0f) return;
 #pragma unroll
-    for (int e = 0; e < N; ++e) to[e] = bias == nullptr ? 0.0f : to[e];
+    for (int e = 0; e < N; ++e) w[e] += offset;
+  }
+
+  // finish(j, u, w, b) for each pack u of a row. The usual case, which has both vectors, is by
+  // itself: it spares each element three instructions.
+  template <class T, class F>
+  __device__ __forceinline__ void each(int packs, const F& finish) const {
+    if (weight != nullptr && bias != nullptr && offset == 0.0f) {
+      HeldRow<T>::each(packs, [&](int j, int u) {
+        float w[N], b[N];
+        load_floats(weight + u * N, w);
+        load_floats(bias + u * N, b);
+        finish(j, u, w, b);
+      });
+    } else {
+      HeldRow<T>::each(packs, [&](int j, int u) {
+        float w[N], b[N];
+        weights(u, w);
+#pragma unroll
+        for (int e = 0; e < N; ++e) b[e] = 0.0f;
+        if (bias != nullptr) load_floats(bias + u * N, b);
+        finish(j, u, w, b);
+      });
+    }
   }
 };
 

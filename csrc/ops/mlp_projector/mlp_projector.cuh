@@ -188,8 +188,9 @@ struct Tile {
     const int64_t columns = (width + kWarpSize * V - 1) / (kWarpSize * V);
     column = (blockIdx.x % columns * kWarpSize + threadIdx.x % kWarpSize) * V;
     part = blockIdx.x / columns;
-    row = part * kPartRows + threadIdx.x / kWarpSize;
-    last = (part + 1) * kPartRows < rows ? (part + 1) * kPartRows : rows;
+    const int64_t part_rows = gpu_part_rows(rows);
+    row = part * part_rows + threadIdx.x / kWarpSize;
+    last = (part + 1) * part_rows < rows ? (part + 1) * part_rows : rows;
     inside = column < width;
   }
 };
@@ -203,10 +204,10 @@ __device__ __forceinline__ void add_up(float* sums, const Floats<V>& own, const 
 #pragma unroll
   for (int e = 0; e < V; ++e) shared[(warp * V + e) * kWarpSize + lane] = own.v[e];
   __syncthreads();
-  if (warp == 0 && tile.inside) {
-#pragma unroll
-    for (int e = 0; e < V; ++e) {
+  if (tile.inside) {
+    for (int e = warp; e < V; e += kSumWarps) {
       float sum = 0.0f;
+#pragma unroll
       for (int w = 0; w < kSumWarps; ++w) sum += shared[(w * V + e) * kWarpSize + lane];
       sums[tile.part * width + tile.column + e] = sum;
     }
@@ -315,7 +316,7 @@ __device__ __forceinline__ void keep(const Norm& p, int64_t row, const Statistic
 
 // A block to a row, in packs. TW: of weight and bias.
 template <class T, class TW>
-__global__ void __launch_bounds__(kNormThreads, 1)
+__global__ void __launch_bounds__(kNormThreads, 2)
     mlp_projector_norm_kernel(const VLMOPS_GRID_CONSTANT Norm p) {
   constexpr int V = kPack<T>;
   using Held = HeldRow<T>;
@@ -325,15 +326,11 @@ __global__ void __launch_bounds__(kNormThreads, 1)
   const T* const x = static_cast<const T*>(p.x) + blockIdx.x * p.x_stride;
   T* const out = static_cast<T*>(p.out) + blockIdx.x * p.width;
   Held held;
-  Affine<T, TW, V> affine(p.weight.data, p.bias.data, p.offset);
+  const Affine<TW, V> affine(p.weight.data, p.bias.data, p.offset);
   Held::each(packs, [&](int j, int u) { load_floats(x + u * V, held.x[j]); });
-  affine.load(packs);
   Statistics by[1];
   held.statistics(packs, p.layer, p.eps, 1.0f / static_cast<float>(p.width), add_up, by);
-  Held::each(packs, [&](int j, int u) {
-    float w[V], b[V];
-    affine.weights(j, w);
-    affine.biases(j, b);
+  affine.template each<T>(packs, [&](int j, int u, const float (&w)[V], const float (&b)[V]) {
 #pragma unroll
     for (int e = 0; e < V; ++e)
       held.x[j][e] = (held.x[j][e] * by[0].scale + by[0].shift) * w[e] + b[e];
@@ -353,13 +350,12 @@ __global__ void __launch_bounds__(kNormThreads, 1)
   const T* const grad = static_cast<const T*>(p.grad) + blockIdx.x * p.width;
   Held held;
   float wg[Held::P][V];
-  Affine<T, TW, V> affine(p.weight.data, nullptr, p.offset);
+  const Affine<TW, V> affine(p.weight.data, nullptr, p.offset);
   Held::each(packs, [&](int j, int u) { load_floats(x + u * V, held.x[j]); });
   Held::each(packs, [&](int j, int u) { load_floats(grad + u * V, wg[j]); });
-  affine.load(packs);
-  Held::each(packs, [&](int j, int) {
+  Held::each(packs, [&](int j, int u) {
     float w[V];
-    affine.weights(j, w);
+    affine.weights(u, w);
 #pragma unroll
     for (int e = 0; e < V; ++e) wg[j][e] *= w[e];
   });
@@ -454,10 +450,8 @@ __global__ void __launch_bounds__(kThreads)
   VLMOPS_SHARED(float, shared, kThreads* V);
   const Tile<V> tile(p.rows, p.width);
   Floats<V> weight_sum = {}, bias_sum = {};
-#pragma unroll
-  for (int i = 0; i < kPartRows / kSumWarps; ++i) {
-    const int64_t row = tile.row + i * kSumWarps;
-    if (!tile.inside || row >= tile.last) continue;
+#pragma unroll 4
+  for (int64_t row = tile.inside ? tile.row : tile.last; row < tile.last; row += kSumWarps) {
     const float* const scale = p.scales + kScales * row;
     Floats<V> y = load<T, V>(p.x, row * p.x_stride + tile.column);
     const Floats<V> g = load<T, V>(p.grad, row * p.width + tile.column);

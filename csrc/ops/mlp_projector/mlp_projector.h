@@ -8,12 +8,16 @@ namespace vlmops::mlp_projector {
 
 enum class Activation : int { kNone, kGelu, kGeluTanh, kQuickGelu, kSilu, kRelu };
 
-// Sums over rows are kept for this many rows each, whatever runs them: their order is the same.
+// Sums over rows are kept for this many rows each, whatever CPU or GPU runs them: their order is
+// the same. Many rows make large parts on a GPU, where the end of a part costs as much as 16 rows.
 constexpr int64_t kPartRows = 32;
+VLMOPS_HOST_DEVICE constexpr int64_t gpu_part_rows(int64_t rows) {
+  return rows < 2048 ? kPartRows : 128;
+}
 constexpr int64_t kScales = 3;  // of a row: mean, factor, shift
 
-VLMOPS_HOST_DEVICE constexpr int64_t parts_of(int64_t rows) {
-  return (rows + kPartRows - 1) / kPartRows;
+VLMOPS_HOST_DEVICE constexpr int64_t parts_of(int64_t rows, int64_t part_rows = kPartRows) {
+  return (rows + part_rows - 1) / part_rows;
 }
 
 // out = (x - mean) / sqrt(variance + eps) * (offset + weight) + bias, of each row
@@ -31,7 +35,7 @@ struct Norm {
   const void* grad;
   void* grad_x;        // or null
   float* scales;       // [rows, kScales], on a GPU with sums
-  float* weight_sums;  // [parts_of(rows), width], or null
+  float* weight_sums;  // [parts, width], or null
   float* bias_sums;    // the same
 };
 
@@ -48,7 +52,7 @@ struct Activate {
   const void* grad;
   void* grad_hidden;
   void* grad_gate;     // where there is a gate
-  float* hidden_sums;  // [parts_of(rows), width], or null
+  float* hidden_sums;  // [parts, width], or null
   float* gate_sums;    // the same
 };
 

@@ -39,6 +39,16 @@ bool merged_on(int64_t bytes, const Params& p, const void* base, int64_t token,
   return good;
 }
 
+// Whether offsets within a block of pixels fit 32 bits.
+bool blocks_are_near(const Params& p, Pixels Group::* of) {
+  bool good = true;
+  for (int i = 0; i < p.group_count; ++i) {
+    const Pixels& at = p.groups[i].*of;
+    good = good && p.factor * (at.y + at.x) + p.channels < int64_t{1} << 31;
+  }
+  return good;
+}
+
 // Whether packs of 16 bytes fit all that is read and written; in order "cyx" 4 bytes of each pixel
 // make one up.
 bool packs(const Params& p) {
@@ -46,6 +56,8 @@ bool packs(const Params& p) {
   if (quads && p.factor != 2) return false;
   const int64_t piece = quads ? 4 : 16;
   if (p.channels * bytes_of(p) % piece != 0) return false;
+  if (p.pixels != nullptr && !blocks_are_near(p, &Group::from)) return false;
+  if (p.pixels_out != nullptr && !blocks_are_near(p, &Group::to)) return false;
   if (p.pixels != nullptr && !(p.pixel_stride == 1 && pixels_on(piece, p, p.pixels, &Group::from)))
     return false;
   if (p.pixels_out != nullptr && !pixels_on(piece, p, p.pixels_out, &Group::to)) return false;
@@ -126,7 +138,9 @@ int by_layout(const Params& p, const F& f, const Any& any) {
 
 template <class T>
 Plan plan_of(const Params& p, Layout layout, int64_t units) {
-  return {static_cast<int>(units), layout == Layout::kYxc ? normed_rows(p) : p.tokens,
+  const int64_t rows = layout == Layout::kYxc ? normed_rows(p) : p.tokens;
+  const int64_t sets = layout == Layout::kCyx ? 4 : 1;  // rows that are normed in one of packs
+  return {static_cast<int>(units), rows, static_cast<int>(part_rows_of(p) / sets),
           Divider::of(std::max<int64_t>(p.channels / kPack<T>, 1)), Divider::of(p.factor)};
 }
 

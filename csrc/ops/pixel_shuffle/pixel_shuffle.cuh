@@ -156,21 +156,21 @@ struct Quad {
     }
   }
   // unit: number of the pack.
-  __device__ __forceinline__ void load(const T* block, const Pixels& pixels, int unit) {
+  __device__ __forceinline__ void load(const T* block, int y, int x, int unit) {
 #pragma unroll
     for (int i = 0; i < 4; ++i)
-      of[i] = load_pack<1>(reinterpret_cast<const uint32_t*>(block + place(pixels, unit, i))).v[0];
+      of[i] = load_pack<1>(reinterpret_cast<const uint32_t*>(block + place(y, x, unit, i))).v[0];
   }
-  __device__ __forceinline__ void store(T* block, const Pixels& pixels, int unit) const {
+  __device__ __forceinline__ void store(T* block, int y, int x, int unit) const {
 #pragma unroll
     for (int i = 0; i < 4; ++i)
-      store_pack(reinterpret_cast<uint32_t*>(block + place(pixels, unit, i)),
+      store_pack(reinterpret_cast<uint32_t*>(block + place(y, x, unit, i)),
                  Pack<uint32_t, 1>{{of[i]}});
   }
 
  private:
-  static __device__ __forceinline__ int64_t place(const Pixels& pixels, int unit, int i) {
-    return i / 2 * pixels.y + i % 2 * pixels.x + unit * N;
+  static __device__ __forceinline__ int place(int y, int x, int unit, int i) {
+    return i / 2 * y + i % 2 * x + unit * N;
   }
 };
 
@@ -191,7 +191,8 @@ __global__ void __launch_bounds__(kMoveThreads)
       quads[j].split(load_words<V>(merged_at<T>(p, at) + static_cast<int64_t>(u) * V));
     } else {
       quads[j].load(static_cast<const T*>(p.pixels) + block_at(at, p.groups[at.group].from),
-                    p.groups[at.group].from, u);
+                    static_cast<int>(p.groups[at.group].from.y),
+                    static_cast<int>(p.groups[at.group].from.x), u);
     }
   }
 #pragma unroll
@@ -200,7 +201,8 @@ __global__ void __launch_bounds__(kMoveThreads)
     if (u >= units) break;
     if constexpr (kInverse) {
       quads[j].store(static_cast<T*>(p.pixels_out) + block_at(at, p.groups[at.group].to),
-                     p.groups[at.group].to, u);
+                     static_cast<int>(p.groups[at.group].to.y),
+                     static_cast<int>(p.groups[at.group].to.x), u);
     } else {
       store_words(merged_out_at<T>(p, at) + static_cast<int64_t>(u) * V, quads[j].merged());
     }
@@ -297,6 +299,7 @@ struct Divider {
 struct Plan {
   int units;  // packs of a row
   int64_t rows;
+  int part_rows;              // that leave one sum in backward
   Divider per_pixel, factor;  // packs of a pixel; Params' factor
 };
 
@@ -344,31 +347,47 @@ struct Row {
   __device__ __forceinline__ Row(const Params& p, const Plan& plan, const PlaceOfRow& place)
       : p(p), plan(plan), at(place.at), pixel(place.pixel) {}
 
-  // Where pack u lies in a block of pixels, for layouts where it lies in one of them.
-  __device__ __forceinline__ int64_t offset(const Pixels& pixels, int u) const {
-    const int i = pixel >= 0 ? pixel : plan.per_pixel(u), y = plan.factor(i);
-    const int in_pixel = pixel >= 0 ? u : u - i * static_cast<int>(plan.per_pixel.d);
-    return y * pixels.y + (i - y * p.factor) * pixels.x + in_pixel * V;
+  // The block of pixels a row is from, within which offsets have 32 bits.
+  template <class Pointer>
+  struct Block {
+    Pointer data;
+    int y, x;
+    __device__ __forceinline__ Block(Pointer base, const Place& at, const Pixels& pixels)
+        : data(base + block_at(at, pixels)),
+          y(static_cast<int>(pixels.y)),
+          x(static_cast<int>(pixels.x)) {}
+  };
+  __device__ __forceinline__ Block<const T*> from() const {
+    return {static_cast<const T*>(p.pixels), at, p.groups[at.group].from};
+  }
+  __device__ __forceinline__ Block<T*> to() const {
+    return {static_cast<T*>(p.pixels_out), at, p.groups[at.group].to};
   }
 
-  __device__ __forceinline__ void load(int u, float (&x)[V]) const {
-    const Pixels& pixels = p.groups[at.group].from;
-    const T* block = static_cast<const T*>(p.pixels) + block_at(at, pixels);
+  // Pack u in the block, for layouts where it lies in one pixel.
+  template <class Pointer>
+  __device__ __forceinline__ Pointer pack(const Block<Pointer>& block, int u) const {
+    const int i = pixel >= 0 ? pixel : plan.per_pixel(u), dy = plan.factor(i);
+    const int in_pixel = pixel >= 0 ? u : u - i * static_cast<int>(plan.per_pixel.d);
+    return block.data + (dy * block.y + (i - dy * p.factor) * block.x + in_pixel * V);
+  }
+
+  __device__ __forceinline__ void load(const Block<const T*>& block, int u, float (&x)[V]) const {
     if constexpr (layout == Layout::kYxc) {
-      load_floats(block + offset(pixels, u), x);
+      load_floats(pack(block, u), x);
     } else if constexpr (layout == Layout::kCyx) {
       Quad<T> quad;
-      quad.load(block, pixels, u);
+      quad.load(block.data, block.y, block.x, u);
       widen(quad.merged(), x);
     } else {
 #pragma unroll
       for (int e = 0; e < V; ++e) x[e] = 0.0f;
       for (int dy = 0; dy < p.factor; ++dy) {
-        const T* line = block + dy * pixels.y + u * V;
+        const T* line = block.data + dy * block.y + u * V;
 #pragma unroll 4
         for (int dx = 0; dx < p.factor; ++dx) {
           float one[V];
-          load_floats(line + dx * pixels.x, one);
+          load_floats(line + dx * block.x, one);
 #pragma unroll
           for (int e = 0; e < V; ++e) x[e] += one[e];
         }
@@ -380,30 +399,28 @@ struct Row {
   }
 
   // To the pixels that pack u comes from.
-  __device__ __forceinline__ void store_pixels(int u, const float (&x)[V]) const {
-    const Pixels& pixels = p.groups[at.group].to;
-    T* block = static_cast<T*>(p.pixels_out) + block_at(at, pixels);
+  __device__ __forceinline__ void store(const Block<T*>& block, int u, const float (&x)[V]) const {
     if constexpr (layout == Layout::kYxc) {
-      store_words(block + offset(pixels, u), narrow<T>(x));
+      store_words(pack(block, u), narrow<T>(x));
     } else if constexpr (layout == Layout::kCyx) {
       Quad<T> quad;
       quad.split(narrow<T>(x));
-      quad.store(block, pixels, u);
+      quad.store(block.data, block.y, block.x, u);
     } else {
       float share[V];
 #pragma unroll
       for (int e = 0; e < V; ++e) share[e] = x[e] * (1.0f / static_cast<float>(p.block()));
-      const auto pack = narrow<T>(share);
+      const auto words = narrow<T>(share);
       for (int dy = 0; dy < p.factor; ++dy) {
-        T* line = block + dy * pixels.y + u * V;
-        for (int dx = 0; dx < p.factor; ++dx) store_words(line + dx * pixels.x, pack);
+        T* line = block.data + dy * block.y + u * V;
+        for (int dx = 0; dx < p.factor; ++dx) store_words(line + dx * block.x, words);
       }
     }
   }
 
   // Where pack u lies in its merged token.
-  __device__ __forceinline__ int64_t merged(int u) const {
-    return (pixel > 0 ? pixel * p.channels : 0) + static_cast<int64_t>(u) * V;
+  __device__ __forceinline__ int merged(int u) const {
+    return (pixel > 0 ? pixel * static_cast<int>(p.channels) : 0) + u * V;
   }
 };
 
@@ -419,29 +436,28 @@ __global__ void __launch_bounds__(kNormThreads, 1)
   BlockSum add_up(shared);
   const R row(p, plan, find_row<layout>(p, blockIdx.x));
   Held held;
-  Affine<T, TW, R::kColumns> affine(p.weight.data, p.bias.data, p.offset);
-  Held::each(plan.units, [&](int j, int u) { row.load(u, held.x[j]); });
-  affine.load(plan.units);
-  Statistics by[S] = {};
-  const bool normed = p.norm != Norm::kNone;
-  if (normed)
-    held.statistics(plan.units, p.norm == Norm::kLayer, p.eps,
-                    1.0f / static_cast<float>(p.normed()), add_up, by);
+  constexpr int C = R::kColumns;
+  const auto from = row.from();
+  Held::each(plan.units, [&](int j, int u) { row.load(from, u, held.x[j]); });
   T* const out = merged_out_at<T>(p, row.at);
-  Held::each(plan.units, [&](int j, int u) {
-    if (normed) {
-      float w[R::kColumns], b[R::kColumns];
-      affine.weights(j, w);
-      affine.biases(j, b);
+  if (p.norm == Norm::kNone) {
+    Held::each(plan.units,
+               [&](int j, int u) { store_words(out + row.merged(u), narrow<T>(held.x[j])); });
+    return;
+  }
+  Statistics by[S];
+  held.statistics(plan.units, p.norm == Norm::kLayer, p.eps, 1.0f / static_cast<float>(p.normed()),
+                  add_up, by);
+  const Affine<TW, C> affine(p.weight.data, p.bias.data, p.offset);
+  const auto finish = [&](int j, int u, const float (&w)[C], const float (&b)[C]) {
 #pragma unroll
-      for (int e = 0; e < V; ++e) {
-        const Statistics& s = by[e % S];
-        const float y = held.x[j][e] * s.scale + s.shift;
-        held.x[j][e] = y * w[R::column_of(e)] + b[R::column_of(e)];
-      }
+    for (int e = 0; e < V; ++e) {
+      const float y = held.x[j][e] * by[e % S].scale + by[e % S].shift;
+      held.x[j][e] = y * w[R::column_of(e)] + b[R::column_of(e)];
     }
     store_words(out + row.merged(u), narrow<T>(held.x[j]));
-  });
+  };
+  affine.template each<T>(plan.units, finish);
 }
 
 // Grid: rows. scales [rows that are normed, kScales], for the sums below; or null.
@@ -458,13 +474,13 @@ __global__ void __launch_bounds__(kNormThreads, 1)
   const T* const grad = merged_at<T>(p, row.at);
   Held held;
   float wg[Held::P][V];
-  Affine<T, TW, R::kColumns> affine(p.weight.data, nullptr, p.offset);
-  Held::each(plan.units, [&](int j, int u) { row.load(u, held.x[j]); });
+  const Affine<TW, R::kColumns> affine(p.weight.data, nullptr, p.offset);
+  const auto from = row.from();
+  Held::each(plan.units, [&](int j, int u) { row.load(from, u, held.x[j]); });
   Held::each(plan.units, [&](int j, int u) { load_floats(grad + row.merged(u), wg[j]); });
-  affine.load(plan.units);
-  Held::each(plan.units, [&](int j, int) {
+  Held::each(plan.units, [&](int j, int u) {
     float w[R::kColumns];
-    affine.weights(j, w);
+    affine.weights(u, w);
 #pragma unroll
     for (int e = 0; e < V; ++e) wg[j][e] *= w[R::column_of(e)];
   });
@@ -481,13 +497,14 @@ __global__ void __launch_bounds__(kNormThreads, 1)
     }
   }
   if (p.pixels_out == nullptr) return;
-  Held::each(plan.units, [&](int j, int u) { row.store_pixels(u, held.x[j]); });
+  const auto to = row.to();
+  Held::each(plan.units, [&](int j, int u) { row.store(to, u, held.x[j]); });
 }
 
-// partial [parts, 2, normed]: of kPartRows rows each, the sums of the gradients of weight and bias.
-// Grid: parts times the packs of a row by kWarpSize. What is read here again, x and the gradient,
-// partly lies in L2 still; sums within the kernel above took registers and made blocks few, which
-// cost three times as much.
+// partial [parts, 2, normed]: of plan.part_rows rows each, the sums of the gradients of weight and
+// bias. Grid: parts times the packs of a row by kWarpSize. What is read here again, x and the
+// gradient, partly lies in L2 still; sums within the kernel above took registers and made blocks
+// few, which cost three times as much.
 template <class T, Layout layout>
 __global__ void __launch_bounds__(kSumThreads)
     pixel_shuffle_norm_sums_kernel(const VLMOPS_GRID_CONSTANT Params p,
@@ -495,24 +512,24 @@ __global__ void __launch_bounds__(kSumThreads)
                                    float* partial) {
   using R = Row<T, layout>;
   constexpr int V = R::V, S = R::kSets, C = R::kColumns, kWarps = kSumThreads / kWarpSize;
-  constexpr int kRows = kPartRows / S;  // a "cyx" token is S rows that are normed
-  VLMOPS_SHARED(PlaceOfRow, places, kRows);
+  constexpr int kMostRows = 128 / S;  // a "cyx" token is S rows that are normed
+  VLMOPS_SHARED(PlaceOfRow, places, kMostRows);
   VLMOPS_SHARED(float, shared, kWarps * 2 * C * kWarpSize);
   const int columns = (plan.units + kWarpSize - 1) / kWarpSize;
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
   const int64_t part = blockIdx.x / columns;
   const int u = static_cast<int>(blockIdx.x - part * columns) * kWarpSize + lane;
-  const int64_t first = part * kRows, left = plan.rows - first;
-  if (static_cast<int>(threadIdx.x) < kRows && static_cast<int>(threadIdx.x) < left)
+  const int64_t first = part * plan.part_rows, left = plan.rows - first;
+  const int rows = left < plan.part_rows ? static_cast<int>(left) : plan.part_rows;
+  if (static_cast<int>(threadIdx.x) < rows)
     places[threadIdx.x] = find_row<layout>(p, first + threadIdx.x);
   __syncthreads();
   float sums[2 * C] = {};
-#pragma unroll
-  for (int i = warp; i < kRows; i += kWarps) {
-    if (i >= left || u >= plan.units) continue;
+#pragma unroll 4
+  for (int i = u < plan.units ? warp : rows; i < rows; i += kWarps) {
     const R row(p, plan, places[i]);
     float x[V], g[V];
-    row.load(u, x);
+    row.load(row.from(), u, x);
     load_floats(merged_at<T>(p, row.at) + row.merged(u), g);
     const float* const of = scales + (first + i) * S * kScales;
 #pragma unroll

@@ -81,13 +81,15 @@ inline int64_t scratch_floats(const Params& p) { return 8 * (p.depth() + 16 + kS
 // On a GPU, where all pointers of Params are the device's. They return 0 or an error's number.
 using CudaKernel = int (*)(const Params&, void* stream);
 
-// Rows that are normed, of which a part leaves one sum in backward: their order is the same on
-// every GPU.
-constexpr int kPartRows = 32;
+// Rows that are normed; in backward each part of them leaves one sum, so that the order is the same
+// on every GPU. Few rows make small parts, or there would be few blocks.
 inline int64_t normed_rows(const Params& p) {
   return p.norm_channels ? p.tokens * p.block() : p.tokens;
 }
-inline int64_t parts_of(const Params& p) { return (normed_rows(p) + kPartRows - 1) / kPartRows; }
+inline int64_t part_rows_of(const Params& p) { return normed_rows(p) < 2048 ? 32 : 128; }
+inline int64_t parts_of(const Params& p) {
+  return (normed_rows(p) + part_rows_of(p) - 1) / part_rows_of(p);
+}
 constexpr int64_t kScales = 3;  // of a row: mean, factor, shift
 
 // partial [parts, 2, normed()] is written, scales [rows, kScales] is scratch; both null where
