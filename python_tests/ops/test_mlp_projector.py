@@ -392,3 +392,28 @@ def test_bad_calls_name_what_is_wrong():
     """The contract tries them; here, that each of the op's tensors has one."""
     named = " ".join(bad.pattern for bad in SPEC.errors if isinstance(bad, BadCall))
     assert all(name in named for name in SPEC.differentiable)
+
+
+@pytest.mark.parametrize("backend", ["emulator"])
+def test_sums_over_many_rows(backend):
+    """So many that parts of them are large, on a GPU."""
+    torch.manual_seed(0)
+    rows, width = 51_237, 256
+    x = torch.randn(rows, width)
+    names = ("fc1_bias", "fc2_bias", "norm_weight", "norm_bias")
+    vectors = [torch.randn(n, requires_grad=True) for n in (width, 8, width, width)]
+    weights = torch.randn(width, width) / 16, torch.randn(8, width) / 16
+
+    def grads(function, x, weights, vectors):
+        fc1_bias, fc2_bias, norm_weight, norm_bias = vectors
+        y = function(x, weights[0], fc1_bias, weights[1], fc2_bias, activation="gelu",
+                     norm="layer", norm_weight=norm_weight, norm_bias=norm_bias)  # fmt: skip
+        return torch.autograd.grad(y, vectors, torch.ones_like(y).cumsum(0).sin())
+
+    with emulated("fast"):
+        found = grads(vlmops.mlp_projector, x, weights, vectors)
+    doubles = [v.detach().double().requires_grad_() for v in vectors]
+    exact = grads(reference, x.double(), [w.double() for w in weights], doubles)
+    for name, got, expected in zip(names, found, exact, strict=True):
+        scale = expected.abs().max().item()
+        assert (got.double() - expected).abs().max().item() < 3e-6 * max(scale, 100.0), name

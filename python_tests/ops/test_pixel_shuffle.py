@@ -5,6 +5,7 @@ First, `reference` is what transformers computes, model by model."""
 import pytest
 import torch
 import transformers as tr
+from emulator.build import emulated
 from testbed import TESTED_ISAS
 from torch import nn
 from torch.nn import functional
@@ -523,3 +524,24 @@ def test_backends_that_are_asked_for():
     )
     with pytest.raises(RuntimeError, match=r"backend 'cuda'.*expected tensors on cuda"):
         vlmops.pixel_shuffle(**args, backend="cuda")
+
+
+@pytest.mark.parametrize("backend", ["emulator"])
+def test_sums_over_many_rows(backend):
+    """So many that parts of them are large, on a GPU."""
+    torch.manual_seed(0)
+    shape = (1, 51_237, 256)
+    leaves = [torch.randn(s, requires_grad=True) for s in (shape, shape[-1:], shape[-1:])]
+
+    def grads(function, inputs):
+        x, weight, bias = inputs
+        y = function(x, 1, grid_hw=shape[:2], norm="layer", norm_weight=weight, norm_bias=bias)
+        return torch.autograd.grad(y, inputs, torch.ones_like(y).cumsum(1).sin())
+
+    with emulated("fast"):
+        found = grads(vlmops.pixel_shuffle, leaves)
+    exact = grads(reference, [t.detach().double().requires_grad_() for t in leaves])
+    for name, got, expected in zip(("x", "weight", "bias"), found, exact, strict=True):
+        torch.testing.assert_close(
+            got.double(), expected, rtol=1e-4, atol=3e-4, msg=lambda m, n=name: f"{n}: {m}"
+        )

@@ -159,7 +159,8 @@ Tensor norm(const Tensor& x, const std::string& kind, const OptionalTensor& weig
 
 Tensor sums_like(const Tensor& x, bool needed) {
   const int64_t rows = x.size(0);
-  const int64_t of_a_part = launchers_for(x) != nullptr ? gpu_part_rows(rows) : kPartRows;
+  const int64_t of_a_part =
+      launchers_for(x) != nullptr ? gpu_part_rows(rows, x.size(1)) : kPartRows;
   const Sizes shape{needed ? parts_of(rows, of_a_part) : 0, x.size(1)};
   return torch::stable::new_empty(x, shape, ScalarType::Float);
 }

@@ -48,7 +48,7 @@ int launch_1d(void (*kernel)(Params), int64_t blocks, int threads, const Params&
 // Blocks of a kernel that sums V columns in each thread.
 template <int V>
 int64_t tiles(int64_t rows, int64_t width) {
-  return divide_up(width, kWarpSize * V) * parts_of(rows, gpu_part_rows(rows));
+  return divide_up(width, kWarpSize * V) * parts_of(rows, gpu_part_rows(rows, width));
 }
 
 struct RunActivate {

@@ -188,7 +188,7 @@ struct Tile {
     const int64_t columns = (width + kWarpSize * V - 1) / (kWarpSize * V);
     column = (blockIdx.x % columns * kWarpSize + threadIdx.x % kWarpSize) * V;
     part = blockIdx.x / columns;
-    const int64_t part_rows = gpu_part_rows(rows);
+    const int64_t part_rows = gpu_part_rows(rows, width);
     row = part * part_rows + threadIdx.x / kWarpSize;
     last = (part + 1) * part_rows < rows ? (part + 1) * part_rows : rows;
     inside = column < width;
@@ -206,10 +206,10 @@ __device__ __forceinline__ void add_up(float* sums, const Floats<V>& own, const 
   __syncthreads();
   if (tile.inside) {
     for (int e = warp; e < V; e += kSumWarps) {
-      float sum = 0.0f;
+      double sum = 0.0;
 #pragma unroll
       for (int w = 0; w < kSumWarps; ++w) sum += shared[(w * V + e) * kWarpSize + lane];
-      sums[tile.part * width + tile.column + e] = sum;
+      sums[tile.part * width + tile.column + e] = static_cast<float>(sum);
     }
   }
   __syncthreads();
@@ -297,10 +297,10 @@ __global__ void __launch_bounds__(kThreads)
   for (int e = 0; e < V; ++e) shared[(warp * V + e) * kWarpSize + lane] = sum[e];
   __syncthreads();
   if (warp >= V || column + warp >= width) return;
-  float total = 0.0f;
+  double total = 0.0;
 #pragma unroll
   for (int w = 0; w < kSumWarps; ++w) total += shared[(w * V + warp) * kWarpSize + lane];
-  out[blockIdx.y * width + column + warp] = from_float<Out>(total);
+  out[blockIdx.y * width + column + warp] = from_float<Out>(static_cast<float>(total));
 }
 
 // ---- Norms ----

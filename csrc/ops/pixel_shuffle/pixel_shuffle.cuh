@@ -546,10 +546,10 @@ __global__ void __launch_bounds__(kSumThreads)
   // Warp w adds up columns w, w + kWarps, ... of both vectors.
   float* const to = partial + part * 2 * p.normed();
   for (int i = warp; i < 2 * C; i += kWarps) {
-    float sum = 0.0f;
+    double sum = 0.0;
 #pragma unroll
     for (int w = 0; w < kWarps; ++w) sum += shared[(w * 2 * C + i) * kWarpSize + lane];
-    to[i / C * p.normed() + static_cast<int64_t>(u) * C + i % C] = sum;
+    to[i / C * p.normed() + static_cast<int64_t>(u) * C + i % C] = static_cast<float>(sum);
   }
 }
 

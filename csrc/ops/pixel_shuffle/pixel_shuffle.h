@@ -82,11 +82,14 @@ inline int64_t scratch_floats(const Params& p) { return 8 * (p.depth() + 16 + kS
 using CudaKernel = int (*)(const Params&, void* stream);
 
 // Rows that are normed; in backward each part of them leaves one sum, so that the order is the same
-// on every GPU. Few rows make small parts, or there would be few blocks.
+// on every GPU. The end of a part costs as much as 16 rows: parts are large if that leaves blocks
+// enough, of 256 columns each, for all multiprocessors three times.
 inline int64_t normed_rows(const Params& p) {
   return p.norm_channels ? p.tokens * p.block() : p.tokens;
 }
-inline int64_t part_rows_of(const Params& p) { return normed_rows(p) < 2048 ? 32 : 128; }
+inline int64_t part_rows_of(const Params& p) {
+  return normed_rows(p) / 128 * (p.normed() / 256) < 400 ? 32 : 128;
+}
 inline int64_t parts_of(const Params& p) {
   return (normed_rows(p) + part_rows_of(p) - 1) / part_rows_of(p);
 }
