@@ -6,25 +6,25 @@
 //   norm_backward       grad_x, and sums over rows for weight and bias
 //
 // The products are cuBLAS's, which adds biases before it rounds. Its own epilogue for activations
-// knows tanh's gelu alone (steps.forward uses that); for the others a layer is read and written
-// once more. Microseconds in bfloat16 at the 4.3 TB/s that a copy reaches on an H200, products at
-// 790 TFLOP/s beside them. PREDICTED: none of these kernels has run on a GPU.
+// knows tanh's gelu alone (steps.forward uses that for 16 bits); for the others a layer is read and
+// written once more. Measured on an H200 (bench/results/h200, torch 2.11), microseconds in
+// bfloat16, L2 cold, beside the bare products:
+//                               forward: products  ours  eager   backward: products  ours  eager
+//   LLaVA, 576 rows                          38      46     46                 89     105    121
+//   2,880 rows                              187     208    209                356     401    426
+//   InternVL, 3,328 rows, norm               44      68     76                 99     188    189
+//   Qwen2-VL-7B, 1,225 rows                 162     174    173                346     371    396
+//   Idefics2, 4,900 rows, gated            1342    1455   1534               2602    2879   2945
+// Forward eager's kernels read and write as much as ours, so that little is to be gained; backward
+// ours keep one layer instead of two, and add biases up where their gradients are read anyway.
 //
-//                                     norm   activate   products   activate_backward norm_backward
-//   LLaVA      2,880 x 1,024 -> 4,096             11        153                  22
-//   InternVL   3,328 x 4,096 ->   896   13         3         38                   6       19, sums
-//   32 Qwen2-VL   1,225 x 5,120 -> 5,120              6        138                  12 Idefics2
-//   4,900 x 1,152 -> 14,336 (gated)    98        612                 196
+// Of kernels by themselves: a norm of 3,328 rows of 4,096 takes 17 to 18 (a copy 14; eager's 25 in
+// the same trace), its backward 29 and 18 for the sums (eager's 29 and 25), gelu of 2,880 x 4,096
+// 16 (a copy 11), its backward 28, of which 22 is what its bytes take.
 //
-// (backward: one layer kept, read with its gradient; one gradient and the layer after written.)
-// gelu takes some 35 instructions an element, e^x and 1/x by the special unit: 14 us for LLaVA's
-// 11.8 M elements at 132 multiprocessors, so that it, not memory, may be what bounds activate.
-//
-// Threads: elementwise, one pack of 16 bytes each. Norms: 128 threads to a row, which is read again
-// out of L1 for variance and result. Sums: 8 warps to 32 rows (a part) of 32 packs of columns, 4
-// rows to a warp in registers, warps added up in shared memory; the parts are added by torch. No
-// atomics: the same bits in every run. Reading x and its gradient a second time for the norm's sums
-// keeps them out of the kernel that owns rows, which would need shared memory of 8 bytes a channel.
+// Threads: elementwise, one pack of 16 bytes each, and the activation chosen once. Norms: norm.cuh.
+// Sums: 8 warps to a part of the rows and 32 packs of columns, warps added up in shared memory; the
+// parts are added by a kernel of their own. No atomics: the same bits in every run.
 #pragma once
 
 #include "common/norm.cuh"
