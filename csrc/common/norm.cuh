@@ -173,7 +173,7 @@ struct HeldRow {
   }
 };
 
-// N elements that lie side by side on as many bytes, at most 16.
+// N elements that lie side by side, on as many bytes or on 16.
 template <class T, int N>
 __device__ __forceinline__ Words<T, N> load_bits(const T* p) {
   constexpr int kBytes = N * static_cast<int>(sizeof(T));
