@@ -97,7 +97,8 @@ def test_gpu_clock_that_disagrees_with_the_hosts_is_refused():
     ("bytes_", "flops", "seconds", "message"),
     [
         (10**12, 0.0, 1.01, None),
-        (10**12, 0.0, 0.99, r"101 % of the copy bandwidth \(1010 of 1000 GB/s\)"),
+        (10**12, 0.0, 0.98, None),  # of which ceilings vary themselves
+        (10**12, 0.0, 0.96, r"104 % of the copy bandwidth \(1042 of 1000 GB/s\)"),
         (1, 1e12, 0.5, r"200 % of the matmul rate \(2 of 1 TFLOP/s\)"),
         (1, 1.0, 0.0, r"the clock says 0 s"),
         (1, 1.0, -1.0, r"the clock says -1 s"),
