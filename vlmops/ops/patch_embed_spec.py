@@ -241,8 +241,8 @@ def eager_for(args: Arguments) -> Callable[..., tuple[Tensor]]:
 def yardstick_for(args: Arguments) -> Callable[..., tuple[Tensor]]:
     """Flattened patches by F.linear, as transformers' fusion has them: a plain product's errors.
 
-    Not of a thousand float32 products and more on a CPU: oneDNN, which multiplies there, adds them up
-    as a plain loop would, with twice MKL's error, and so does the convolution that models have.
+    Not of a thousand float32 products and more on a CPU: oneDNN, which multiplies there, adds them
+    up as a plain loop would, with twice MKL's error, and so does the convolution of models.
     """
     values, weight = args["pixel_values"], args["weight"]
     if isinstance(values, tuple) or values.dim() > 3 or weight.dim() == 2:
