@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from vlmops.ops.linear import alternative, has_alternative
+from vlmops.ops.linear import alternative, differentiable_alternative, has_alternative
 from vlmops.ops.patch_embed import Position, arguments, patch_embed, reference
 from vlmops.ops.spec import Arguments, BadCall, BenchCase, Case, Spec
 
@@ -178,7 +178,9 @@ CASES = [Case(name, make) for name, make in _ROWS.items()]
 FEW = [case for case in CASES if case.name in ("clip", "qwen_flat", "siglip", "wide_p14")]
 
 
-def eager_for(args: Arguments) -> Callable[..., tuple[Tensor]]:
+def eager_for(
+    args: Arguments, linear: Callable[..., Tensor] = functional.linear
+) -> Callable[..., tuple[Tensor]]:
     """Hugging Face's embeddings in their dtypes: normalise, cast, convolve, flatten, cat, add."""
 
     def eager(**args: Any) -> tuple[Tensor]:
@@ -202,7 +204,7 @@ def eager_for(args: Arguments) -> Callable[..., tuple[Tensor]]:
                 x = _normalised(x.float(), *raw)
             x = x.to(weight.dtype)
             if weight.dim() == 2:
-                return functional.linear(x, weight, bias)
+                return linear(x, weight, bias)
             conv = functional.conv2d if weight.dim() == 4 else functional.conv3d
             return conv(x, weight, bias, stride=weight.shape[2:]).flatten(2).transpose(1, 2)
 
@@ -241,17 +243,18 @@ def eager_for(args: Arguments) -> Callable[..., tuple[Tensor]]:
 def yardstick_for(args: Arguments) -> Callable[..., tuple[Tensor]]:
     """Flattened patches by F.linear, as transformers' fusion has them: a plain product's errors.
 
-    Not of a thousand float32 products and more on a CPU: oneDNN, which multiplies there, adds them
-    up as a plain loop would, with twice MKL's error, and so does the convolution of models.
+    Of a thousand float32 products and more, as in mlp_projector, by oneDNN, which adds them up as a
+    plain loop would, with twice MKL's error.
     """
     values, weight = args["pixel_values"], args["weight"]
     if isinstance(values, tuple) or values.dim() > 3 or weight.dim() == 2:
         return eager_for(args)
-    if weight.is_cpu and weight.dtype == torch.float32 and weight[0].numel() >= 1024:
-        return eager_for(args)
+    long = weight.is_cpu and weight.dtype == torch.float32 and weight[0].numel() >= 1024
+    by_onednn = long and has_alternative(weight.dtype)
+    multiply = differentiable_alternative if by_onednn else functional.linear
 
     def eager(**args: Any) -> tuple[Tensor]:
-        return eager_for(args)(**{**args, "weight": args["weight"].flatten(1)})
+        return eager_for(args, multiply)(**{**args, "weight": args["weight"].flatten(1)})
 
     return eager
 
