@@ -385,7 +385,8 @@ def test_large_results_are_those_of_small_ones(isa, use_cpu_isa, dtype, offset, 
     use_cpu_isa(isa)
     torch.use_deterministic_algorithms(False)
     tiles = 12 if dtype == torch.float32 else 24  # 9 MB
-    x = torch.randn(tiles, 1024, 192).to(dtype)
+    channels = 192 if options else 200  # whole vectors; runs that end within one
+    x = torch.randn(tiles, 1024, channels).to(dtype)
     each = torch.cat([vlmops.pixel_shuffle(tile[None], **options) for tile in x])
     memory = torch.empty(each.numel() + offset, dtype=dtype).fill_(7.0)
     out = memory[offset:].view(each.shape)
@@ -453,6 +454,18 @@ def test_norm_of_zeros_and_of_no_numbers(isa, use_cpu_isa, dtype):
     assert (merged[0, 2:] == 0).all()
     each = vlmops.pixel_shuffle(x, norm="rms", norm_axis="channel")
     assert each.isnan().sum() == 64 + 1  # one token, and infinity over itself
+
+
+@on_both
+@every_dtype
+@pytest.mark.parametrize("name", ["norm_weight", "norm_bias"])
+def test_nan_of_a_vector_stays(name, dtype, backend):
+    """All of its bits are set: rounding must not carry."""
+    x, vector = torch.randn(1, 16, 64).to(dtype), torch.ones(256)
+    vector[5::7] = torch.tensor(-1, dtype=torch.int32).view(torch.float32)
+    with run_by(backend):
+        merged = vlmops.pixel_shuffle(x, norm="layer", **{name: vector})
+    assert torch.equal(merged.isnan(), vector.isnan().expand_as(merged))
 
 
 @on_both
