@@ -795,6 +795,9 @@ CUDA_MUTATIONS = {
     "shuffle: packs of pixels that are not aligned": (
         "ops/pixel_shuffle/pixel_shuffle.cu", "good = good && stride * size % bytes == 0;",
         "good = good && stride > -bytes * size;"),
+    "shuffle: packs of merged tokens that are not aligned": (
+        "ops/pixel_shuffle/pixel_shuffle.cu", "on(bytes, base) && token * size % bytes == 0;",
+        "on(bytes, base);"),
     "shuffle: four pixels of any factor": (
         "ops/pixel_shuffle/pixel_shuffle.cu", "if (quads && p.factor != 2) return false;", ""),
     "shuffle: blocks whose pixels are far apart": (

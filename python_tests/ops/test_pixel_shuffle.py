@@ -486,6 +486,20 @@ def test_a_mean_that_is_large_keeps_the_variance(channels, backend):
         torch.testing.assert_close(got.double(), expected, rtol=1e-6, atol=1e-5)
 
 
+@pytest.mark.parametrize("options", [{}, {"order": "cyx"}, {"norm": "layer"}])
+def test_rows_that_begin_between_packs(options):
+    """The first of them is aligned, and their channels make up packs, but not their strides."""
+    x, memory = torch.randn(2, 16, 40), torch.zeros(2, 4, 163)
+    x, out = torch.cat((x, x[..., :3]), -1)[..., :40], memory[..., :160]
+    expected = vlmops.pixel_shuffle(x, **options)
+    with emulated("checked"):
+        for pixels in (x, x.contiguous()):
+            vlmops.pixel_shuffle(pixels, **options, out=out)
+            torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+        if "norm" not in options:
+            assert torch.equal(vlmops.pixel_shuffle_inverse(out, **options), x)
+
+
 def test_rows_that_no_block_holds():
     """More packs than the threads of a block keep in registers: element by element."""
     x = torch.randn(1, 4, 4104)
@@ -497,10 +511,10 @@ def test_rows_that_no_block_holds():
 
 def test_rows_of_a_block_of_pixels_that_are_far_apart():
     """A GPU's kernels that count within a block in 32 bits do not take them."""
-    far = 2**30 + 8
-    torch.use_deterministic_algorithms(False)  # the poison would make 8 GB real
-    memory = torch.empty(3 * far + 16, dtype=torch.bfloat16)
-    x = memory.as_strided((1, 4, 2, 8), (4 * far, far, 8, 1))
+    far = 2**31 + 8
+    torch.use_deterministic_algorithms(False)  # the poison would make 4 GB real
+    memory = torch.empty(far + 32, dtype=torch.bfloat16)
+    x = memory.as_strided((1, 2, 4, 8), (2 * far, far, 8, 1))
     x.copy_(torch.randn(x.shape))
     near = x.clone(memory_format=torch.contiguous_format)
     for options in ({}, {"norm": "layer"}, {"order": "cyx"}):
@@ -626,15 +640,20 @@ def test_backends_that_are_asked_for():
 
 
 @pytest.mark.parametrize("backend", ["emulator"])
-def test_sums_over_many_rows(backend):
+@pytest.mark.parametrize(
+    ("rows", "factor", "options"),
+    [(51_237, 1, {}), (51_236, 2, {"order": "cyx", "norm_axis": "channel"})],
+)
+def test_sums_over_many_rows(rows, factor, options, backend):
     """So many that parts of them are large, on a GPU."""
     torch.manual_seed(0)
-    shape = (1, 51_237, 256)
+    shape, grid = (1, rows, 256), (factor, rows // factor)
     leaves = [torch.randn(s, requires_grad=True) for s in (shape, shape[-1:], shape[-1:])]
 
     def grads(function, inputs):
         x, weight, bias = inputs
-        y = function(x, 1, grid_hw=shape[:2], norm="layer", norm_weight=weight, norm_bias=bias)
+        options_of_norm = {"norm": "layer", "norm_weight": weight, "norm_bias": bias}
+        y = function(x, factor, grid_hw=grid, **options_of_norm, **options)
         return torch.autograd.grad(y, inputs, torch.ones_like(y).cumsum(1).sin())
 
     with emulated("fast"):
