@@ -487,7 +487,7 @@ def test_a_mean_that_is_large_keeps_the_variance(channels, backend):
 
 
 @pytest.mark.parametrize("options", [{}, {"order": "cyx"}, {"norm": "layer"}])
-def test_rows_that_begin_between_packs(options):
+def test_emulator_takes_rows_that_begin_between_packs(options):
     """The first of them is aligned, and their channels make up packs, but not their strides."""
     x, memory = torch.randn(2, 16, 40), torch.zeros(2, 4, 163)
     x, out = torch.cat((x, x[..., :3]), -1)[..., :40], memory[..., :160]
@@ -500,7 +500,7 @@ def test_rows_that_begin_between_packs(options):
             assert torch.equal(vlmops.pixel_shuffle_inverse(out, **options), x)
 
 
-def test_rows_that_no_block_holds():
+def test_emulator_takes_rows_that_no_block_holds():
     """More packs than the threads of a block keep in registers: element by element."""
     x = torch.randn(1, 4, 4104)
     expected = vlmops.pixel_shuffle(x, norm="layer")
@@ -509,7 +509,7 @@ def test_rows_that_no_block_holds():
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_rows_of_a_block_of_pixels_that_are_far_apart():
+def test_emulator_takes_pixels_of_a_block_that_are_far_apart():
     """A GPU's kernels that count within a block in 32 bits do not take them."""
     far = 2**31 + 8
     torch.use_deterministic_algorithms(False)  # the poison would make 4 GB real
