@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 
 # name -> (file below csrc/, text, replacement)
 MUTATIONS = {
-    "unchanged": ("ops/mrope/mrope_cpu.h", "#pragma once", "#pragma once"),
+    "unchanged": ("common/types.h", "#pragma once", "#pragma once"),
     "flip a sign (half)": (
         "ops/mrope/mrope_cpu.h", "a * cosine - b * sine", "a * cosine + b * sine"),
     "turn odd channels by the angles of even ones (half, bfloat16)": (
@@ -188,6 +188,90 @@ MUTATIONS = {
         "} else if (q.rows < tokens - 1) {"),
     "tokens: packed images begin at 0": (
         "ops/patch_embed/patch_embed.cpp", "token += g.images * whole.tokens();", ""),
+    "shuffle: pixels of a block turned on their side": (
+        "ops/pixel_shuffle/pixel_shuffle_cpu.h", "base + y * at.y + x * at.x",
+        "base + x * at.y + y * at.x"),
+    "shuffle: a token's group ends one too late": (
+        "ops/pixel_shuffle/pixel_shuffle_cpu.h", "group[1].first <= token) ++group",
+        "group[1].first < token) ++group"),
+    "shuffle: a block's pixels lie side by side": (
+        "ops/pixel_shuffle/pixel_shuffle_cpu.h",
+        "while (i + run < n && from.pixel[i + run] == from.pixel[i] + run * c) ++run;", "run = n;"),
+    "shuffle: a row's pixels lie side by side": (
+        "ops/pixel_shuffle/pixel_shuffle_cpu.h", "if (i % f != 0) {", "if (false) {"),
+    "shuffle: streamed where memory is not aligned": (
+        "ops/pixel_shuffle/pixel_shuffle_cpu.h", "if (!streams || !aligned(to)) {",
+        "if (!streams) {"),
+    "shuffle: the tail of a streamed run": (
+        "ops/pixel_shuffle/pixel_shuffle_cpu.h",
+        "  __builtin_memcpy(out + i, in + i, bytes - i);\n", ""),
+    "shuffle: pixels interleaved in another order": (
+        "ops/pixel_shuffle/pixel_shuffle_cpu.h",
+        "zip<U, lanes>(at(0), at(2)), odd = zip<U, lanes>(at(1), at(3))",
+        "zip<U, lanes>(at(0), at(1)), odd = zip<U, lanes>(at(2), at(3))"),
+    "shuffle: pixels taken apart in another order": (
+        "ops/pixel_shuffle/pixel_shuffle_cpu.h", "{even.first, odd.first, even.second, odd.second}",
+        "{even.first, even.second, odd.first, odd.second}"),
+    "shuffle: channels of cyx lie side by side": (
+        "ops/pixel_shuffle/pixel_shuffle_cpu.h", "to[k * n + i] = from.pixel[i][k * stride];",
+        "to[k * n + i] = from.pixel[i][k];"),
+    "shuffle: channels that are averaged lie side by side": (
+        "ops/pixel_shuffle/pixel_shuffle_cpu.h", "sum += one(from.pixel[i] + k * stride)",
+        "sum += one(from.pixel[i] + k)"),
+    "shuffle: sums for means' gradients": (
+        "ops/pixel_shuffle/pixel_shuffle_cpu.h", "const auto v = load<kFloats>(x + k) * share;",
+        "const auto v = load<kFloats>(x + k);"),
+    "shuffle: norm: what is left of a run has the first's weights": (
+        "ops/pixel_shuffle/pixel_shuffle_cpu.h", "f(r, i, r * length + i);", "f(r, i, i);"),
+    "shuffle: norm: what a mean lacks is not shifted": (
+        "ops/pixel_shuffle/pixel_shuffle_cpu.h",
+        "const double rest = p.norm == Norm::kLayer ? sum / count : 0.0;",
+        "const double rest = 0.0 * sum;"),
+    "shuffle: norm: ignore the offset": (
+        "ops/pixel_shuffle/pixel_shuffle_cpu.h", "canonical(element(p.weight, k) + p.offset)",
+        "canonical(element(p.weight, k))"),
+    "shuffle: norm: low bits of a bias that is NaN": (
+        "ops/pixel_shuffle/pixel_shuffle_cpu.h", "s.bias[at] = canonical(element(p.bias, k));",
+        "s.bias[at] = element(p.bias, k);"),
+    "shuffle: norm backward: along the row": (
+        "ops/pixel_shuffle/pixel_shuffle_cpu.h",
+        "xs.v[v] = (wg - mean_wg - xh * mean_along) * by.scale;",
+        "xs.v[v] = (wg - mean_wg) * by.scale;"),
+    "shuffle: norm backward: rms with a mean": (
+        "ops/pixel_shuffle/pixel_shuffle_cpu.h", "layer ? all * share : 0.0f", "all * share"),
+    "shuffle: norm backward: biases in the order of words": (
+        "ops/pixel_shuffle/pixel_shuffle_cpu.h", "    order(total_ + s_.normed);\n", ""),
+    "shuffle: norm backward: sum all rows in float32": (
+        "ops/pixel_shuffle/pixel_shuffle_cpu.h", "if (rows_ >= 4) flush();", ""),
+    "shuffle: chunks by the number of threads": (
+        "ops/pixel_shuffle/pixel_shuffle.cpp",
+        "std::max(grain(p.block() * p.channels), (p.tokens + 63) / 64)",
+        "p.tokens / torch::stable::get_num_threads() + 1"),
+    "shuffle: prefixes are merged": (
+        "ops/pixel_shuffle/pixel_shuffle.cpp", "at.offset = (first + o.skip_prefix) * s.token;",
+        "at.offset = first * s.token;"),
+    "shuffle: packed without prefixes": (
+        "ops/pixel_shuffle/pixel_shuffle.cpp",
+        "pixel += images.count * (o.skip_prefix + images.height * images.width);",
+        "pixel += images.count * images.height * images.width;"),
+    "shuffle: groups beyond one launch": (
+        "ops/pixel_shuffle/pixel_shuffle.cpp", "p.groups[i - begin].first -= first;", ""),
+    "shuffle: the right of a remainder is not cleared": (
+        "ops/pixel_shuffle/pixel_shuffle.cpp",
+        "  clear(torch::stable::narrow(grid, 2, width - right, right));\n", ""),
+    "shuffle: let odd widths through": (
+        "ops/pixel_shuffle/pixel_shuffle.cpp", "(height % o.factor == 0 && width % o.factor == 0)",
+        "height % o.factor == 0"),
+    "shuffle: let the norm of averaged channels through": (
+        "ops/pixel_shuffle/pixel_shuffle.cpp", 'o.reduction == "mean" && o.norm != "none" &&',
+        "false &&"),
+    "shuffle: let out lie on the bias": (
+        "ops/pixel_shuffle/pixel_shuffle.cpp",
+        '  if (bias.has_value()) out.apart_from({o.op, "norm_bias", *bias});\n', ""),
+    "shuffle: let any gradient through": (
+        "ops/pixel_shuffle/pixel_shuffle.cpp",
+        '  check_merged({o.op, "grad", grad}, {o.op, "hidden_states", hidden_states}, c);\n  const',
+        "  const"),
     "projector: no slope of the normal distribution": (
         "ops/mlp_projector/mlp_projector_cpu.h", "below + 0.398942280f * x * e", "below"),
     "projector: tanh's slope without its cube": (
@@ -380,11 +464,50 @@ TRITON_MUTATIONS = {"hd_transform": {
     "no mean": ("b_x - b_mean, 0.0)", "b_x, 0.0)"),
     "sums of rows beyond the last": ("m_row, m_d = o_row < n_rows,", "m_row, m_d = o_row >= 0,"),
     "a gate's gradient without what it multiplies": ("b_g * b_x * b_slope", "b_g * b_slope"),
+}, "pixel_shuffle": {
+    "unchanged": ("import os", "import os"),
+    "columns of blocks for rows": (
+        "(i_number // n_columns).to(tl.int64), (i_number % n_columns).to(tl.int64)",
+        "(i_number % n_columns).to(tl.int64), (i_number // n_columns).to(tl.int64)"),
+    "pixels of cyx in another order": (
+        "tl.interleave(tl.interleave(b_0, b_2), tl.interleave(b_1, b_3))",
+        "tl.interleave(tl.interleave(b_0, b_1), tl.interleave(b_2, b_3))"),
+    "pixels of cyx that do not exist": (
+        "tl.store(p_m, _quads(p_pixels + o_block, o_c, o_c < C, s_y, s_x, VEC), mask=m)",
+        "tl.store(p_m, _quads(p_pixels + o_block, o_c, o_c < C, s_y, s_x, VEC))"),
+    "the inverse of another order": (
+        "(o_k % n_block, o_k // n_block) if CYX else",
+        "(o_k % n_block, o_k // n_block) if CYX and not INVERSE else"),
+    "channels lie side by side": ("(o_c if UNIT else o_c * s_c)", "o_c"),
+    "sums for means": ("(b * (1.0 / n_block)).to(", "b.to("),
+    "sums for means' gradients": (".to(tl.float32) * (1.0 / n_block)\n", ".to(tl.float32)\n"),
+    "sums for gradients of means that are normed": (
+        "b_d = b_d * (1.0 / n_block)", "b_d = b_d * 1.0"),
+    "norm: a mean of what is not there": (
+        "tl.where(m, b_x - _total(b_x) / n, 0.0)", "b_x - _total(b_x) / n"),
+    "norm: no offset": (
+        "(_vector(p_weight, o_k, m, s_w, 1.0) + offset)", "_vector(p_weight, o_k, m, s_w, 1.0)"),
+    "norm: the second row of pixels for both": ("p_2 = p_0 + s_y * VEC", "p_2 = p_1 + s_y * VEC"),
+    "norm: cyx pixels one after the other": (
+        "o_k * (F * F) + i_pixel if CYX else i_pixel * C + o_k", "i_pixel * C + o_k"),
+    "norm backward: forget the mean": ("b_d -= _total(b_wg) / n", "b_d -= 0.0"),
+    "norm backward: the last row's sums": ("b_of_weight += b_g * b_x", "b_of_weight = b_g * b_x"),
+    "norm backward: the weight's sums for the bias": (
+        "vector_grad(o.norm_bias, 1, of_bias)", "vector_grad(o.norm_bias, 0, of_bias)"),
+    "norm backward: sums of the last images": ("torch.cat(sums)[:, which]", "sums[-1][:, which]"),
+    "pixels that no token has": (
+        "merged.new_empty if covered == hidden_states.numel() else merged.new_zeros",
+        "merged.new_empty"),
+    "packed without prefixes": (
+        "pixel += alike * (o.skip_prefix + h * w)", "pixel += alike * h * w"),
+    "strides of 16 bytes where there are none": (
+        "return _VECTOR if all(", "return _VECTOR if True or all("),
+    "no limit of the norm": ("_normed(o, channels) > MAX_NORM", "False"),
 }}  # fmt: skip
 
 # name -> (file below csrc/, text, replacement); run on the emulator
 CUDA_MUTATIONS = {
-    "unchanged": ("ops/mrope/mrope.cuh", "#pragma once", "#pragma once"),
+    "unchanged": ("common/types.h", "#pragma once", "#pragma once"),
     "crops: columns of a block for rows": (
         "ops/hd_transform/hd_transform.cuh", "part / p.factor, part % p.factor)",
         "part % p.factor, part / p.factor)"),
@@ -499,26 +622,249 @@ CUDA_MUTATIONS = {
         "ops/patch_embed/patch_embed.cuh", "first_channel, multiply);\n  add_part();",
         "first_channel, multiply);"),
     "projector: every other row of a part": (
-        "ops/mlp_projector/mlp_projector.cuh", "row += kSumWarps", "row += 2 * kSumWarps"),
+        "ops/mlp_projector/mlp_projector.cuh",
+        "for (int64_t row = tile.row; row < tile.last; row += kSumWarps)",
+        "for (int64_t row = tile.row; row < tile.last; row += 2 * kSumWarps)"),
+    "projector: every other row of a norm's part": (
+        "ops/mlp_projector/mlp_projector.cuh",
+        "tile.row : tile.last; row < tile.last; row += kSumWarps",
+        "tile.row : tile.last; row < tile.last; row += 2 * kSumWarps"),
     "projector: sums before all warps have written theirs": (
         "ops/mlp_projector/mlp_projector.cuh", "own.v[e];\n  __syncthreads();", "own.v[e];"),
+    "projector: sums written over before they are read": (
+        "ops/mlp_projector/mlp_projector.cuh",
+        "static_cast<float>(sum);\n    }\n  }\n  __syncthreads();",
+        "static_cast<float>(sum);\n    }\n  }"),
     "projector: sums of half of the warps": (
-        "ops/mlp_projector/mlp_projector.cuh", "w < kSumWarps; ++w", "w < kSumWarps / 2; ++w"),
+        "ops/mlp_projector/mlp_projector.cuh", "w < kSumWarps; ++w) sum +=",
+        "w < kSumWarps / 2; ++w) sum +="),
+    "projector: parts of any size have 32 rows": (
+        "ops/mlp_projector/mlp_projector.cuh", "part_rows = gpu_part_rows(rows, width)",
+        "part_rows = kPartRows"),
+    "projector: as many small parts as there are large ones": (
+        "ops/mlp_projector/mlp_projector.cpp",
+        "launchers_for(x) != nullptr ? gpu_part_rows(rows, x.size(1)) : kPartRows", "kPartRows"),
     "projector: elements beyond whole packs": (
         "ops/mlp_projector/mlp_projector.cuh", "if (i < elements - packs * V)", "if (false)"),
+    "projector: silu for quick_gelu": (
+        "ops/mlp_projector/mlp_projector.cuh", "Activation::kQuickGelu>()", "Activation::kSilu>()"),
+    "projector: gelu for tanh's": (
+        "ops/mlp_projector/mlp_projector.cuh", "Activation::kGeluTanh>()", "Activation::kGelu>()"),
+    "projector: infinity in the slope of a tail": (
+        "ops/mlp_projector/mlp_projector.cuh", "-(u < -88.0f ? -88.0f : u)", "-u"),
+    "projector: a slope without what it multiplies": (
+        "ops/mlp_projector/mlp_projector.cuh", "g.v[e] * x.v[e] * y.slope", "g.v[e] * y.slope"),
     "projector: rows as if x were contiguous": (
         "ops/mlp_projector/mlp_projector.cuh", "row * p.x_stride", "row * p.width"),
-    "projector: a row's sums are written over too early": (
+    "projector: rows to norm as if x were contiguous": (
+        "ops/mlp_projector/mlp_projector.cuh", "blockIdx.x * p.x_stride;\n  T* const out",
+        "blockIdx.x * p.width;\n  T* const out"),
+    "projector: rows of any width as if x were contiguous": (
+        "ops/mlp_projector/mlp_projector.cuh", "blockIdx.x * p.x_stride) {}",
+        "blockIdx.x * p.width) {}"),
+    "projector: any width: every other element": (
+        "ops/mlp_projector/mlp_projector.cuh", "i < p.width; i += kAnyThreads",
+        "i < p.width; i += 2 * kAnyThreads"),
+    "projector: any width: rms with a mean": (
+        "ops/mlp_projector/mlp_projector.cuh", "    if (p.layer) {\n      each(",
+        "    if (true) {\n      each("),
+    "projector: any width: rms with a mean in its gradient": (
+        "ops/mlp_projector/mlp_projector.cuh", "p.layer ? sums[0] * per_element : 0.0f",
+        "sums[0] * per_element"),
+    "projector: any width: no offset": (
+        "ops/mlp_projector/mlp_projector.cuh", "vector_of(p.weight).at(i) + p.offset",
+        "vector_of(p.weight).at(i)"),
+    "projector: statistics of the row before": (
+        "ops/mlp_projector/mlp_projector.cuh", "p.scales + row * kScales;",
+        "p.scales + (row > 0 ? row - 1 : 0) * kScales;"),
+    "projector: no statistics where nobody needs x's gradient": (
         "ops/mlp_projector/mlp_projector.cuh",
-        "  __syncthreads();\n  return sum;", "  return sum;"),
-    "projector: rms with a mean in its gradient": (
-        "ops/mlp_projector/mlp_projector.cuh", "p.layer ? sum.a / width : 0.0f", "sum.a / width"),
+        "keep(p, blockIdx.x, by[0]);\n  if (p.grad_x == nullptr) return;",
+        "if (p.grad_x != nullptr) keep(p, blockIdx.x, by[0]);\n  if (p.grad_x == nullptr) return;"),
+    "projector: x's gradient that nobody needs": (
+        "ops/mlp_projector/mlp_projector.cuh",
+        "keep(p, blockIdx.x, by[0]);\n  if (p.grad_x == nullptr) return;",
+        "keep(p, blockIdx.x, by[0]);"),
+    "projector: no gradient's mean lacks anything": (
+        "ops/mlp_projector/mlp_projector.cuh", "((y.v[e] - scale[0]) * scale[1] + scale[2])",
+        "((y.v[e] - scale[0]) * scale[1])"),
+    "projector: sums over rows: pairs in odd widths": (
+        "ops/mlp_projector/mlp_projector.cuh", "V == 1 || width % V == 0", "true"),
+    "projector: sums over rows: columns beyond the last are read": (
+        "ops/mlp_projector/mlp_projector.cuh", "column + e < width ? to_float(from[e]) : 0.0f",
+        "to_float(from[e])"),
+    "projector: sums over rows: columns beyond the last are written": (
+        "ops/mlp_projector/mlp_projector.cuh", "if (warp >= V || column + warp >= width) return;",
+        "if (warp >= V || column >= width) return;"),
+    "projector: sums over rows: the first slice for all": (
+        "ops/mlp_projector/mlp_projector.cuh", "first = blockIdx.y * kSliceRows",
+        "first = 0 * kSliceRows"),
+    "projector: sums over rows: slices of slices": (
+        "ops/mlp_projector/mlp_projector.cuh", "gridDim.y == 1 || first + kSliceRows > rows",
+        "first + kSliceRows > rows"),
+    "projector: sums over rows: rows beyond the last": (
+        "ops/mlp_projector/mlp_projector.cuh",
+        "gridDim.y == 1 || first + kSliceRows > rows ? rows : first + kSliceRows",
+        "gridDim.y == 1 ? rows : first + kSliceRows"),
+    "projector: sums over rows: half of the warps": (
+        "ops/mlp_projector/mlp_projector.cuh", "w < kSumWarps; ++w) total +=",
+        "w < kSumWarps / 2; ++w) total +="),
+    "projector: sums over rows: no grid for no rows": (
+        "ops/mlp_projector/mlp_projector.cu", "slices < 2 ? 1 : slices", "slices"),
+    "projector: sums over rows: partial sums of the bits of x": (
+        "ops/mlp_projector/mlp_projector.cu", "by_dtype(DType::kFloat32, false, SumRows{rest",
+        "by_dtype(p.dtype, false, SumRows{rest"),
     "projector: packs where x is not aligned": (
         "ops/mlp_projector/mlp_projector.cu", "all_aligned(p.x, ", "all_aligned("),
     "projector: packs beyond the end of a row": (
-        "ops/mlp_projector/mlp_projector.cu", "p.width % pack == 0 && ", ""),
+        "ops/mlp_projector/mlp_projector.cu", "return p.width % pack == 0 && ", "return "),
+    "projector: packs of gradients beyond the end of a row": (
+        "ops/mlp_projector/mlp_projector.cu", "p.width % pack_of(p.dtype) == 0 &&\n", "\n"),
     "projector: packs in rows that do not begin on one": (
         "ops/mlp_projector/mlp_projector.cu", "p.x_stride % pack == 0 &&\n", "\n"),
+    "shuffle: a token's group ends one too late": (
+        "ops/pixel_shuffle/pixel_shuffle.cuh", "p.groups[at + 1].first <= token",
+        "p.groups[at + 1].first < token"),
+    "shuffle: every warp's first segment": (
+        "ops/pixel_shuffle/pixel_shuffle.cuh", "first = segment * kAhead * kWarpSize +",
+        "first = 0 * segment +"),
+    "shuffle: words of cyx exchanged": (
+        "ops/pixel_shuffle/pixel_shuffle.cuh", "of[0] >> 16 | (of[1] & 0xffff0000u)",
+        "of[1] >> 16 | (of[0] & 0xffff0000u)"),
+    "shuffle: pixels of cyx turned on their side": (
+        "ops/pixel_shuffle/pixel_shuffle.cuh", "i / 2 * y + i % 2 * x + unit * N",
+        "i / 2 * x + i % 2 * y + unit * N"),
+    "shuffle: sums for means' gradients": (
+        "ops/pixel_shuffle/pixel_shuffle.cuh",
+        "share[e] = x[e] * (1.0f / static_cast<float>(p.block()))", "share[e] = x[e]"),
+    "shuffle: means of a line": (
+        "ops/pixel_shuffle/pixel_shuffle.cuh",
+        "const float share = 1.0f / static_cast<float>(p.block());",
+        "const float share = 1.0f / static_cast<float>(p.factor);"),
+    "shuffle: inverses rounded down": (
+        "ops/pixel_shuffle/pixel_shuffle.cuh", "((uint64_t{1} << 32) + n - 1) / n",
+        "(uint64_t{1} << 32) / n"),
+    "shuffle: one has no inverse": ("ops/pixel_shuffle/pixel_shuffle.cuh", "d == 1 ? n : ", ""),
+    "shuffle: normed pixels on the first": (
+        "ops/pixel_shuffle/pixel_shuffle.cuh",
+        "(pixel > 0 ? pixel * static_cast<int>(p.channels) : 0)", "0"),
+    "shuffle: statistics of another pixel of cyx": (
+        "ops/pixel_shuffle/pixel_shuffle.cuh", "by[e % S].scale + by[e % S].shift",
+        "by[e * S / V].scale + by[e * S / V].shift"),
+    "shuffle: statistics kept for one pixel of cyx": (
+        "ops/pixel_shuffle/pixel_shuffle.cuh",
+        "(static_cast<int64_t>(blockIdx.x) * S + s) * kScales",
+        "static_cast<int64_t>(blockIdx.x) * S * kScales"),
+    "shuffle: what a mean lacks is not kept": (
+        "ops/pixel_shuffle/pixel_shuffle.cuh", "to[2] = by[s].shift;", "to[2] = 0.0f;"),
+    "shuffle: gradients of pixels that nobody needs": (
+        "ops/pixel_shuffle/pixel_shuffle.cuh", "if (p.pixels_out == nullptr) return;", ""),
+    "shuffle: the last row of a part": (
+        "ops/pixel_shuffle/pixel_shuffle.cuh", "static_cast<int>(left) : plan.part_rows;",
+        "static_cast<int>(left) : plan.part_rows - 1;"),
+    "shuffle: places of a small part": (
+        "ops/pixel_shuffle/pixel_shuffle.cuh", "constexpr int kMostRows = 128 / S;",
+        "constexpr int kMostRows = 32 / S;"),
+    "shuffle: places read before they are found": (
+        "ops/pixel_shuffle/pixel_shuffle.cuh",
+        "find_row<layout>(p, first + threadIdx.x);\n  __syncthreads();",
+        "find_row<layout>(p, first + threadIdx.x);"),
+    "shuffle: sums with another row's statistics": (
+        "ops/pixel_shuffle/pixel_shuffle.cuh", "scales + (first + i) * S * kScales",
+        "scales + i * S * kScales"),
+    "shuffle: sums of half of the warps": (
+        "ops/pixel_shuffle/pixel_shuffle.cuh", "w < kWarps; ++w", "w < kWarps / 2; ++w"),
+    "shuffle: parts overlap": (
+        "ops/pixel_shuffle/pixel_shuffle.cuh", "partial + part * 2 * p.normed()",
+        "partial + part * p.normed()"),
+    "shuffle: parts beyond whole turns": (
+        "ops/pixel_shuffle/pixel_shuffle.cuh", "part < parts; part += kSlices",
+        "part < parts / kSlices * kSlices; part += kSlices"),
+    "shuffle: any strides: normed cyx pixels one after the other": (
+        "ops/pixel_shuffle/pixel_shuffle.cuh",
+        "p.order == Order::kYxc ? pixel * p.channels + k : k * p.block() + pixel",
+        "pixel * p.channels + k"),
+    "shuffle: any strides: rms with a mean in its gradient": (
+        "ops/pixel_shuffle/pixel_shuffle.cuh",
+        "const float mean_wg = layer ? sums[2] * per_element : 0.0f;",
+        "const float mean_wg = sums[2] * per_element;"),
+    "shuffle: any strides: sums of the last row": (
+        "ops/pixel_shuffle/pixel_shuffle.cuh", "of_weight[k] += g * xh;", "of_weight[k] = g * xh;"),
+    "shuffle: packs of channels that are apart": (
+        "ops/pixel_shuffle/pixel_shuffle.cu", "p.pixel_stride == 1 && pixels_on", "pixels_on"),
+    "shuffle: packs of pixels that are not aligned": (
+        "ops/pixel_shuffle/pixel_shuffle.cu", "good = good && stride * size % bytes == 0;",
+        "good = good && stride > -bytes * size;"),
+    "shuffle: packs of merged tokens that are not aligned": (
+        "ops/pixel_shuffle/pixel_shuffle.cu", "on(bytes, base) && token * size % bytes == 0;",
+        "on(bytes, base);"),
+    "shuffle: four pixels of any factor": (
+        "ops/pixel_shuffle/pixel_shuffle.cu", "if (quads && p.factor != 2) return false;", ""),
+    "shuffle: blocks whose pixels are far apart": (
+        "ops/pixel_shuffle/pixel_shuffle.cu",
+        "good = good && p.factor * (at.y + at.x) + p.channels < int64_t{1} << 31;",
+        "good = good && at.x < int64_t{1} << 31;"),
+    "shuffle: averages by warps that are not whole": (
+        "ops/pixel_shuffle/pixel_shuffle.cu", "divide_up(n, kWarpSize) * kWarpSize, kNormThreads",
+        "n, kNormThreads"),
+    "shuffle: parts of cyx as large as others": (
+        "ops/pixel_shuffle/pixel_shuffle.cu", "static_cast<int>(part_rows_of(p) / sets)",
+        "static_cast<int>(part_rows_of(p))"),
+    "shuffle: large parts end with a small one": (
+        "ops/pixel_shuffle/pixel_shuffle.cu", "static_cast<int>(part_rows_of(p) / sets)",
+        "static_cast<int>(32 / sets)"),
+    "shuffle: no sums of the last part": (
+        "ops/pixel_shuffle/pixel_shuffle.cu",
+        "const int64_t blocks = parts * divide_up(units, kWarpSize);",
+        "const int64_t blocks = (parts - (parts > 1)) * divide_up(units, kWarpSize);"),
+    "shuffle: all launches' sums in the first's place": (
+        "ops/pixel_shuffle/pixel_shuffle.cpp", "parts + part * 2 * n", "parts"),
+    "shuffle: no sums of later launches": (
+        "ops/pixel_shuffle/pixel_shuffle.cpp", "    part += parts_of(p);\n", ""),
+    "shuffle: the gradient is taken as it lies": (
+        "ops/pixel_shuffle/pixel_shuffle.cpp",
+        "const Tensor dense = torch::stable::contiguous(grad);", "const Tensor& dense = grad;"),
+    "norms: threads for whole warps alone": (
+        "common/norm.cuh", "(packs + of_a_warp - 1) / of_a_warp", "packs / of_a_warp"),
+    "norms: rows of any length": (
+        "common/norm.cuh", "warps * kWarpSize <= kNormThreads ?", "warps > 0 ?"),
+    "norms: one buffer for two sums": ("common/norm.cuh", "turn_ ^= 1;", ""),
+    "norms: sums before all warps have written theirs": (
+        "common/norm.cuh", "  __syncthreads();\n", ""),
+    "norms: sums of warps that are not there": (
+        "common/norm.cuh", "lane < warps ? mine[n * kWarpSize + lane] : 0.0f",
+        "mine[n * kWarpSize + lane]"),
+    "norms: what a mean lacks is not shifted": (
+        "common/norm.cuh", "const float rest = layer ? sum * per_element : 0.0f;",
+        "const float rest = layer ? 0.0f * sum : 0.0f;"),
+    "norms: eps outside the root": (
+        "common/norm.cuh", "1.0f / sqrtf(squares * per_element - rest * rest + eps)",
+        "1.0f / (sqrtf(squares * per_element - rest * rest) + eps)"),
+    "norms: rms without its mean": ("common/norm.cuh", "if (!layer) return;", ""),
+    "norms: statistics of another pixel of cyx": (
+        "common/norm.cuh", "sums[S + e % S] += x[j][e] * x[j][e];",
+        "sums[S + e * S / V] += x[j][e] * x[j][e];"),
+    "norms: another pixel of cyx in its gradient": (
+        "common/norm.cuh", "const int s = e % S;", "const int s = e * S / V;"),
+    "norms: a gradient keeps its mean": (
+        "common/norm.cuh", "(layer ? sums[2 * S + s] * per_element : 0.0f) + along * shift",
+        "along * shift"),
+    "norms: rms with a mean in its gradient": (
+        "common/norm.cuh", "layer ? sums[2 * S + s] * per_element : 0.0f",
+        "sums[2 * S + s] * per_element"),
+    "norms: what a mean lacks is not in its gradient": (
+        "common/norm.cuh", "sums[3 * S + s] * scale + sums[2 * S + s] * shift",
+        "sums[3 * S + s] * scale"),
+    "norms: an offset of both vectors is ignored": (
+        "common/norm.cuh", "weight != nullptr && bias != nullptr && offset == 0.0f",
+        "weight != nullptr && bias != nullptr"),
+    "norms: an offset without a bias is ignored": (
+        "common/norm.cuh", "w[e] += offset;", "w[e] += 0.0f;"),
+    "norms: a bias without a weight is ignored": (
+        "common/norm.cuh", "if (bias != nullptr) load_floats",
+        "if (bias != nullptr && weight != nullptr) load_floats"),
+    "norms: vectors of two dtypes": (
+        "common/norm.cuh", "good = good && v->dtype == dtype &&", "good = good &&"),
 }  # fmt: skip
 
 # Under the name of a module in vlmops, the file at a path.
@@ -754,14 +1100,21 @@ def broken_sources(mutations):
     """Yields the name of each mutation, and the scratch copy that has it."""
     with tempfile.TemporaryDirectory() as scratch:
         source = Path(scratch) / "source"
+        shutil.copytree(ROOT / "csrc", source / "csrc")
+        shutil.copy(ROOT / "CMakeLists.txt", source)
         for name, (file, old, new) in mutations.items():
-            shutil.rmtree(source / "csrc", ignore_errors=True)
-            # Fresh times, or the build would keep what the previous mutation left.
-            shutil.copytree(ROOT / "csrc", source / "csrc", copy_function=shutil.copyfile)
-            shutil.copy(ROOT / "CMakeLists.txt", source)
             path = source / "csrc" / file
             path.write_text(mutated(path, name, old, new))
             yield name, source
+            # Its time is new, so that the next build makes again what includes it, and no more.
+            shutil.copyfile(ROOT / "csrc" / file, path)
+
+
+def of_op(op, file):
+    """Which tests are run for a mutation of a file: those of its op."""
+    folder = file.split("/")
+    op = op or (folder[1] if folder[0] == "ops" else None)
+    return "" if op is None else f" and {op}"
 
 
 def cuda(op=None):
@@ -769,12 +1122,15 @@ def cuda(op=None):
     unnoticed = []
     for name, source in broken_sources(CUDA_MUTATIONS):
         start = time.monotonic()
+        environment = {"VLMOPS_TEST_SOURCES": str(source / "csrc")}
+        if CUDA_MUTATIONS[name][0].endswith(".cpp"):  # what only GPUs are given
+            environment["VLMOPS_LIBRARY"] = str(build(source, source.parent / "build"))
         failure = first_failure(
             ["-m", "pytest"],
             TESTS,
             "-k",
-            "emulator" + ("" if op is None else f" and {op}"),
-            VLMOPS_TEST_SOURCES=str(source / "csrc"),
+            "emulator" + of_op(op, CUDA_MUTATIONS[name][0]),
+            **environment,
         )
         if not report(f"cuda: {name}", failure, time.monotonic() - start):
             unnoticed.append(name)
@@ -791,7 +1147,7 @@ def compiled(op=None):
             ["-m", "pytest"],
             TESTS,
             "-k",
-            "not triton and not emulator" + ("" if op is None else f" and {op}"),
+            "not triton and not emulator" + of_op(op, MUTATIONS[name][0]),
             VLMOPS_LIBRARY=str(library),
         )
         if not report(name, failure, time.monotonic() - start):
@@ -838,15 +1194,28 @@ def sites(op=None):
     return unnoticed
 
 
+def is_of(op, file):
+    """Whether an op's own files include this one, or it is one of them."""
+    own = f"ops/{op}/"
+    return own in file or any(
+        f'"{file}"' in path.read_text() for path in (ROOT / "csrc" / own).glob("*")
+    )
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", choices=["compiled", "cuda", "triton", "sites"])
-    parser.add_argument("--op", help="mutations of this op's files alone")
+    parser.add_argument("--op", help="mutations of what this op's files have")
+    parser.add_argument("--named", default="", help="mutations whose name has this in it")
     args = parser.parse_args()
     if args.op is not None:
         for table in (MUTATIONS, CUDA_MUTATIONS):
-            for name in [n for n, (file, *_) in table.items() if f"ops/{args.op}/" not in file]:
+            for name in [n for n, (file, *_) in table.items() if not is_of(args.op, file)]:
                 del table[name]
+    tables = MUTATIONS, CUDA_MUTATIONS, *TRITON_MUTATIONS.values(), *SITES.values()
+    for table in tables:
+        for name in [n for n in table if args.named not in n]:
+            del table[name]
     runs = {"compiled": compiled, "cuda": cuda, "triton": triton, "sites": sites}
     unnoticed = [
         name for kind, run in runs.items() if args.only in (None, kind) for name in run(args.op)

@@ -228,6 +228,32 @@ def test_norms_of_any_width(kind, width, backend):
         close(got.sum(0), expected, 2e-4)
 
 
+@pytest.mark.parametrize("backend", ["cpu", "emulator"])
+@pytest.mark.parametrize("width", [128, 131])
+def test_sums_of_a_norm_alone(width, backend):
+    """Where nobody needs the gradient of x, and the float32 mean lacks as much as rows differ."""
+    x, grad, weight = 3e4 + torch.randn(9, width), torch.randn(9, width), torch.randn(width)
+    z = x.double() - x.double().mean(-1, keepdim=True)
+    z = z * (z.square().mean(-1, keepdim=True) + 1e-5).rsqrt()
+    kernels, where = kernels_on(backend)
+    with where:
+        sums = kernels.norm_backward(grad, x, "layer", weight, 1e-5, 0.5, None, True, True)
+    close(sums[0].sum(0), (grad * z).sum(0))
+    close(sums[1].sum(0), grad.double().sum(0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("rows", "width"), [(0, 3), (5, 1), (255, 33), (513, 64), (65_793, 3)])
+def test_emulator_sums_over_rows(rows, width, dtype):
+    """None, some of one slice, several slices, as many as are added up in slices themselves."""
+    x = torch.randn(rows, width).to(dtype)
+    with emulated("fast" if rows > 1000 else "checked"):
+        found = steps.compiled().sum_rows(x, torch.empty(width))
+        as_x = steps.compiled().sum_rows(x, x)
+    close(found / max(rows, 1) ** 0.5, x.double().sum(0) / max(rows, 1) ** 0.5)
+    assert torch.equal(as_x, found.to(dtype))
+
+
 @pytest.fixture
 def multiplied(monkeypatch):
     """[rows, K, N] of each product of what follows."""

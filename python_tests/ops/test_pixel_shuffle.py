@@ -2,6 +2,8 @@
 
 First, `reference` is what transformers computes, model by model."""
 
+import contextlib
+
 import pytest
 import torch
 import transformers as tr
@@ -26,6 +28,14 @@ from vlmops.ops.pixel_shuffle_spec import SPEC
 
 every_isa = pytest.mark.parametrize("isa", TESTED_ISAS)
 every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+
+
+on_both = pytest.mark.parametrize("backend", ["cpu", "emulator"])
+
+
+def run_by(backend, mode="checked"):
+    """The library's kernels, on the CPU or on the emulated GPU."""
+    return emulated(mode) if backend == "emulator" else contextlib.nullcontext()
 
 
 def drawn(*shape, dtype=torch.float64):
@@ -353,6 +363,8 @@ def test_out_beside_the_norms_vectors():
     x, memory = torch.randn(1, 16, 8), torch.ones(1, 4, 32)
     with pytest.raises(RuntimeError, match="since norm_weight is read"):
         vlmops.pixel_shuffle(x, norm="rms", norm_weight=memory[0, 1], out=memory)
+    with pytest.raises(RuntimeError, match="since norm_bias is read"):
+        vlmops.pixel_shuffle(x, norm="rms", norm_bias=memory[0, 1], out=memory)
     both = torch.randn(2 * 128)  # side by side, nothing shared
     x, out = both[:128].view(1, 16, 8), both[128:].view(1, 4, 32)
     assert torch.equal(vlmops.pixel_shuffle(x, out=out), vlmops.pixel_shuffle(x))
@@ -373,7 +385,8 @@ def test_large_results_are_those_of_small_ones(isa, use_cpu_isa, dtype, offset, 
     use_cpu_isa(isa)
     torch.use_deterministic_algorithms(False)
     tiles = 12 if dtype == torch.float32 else 24  # 9 MB
-    x = torch.randn(tiles, 1024, 192).to(dtype)
+    channels = 192 if options else 200  # whole vectors; runs that end within one
+    x = torch.randn(tiles, 1024, channels).to(dtype)
     each = torch.cat([vlmops.pixel_shuffle(tile[None], **options) for tile in x])
     memory = torch.empty(each.numel() + offset, dtype=dtype).fill_(7.0)
     out = memory[offset:].view(each.shape)
@@ -443,11 +456,71 @@ def test_norm_of_zeros_and_of_no_numbers(isa, use_cpu_isa, dtype):
     assert each.isnan().sum() == 64 + 1  # one token, and infinity over itself
 
 
-def test_a_mean_that_is_large_keeps_the_variance():
-    x = (torch.randn(1, 16, 96) + 3e4).requires_grad_()
-    found = vlmops.pixel_shuffle(x, norm="layer")
-    exact = reference(x, norm="layer")
-    torch.testing.assert_close(found.double(), exact, rtol=0, atol=3e-6)
+@on_both
+@every_dtype
+@pytest.mark.parametrize("name", ["norm_weight", "norm_bias"])
+def test_nan_of_a_vector_stays(name, dtype, backend):
+    """All of its bits are set: rounding must not carry."""
+    x, vector = torch.randn(1, 16, 64).to(dtype), torch.ones(256)
+    vector[5::7] = torch.tensor(-1, dtype=torch.int32).view(torch.float32)
+    with run_by(backend):
+        merged = vlmops.pixel_shuffle(x, norm="layer", **{name: vector})
+    assert torch.equal(merged.isnan(), vector.isnan().expand_as(merged))
+
+
+@on_both
+@pytest.mark.parametrize("channels", [96, 95])  # packs; element by element on a GPU
+def test_a_mean_that_is_large_keeps_the_variance(channels, backend):
+    x, weight = torch.randn(1, 16, channels) + 3e4, torch.randn(4 * channels)
+    upstream = torch.randn(1, 4, 4 * channels)
+
+    def results(function, x, weight, upstream):
+        leaves = x.requires_grad_(), weight.requires_grad_()
+        y = function(leaves[0], norm="layer", norm_weight=leaves[1])
+        return y, *torch.autograd.grad(y, leaves, upstream)
+
+    exact = results(reference, x.double(), weight.double(), upstream.double())
+    with run_by(backend):
+        found = results(vlmops.pixel_shuffle, x, weight, upstream)
+    for got, expected in zip(found, exact, strict=True):
+        torch.testing.assert_close(got.double(), expected, rtol=1e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{}, {"order": "cyx"}, {"norm": "layer"}])
+def test_emulator_takes_rows_that_begin_between_packs(options):
+    """The first of them is aligned, and their channels make up packs, but not their strides."""
+    x, memory = torch.randn(2, 16, 40), torch.zeros(2, 4, 163)
+    x, out = torch.cat((x, x[..., :3]), -1)[..., :40], memory[..., :160]
+    expected = vlmops.pixel_shuffle(x, **options)
+    with emulated("checked"):
+        for pixels in (x, x.contiguous()):
+            vlmops.pixel_shuffle(pixels, **options, out=out)
+            torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+        if "norm" not in options:
+            assert torch.equal(vlmops.pixel_shuffle_inverse(out, **options), x)
+
+
+def test_emulator_takes_rows_that_no_block_holds():
+    """More packs than the threads of a block keep in registers: element by element."""
+    x = torch.randn(1, 4, 8200)
+    expected = vlmops.pixel_shuffle(x, norm="layer")
+    with emulated("checked"):
+        found = vlmops.pixel_shuffle(x, norm="layer")
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_emulator_takes_pixels_of_a_block_that_are_far_apart():
+    """A GPU's kernels that count within a block in 32 bits do not take them."""
+    far = 2**31 + 8
+    torch.use_deterministic_algorithms(False)  # the poison would make 4 GB real
+    memory = torch.empty(far + 32, dtype=torch.bfloat16)
+    x = memory.as_strided((1, 2, 4, 8), (2 * far, far, 8, 1))
+    x.copy_(torch.randn(x.shape))
+    near = x.clone(memory_format=torch.contiguous_format)
+    for options in ({}, {"norm": "layer"}, {"order": "cyx"}):
+        with emulated("fast"):
+            expected = vlmops.pixel_shuffle(near, **options)
+            assert torch.equal(vlmops.pixel_shuffle(x, **options), expected)
 
 
 def test_vector_instruction_sets_agree_to_rounding(use_cpu_isa):
@@ -473,18 +546,58 @@ def test_saves_nothing_without_a_norm():
     assert [t.data_ptr() for t in saved] == [x.data_ptr()]
 
 
+def test_gradients_of_vectors_are_the_same_whatever_the_threads():
+    args = case("threads")
+    vectors = [args[name].requires_grad_() for name in ("norm_weight", "norm_bias")]
+    upstream = torch.randn(4, 64, 256)
+    threads, found = torch.get_num_threads(), []
+    try:
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            found.append(torch.autograd.grad(vlmops.pixel_shuffle(**args), vectors, upstream))
+    finally:
+        torch.set_num_threads(threads)
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(other, found[0], strict=True))
+
+
+def test_gradients_of_vectors_are_summed_in_float64():
+    """Beyond a few rows: 2^24 + 1 is no float32."""
+    x, bias = torch.randn(1, 64, 8), torch.zeros(8, requires_grad=True)
+    upstream = torch.ones(1, 64, 8)
+    upstream[:, 0], upstream[:, 1:4] = 2.0**24, 0.0
+    out = vlmops.pixel_shuffle(x, 1, norm="layer", norm_bias=bias)
+    (grad,) = torch.autograd.grad(out, bias, upstream)
+    assert (grad == 2.0**24 + 60).all()
+
+
+@on_both
 @pytest.mark.parametrize("needed", ["hidden_states", "norm_weight", "norm_bias"])
-def test_gradients_that_nobody_needs_are_empty(needed):
+def test_gradients_that_nobody_needs_are_empty(needed, backend):
     args = case("internvl")
     vectors = args["norm_weight"], args["norm_bias"]
     options = Options(*vectors, norm="layer", skip_prefix=1)
     names = ("hidden_states", "norm_weight", "norm_bias")
     grad = torch.randn(2, 4, 160)
     call = torch.ops.vlmops.pixel_shuffle_backward
-    some = call(grad, args["hidden_states"], *options, *[name == needed for name in names])
-    every = call(grad, args["hidden_states"], *options)
+    with run_by(backend):
+        some = call(grad, args["hidden_states"], *options, *[name == needed for name in names])
+        every = call(grad, args["hidden_states"], *options)
     for name, one, whole in zip(names, some, every, strict=True):
         assert torch.equal(one, whole) if name == needed else one.numel() == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (torch.Tensor.double, r"grad: expected dtype float32, that of hidden_states, got float64"),
+        (lambda t: t[:, 1:], r"grad: expected shape \[2, 4, 32\].*got \[2, 3, 32\]"),
+    ],
+)
+def test_backward_refuses(change, message):
+    x, grad = torch.randn(2, 16, 8), torch.randn(2, 4, 32)
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.vlmops.pixel_shuffle_backward(change(grad), x)
 
 
 def test_what_is_left_out_gets_no_gradient():
@@ -527,15 +640,20 @@ def test_backends_that_are_asked_for():
 
 
 @pytest.mark.parametrize("backend", ["emulator"])
-def test_sums_over_many_rows(backend):
+@pytest.mark.parametrize(
+    ("rows", "factor", "options"),
+    [(51_237, 1, {}), (51_236, 2, {"order": "cyx", "norm_axis": "channel"})],
+)
+def test_sums_over_many_rows(rows, factor, options, backend):
     """So many that parts of them are large, on a GPU."""
     torch.manual_seed(0)
-    shape = (1, 51_237, 256)
+    shape, grid = (1, rows, 256), (factor, rows // factor)
     leaves = [torch.randn(s, requires_grad=True) for s in (shape, shape[-1:], shape[-1:])]
 
     def grads(function, inputs):
         x, weight, bias = inputs
-        y = function(x, 1, grid_hw=shape[:2], norm="layer", norm_weight=weight, norm_bias=bias)
+        options_of_norm = {"norm": "layer", "norm_weight": weight, "norm_bias": bias}
+        y = function(x, factor, grid_hw=grid, **options_of_norm, **options)
         return torch.autograd.grad(y, inputs, torch.ones_like(y).cumsum(1).sin())
 
     with emulated("fast"):

@@ -169,7 +169,8 @@ _ROWS = {
 
 CASES = [Case(name, make) for name, make in _ROWS.items()]
 _FEW = ("internvl", "idefics3", "smolvlm_f3", "mistral3", "qwen_merger", "deepstack", "cyx", "rms",
-        "rectangle", "sliced", "unaligned_layer", "empty_batch")  # fmt: skip
+        "rectangle", "sliced", "unaligned_layer", "empty_batch", "gemma3", "packed_mean",
+        "packed_layer", "transposed_layer")  # fmt: skip
 FEW = [case for case in CASES if case.name in _FEW]
 
 
@@ -274,6 +275,8 @@ ERRORS = [
             r"hidden_states: expected a grid that factor 2 divides, got 3 x 3; drop_remainder"),
     BadCall("odd_grid", _with(grid_hw=(1, 16)),
             r"grid_hw: expected a grid that factor 2 divides, got 1 x 16; drop_remainder"),
+    BadCall("odd_width", _with(grid_hw=(16, 1)),
+            r"grid_hw: expected a grid that factor 2 divides, got 16 x 1; drop_remainder"),
     BadCall("odd_packed", lambda a: {**a, "hidden_states": a["hidden_states"][:1],
                                      "grid_hw": [(2, 2), (3, 4)]},
             r"grid_hw: expected a grid that factor 2 divides, got 3 x 4"),
