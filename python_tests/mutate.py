@@ -709,8 +709,6 @@ CUDA_MUTATIONS = {
     "projector: sums over rows: half of the warps": (
         "ops/mlp_projector/mlp_projector.cuh", "w < kSumWarps; ++w) total +=",
         "w < kSumWarps / 2; ++w) total +="),
-    "projector: sums over rows: no grid for no rows": (
-        "ops/mlp_projector/mlp_projector.cu", "slices < 2 ? 1 : slices", "slices"),
     "projector: sums over rows: partial sums of the bits of x": (
         "ops/mlp_projector/mlp_projector.cu", "by_dtype(DType::kFloat32, false, SumRows{rest",
         "by_dtype(p.dtype, false, SumRows{rest"),
