@@ -1,7 +1,7 @@
 """Breaks the kernels on purpose and shows the suites go red each time.
 
-Every mutation of csrc/ is made in a scratch copy, built there, and the contract suite is run with
-VLMOPS_LIBRARY pointing at it, up to its first failure; CUDA's kernels run on the emulator. Triton's
+Every mutation of csrc/ is made in a scratch copy, built there, and the tests of its op are run with
+VLMOPS_LIBRARY pointing at it, up to the first failure; CUDA's kernels run on the emulator. Triton's
 are broken in a copy of their module that takes its place, and so is what patches models. Exits 1 if
 a mutation goes unnoticed or no longer applies. Not part of `make test`: run `make mutants` after
 changing a kernel, a site or the suite.
