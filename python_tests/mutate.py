@@ -341,8 +341,6 @@ MUTATIONS = {
     "features' gradients: of what was cut off": (
         "ops/hd_transform/hd_transform.h",
         "if (row >= image.height || column >= image.width) return -1;", ""),
-    "features' gradients: of padding": (
-        "ops/hd_transform/hd_transform.h", "if (crop > image.crops) return -1;", ""),
     "features' gradients: one row of a block": (
         "ops/hd_transform/hd_transform.h", "y % factor * factor + x % factor", "x % factor"),
     "features' gradients: sums for means": (

@@ -502,6 +502,18 @@ def test_emulator_takes_rows_that_begin_between_packs(options):
             assert torch.equal(vlmops.pixel_shuffle_inverse(out, **options), x)
 
 
+def test_emulator_sums_alike_whatever_the_strides_of_a_gradient():
+    leaves = [torch.randn(n, requires_grad=True) for n in ((2, 64, 40), (160,), (160,))]
+    options = {"norm": "layer", "norm_weight": leaves[1], "norm_bias": leaves[2]}
+    upstream = torch.randn(2, 160, 16).transpose(1, 2)
+    with emulated("checked"):
+        found = [
+            torch.autograd.grad(vlmops.pixel_shuffle(leaves[0], **options), leaves, grad)
+            for grad in (upstream, upstream.contiguous())
+        ]
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 def test_emulator_takes_rows_that_no_block_holds():
     """More packs than the threads of a block keep in registers: element by element."""
     x = torch.randn(1, 4, 8200)

@@ -37,6 +37,11 @@ def _strided(x: Tensor, layout: str) -> Tensor:
         big = x.new_zeros(x.shape[0] + 1, *x.shape[1:-1], x.shape[-1] + 3)
         big[1:, ..., 2:-1] = x
         return big[1:, ..., 2:-1]
+    if layout == "wider":  # the first row is aligned, and what lies between rows is not
+        return torch.cat((x, x[..., :3]), -1)[..., :-3]
+    if layout == "apart":  # the same of images
+        images = x.flatten(1)
+        return torch.cat((images, images[:, :3]), -1)[:, :-3].unflatten(1, x.shape[1:])
     if layout == "transposed":  # channels first in memory, as convolutions leave them
         return x.transpose(-1, -2).contiguous().transpose(-1, -2)
     if layout == "expanded":  # one crop seen as many
@@ -114,6 +119,8 @@ _ROWS = {
     # Strides.
     "scattered": _inputs(shapes="scattered"),
     "sliced": _inputs(_SEVERAL, 2, layout="sliced"),
+    "wider": _inputs(_SEVERAL, 2, layout="wider"),
+    "apart": _inputs(_SEVERAL, 2, padded=6, layout="apart"),
     "transposed": _inputs(_SEVERAL, 2, layout="transposed"),
     "transposed_mean": _inputs(_SEVERAL, 2, 24, layout="transposed", reduction="mean"),
     "expanded": _inputs(_SEVERAL, 2, layout="expanded"),
@@ -286,8 +293,8 @@ SPEC = Spec(
     cases=CASES,
     few=FEW,
     alike=("several", "many", "many_glb_sub", "factor_3_mean", "learned_bf16", "learned_fp16",
-           "scattered", "sliced", "transposed", "transposed_mean", "expanded", "unaligned",
-           "unaligned_mean", "threads", "threads_mean", "wide", "narrow", "one_crop"),
+           "scattered", "sliced", "wider", "apart", "transposed", "transposed_mean", "expanded",
+           "unaligned", "unaligned_mean", "threads", "threads_mean", "wide", "narrow", "one_crop"),
     bench={case.name: case for case in _BENCH},
     errors=ERRORS,
     schema_arguments=_schema_arguments,

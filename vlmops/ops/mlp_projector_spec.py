@@ -76,6 +76,8 @@ def _inputs(
             values = values.transpose(0, -1).contiguous().transpose(0, -1)
         elif x == "sliced":
             values = torch.cat((values, values), -1)[..., :k]
+        elif x == "wider":  # the first row is aligned, and what lies between rows is not
+            values = torch.cat((values, values[..., :3]), -1)[..., :k]
         elif x == "strided":
             values = values.repeat_interleave(2, -1)[..., ::2]
         elif x == "expanded":
@@ -129,7 +131,8 @@ _ROWS = {
     "norm_plain": _inputs(norm="layer", affine=False, norm_eps=1e-6),
     "norm_fp32": _inputs(norm="layer", norm_dtype=torch.float32),
     "norm_sliced": _inputs((3, 4, 24), norm="layer", x="sliced"),
-    "norm_sliced_odd": _inputs((3, 4, 13), norm="layer", x="sliced"),
+    "norm_wider": _inputs((3, 4, 24), norm="layer", x="wider"),
+    "norm_wider_odd": _inputs((3, 4, 13), norm="layer", x="wider"),
     "norm_strided": _inputs((3, 4, 24), norm="rms", x="strided"),
     "norm_expanded": _inputs((3, 4, 24), norm="rms", x="expanded"),
     "norm_unaligned": _inputs((3, 4, 24), norm="layer", x="unaligned"),
@@ -341,8 +344,8 @@ SPEC = Spec(
     eager_for=eager_for,
     yardstick_for=yardstick_for,
     alike=("quick_gelu", "relu", "tails_gelu", "tails_tanh", "norm_plain", "norm_sliced",
-           "norm_sliced_odd", "norm_strided", "norm_unaligned", "norm_wide", "transposed",
-           "weights_sliced", "many_rows", "many_gated", "odd", "one", "out_relu",
+           "norm_wider", "norm_wider_odd", "norm_strided", "norm_unaligned", "norm_wide",
+           "transposed", "weights_sliced", "many_rows", "many_gated", "odd", "one", "out_relu",
            "gated_gelu", "mistral3_norm"),
     differentiable=_TENSORS,
     written=(),
