@@ -41,7 +41,7 @@ def _strided(x: Tensor, layout: str) -> Tensor:
         return torch.cat((x, x[..., :3]), -1)[..., :-3]
     if layout == "apart":  # the same of images
         images = x.flatten(1)
-        return torch.cat((images, images[:, :3]), -1)[:, :-3].unflatten(1, x.shape[1:])
+        return torch.cat((images, images[:, :3]), -1)[:, :-3].view(x.shape)
     if layout == "transposed":  # channels first in memory, as convolutions leave them
         return x.transpose(-1, -2).contiguous().transpose(-1, -2)
     if layout == "expanded":  # one crop seen as many

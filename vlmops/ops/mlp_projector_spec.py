@@ -153,7 +153,8 @@ _ROWS = {
 }  # fmt: skip
 
 CASES = [Case(name, make) for name, make in _ROWS.items()]
-FEW = [case for case in CASES if case.name in ("llava", "internvl", "llama4", "idefics2", "gemma3")]
+_FEW = ("llava", "internvl", "llama4", "idefics2", "gemma3", "norm_wider")
+FEW = [case for case in CASES if case.name in _FEW]
 
 
 def eager_for(args: Arguments) -> Callable[..., tuple[Tensor]]:
