@@ -8,6 +8,7 @@ from vlmops.hf.report import PatchReport
 from vlmops.ops.hd_transform import hd_token_counts, hd_transform
 from vlmops.ops.mlp_projector import mlp_projector
 from vlmops.ops.mrope import mrope, mrope_, mrope_freq_axis
+from vlmops.ops.packed_attention import packed_attention
 from vlmops.ops.patch_embed import Position, patch_embed
 from vlmops.ops.pixel_shuffle import pixel_shuffle, pixel_shuffle_inverse
 from vlmops.warmup import Warmup, warmup
@@ -26,6 +27,7 @@ __all__ = [
     "mrope",
     "mrope_",
     "mrope_freq_axis",
+    "packed_attention",
     "patch",
     "patch_embed",
     "patched",

@@ -1,6 +1,7 @@
 // Compiled once per instruction set with -DVLMOPS_ISA=portable|avx2|avx512 and the matching -march.
 #include "common/cpu_kernels.h"
 
+#include "common/attention_cpu.h"
 #include "ops/hd_transform/hd_transform_cpu.h"
 #include "ops/mlp_projector/mlp_projector_cpu.h"
 #include "ops/mrope/mrope_cpu.h"
@@ -16,6 +17,10 @@ namespace vlmops {
 
 extern const CpuKernels VLMOPS_CONCAT(kernels_, VLMOPS_ISA);
 const CpuKernels VLMOPS_CONCAT(kernels_, VLMOPS_ISA) = {VLMOPS_STRING(VLMOPS_ISA),
+                                                        &attention::scratch,
+                                                        &attention::forward,
+                                                        &attention::backward_scratch,
+                                                        &attention::backward,
                                                         &mrope::run,
                                                         &mrope::run_backward,
                                                         &patch_embed::pack,

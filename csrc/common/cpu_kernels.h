@@ -1,6 +1,7 @@
 // The CPU kernels of every op, one table per instruction set; chosen at run time.
 #pragma once
 
+#include "common/attention.h"
 #include "ops/hd_transform/hd_transform.h"
 #include "ops/mlp_projector/mlp_projector.h"
 #include "ops/mrope/mrope.h"
@@ -11,6 +12,10 @@ namespace vlmops {
 
 struct CpuKernels {
   const char* isa;
+  attention::CpuScratch attention_scratch;
+  attention::CpuForward attention_forward;
+  attention::CpuScratch attention_backward_scratch;
+  attention::CpuBackward attention_backward;
   mrope::CpuKernel mrope;
   mrope::CpuNormBackward mrope_norm_backward;
   patch_embed::CpuPack patch_embed_pack;

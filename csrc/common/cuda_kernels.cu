@@ -45,7 +45,11 @@ const CudaKernels kernels = {&describe_status,
                              &mlp_projector::sum_rows_cuda,
                              &hd_transform::forward_cuda,
                              &hd_transform::backward_cuda,
-                             &hd_transform::sums_cuda};
+                             &hd_transform::sums_cuda,
+                             &packed_attention::forward_scratch_cuda,
+                             &packed_attention::forward_cuda,
+                             &packed_attention::backward_scratch_cuda,
+                             &packed_attention::backward_cuda};
 
 }  // namespace
 }  // namespace vlmops

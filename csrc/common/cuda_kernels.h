@@ -8,6 +8,7 @@
 #include "ops/hd_transform/hd_transform.h"
 #include "ops/mlp_projector/mlp_projector.h"
 #include "ops/mrope/mrope.h"
+#include "ops/packed_attention/packed_attention.h"
 #include "ops/patch_embed/patch_embed.h"
 #include "ops/pixel_shuffle/pixel_shuffle.h"
 
@@ -37,6 +38,10 @@ struct CudaKernels {
   hd_transform::CudaKernel hd_transform;
   hd_transform::CudaKernel hd_transform_backward;
   hd_transform::CudaSums hd_transform_sums;
+  packed_attention::CudaScratch packed_attention_forward_scratch;
+  packed_attention::CudaForward packed_attention_forward;
+  packed_attention::CudaBackwardScratch packed_attention_backward_scratch;
+  packed_attention::CudaBackward packed_attention_backward;
 };
 
 }  // namespace vlmops

@@ -1,0 +1,133 @@
+#include "binding/attention.h"
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <atomic>
+#include <vector>
+
+#include "common/cpu_kernels.h"
+
+namespace vlmops::attention {
+namespace {
+
+// The jobs of each segment, of at most `most` queries each. empty: segments without queries have
+// one as well.
+class Jobs {
+ public:
+  Jobs(const Params& p, int64_t most, bool empty) : p_(p), most_(most), empty_(empty) {
+    if (p.padding != nullptr) sort_rows();
+    for (int64_t s = 0; s < p.segments; ++s) {
+      first_.push_back(static_cast<int64_t>(jobs_.size()));
+      add_segment(s);
+    }
+    first_.push_back(static_cast<int64_t>(jobs_.size()));
+  }
+
+  const std::vector<Job>& all() const { return jobs_; }
+  // The jobs of segment s are [first(s), first(s + 1)).
+  int64_t first(int64_t segment) const { return first_[static_cast<size_t>(segment)]; }
+
+ private:
+  // order_: of each segment the rows that are not padding, then those that are, from its first on.
+  void sort_rows() {
+    order_.resize(static_cast<size_t>(p_.rows));
+    for (int64_t s = 0; s < p_.segments; ++s) {
+      const Range range = range_of(p_.q_starts, p_.rows, s);
+      const bool* const hidden = p_.padding + range.first;
+      int32_t* at = order_.data() + range.first;
+      for (const bool wanted : {false, true}) {
+        for (int32_t i = 0; i < range.count; ++i) {
+          if (hidden[i] == wanted) *at++ = i;
+        }
+      }
+    }
+  }
+
+  void add_segment(int64_t s) {
+    const Range q = range_of(p_.q_starts, p_.rows, s);
+    const Range k = range_of(p_.k_starts, p_.keys, s);
+    if (p_.padding == nullptr) return add(s, q, k, 0, q.count, nullptr, nullptr);
+    const int32_t* const order = order_.data() + q.first;
+    const bool* const hidden = p_.padding + q.first;
+    int64_t valid = 0;
+    while (valid < q.count && !hidden[order[valid]]) ++valid;
+    add(s, q, k, 0, valid, order, nullptr);
+    Range seen = k;
+    seen.count = valid;
+    add(s, q, seen, valid, q.count, order, order);
+  }
+
+  void add(int64_t segment, const Range& q, const Range& k, int64_t begin, int64_t end,
+           const int32_t* q_rows, const int32_t* k_rows) {
+    bool wanted = empty_;
+    for (int64_t at = begin; at < end || wanted; at += most_, wanted = false) {
+      Job job{segment, q, k, at, k.count - q.count, q_rows == nullptr ? nullptr : q_rows + at, k_rows};
+      job.q.count = std::min(most_, end - at);
+      jobs_.push_back(job);
+    }
+  }
+
+  const Params& p_;
+  const int64_t most_;
+  const bool empty_;
+  std::vector<int32_t> order_;
+  std::vector<Job> jobs_;
+  std::vector<int64_t> first_;
+};
+
+// f(i, scratch) for i < count, by as many threads as torch has; who is free takes the next `batch`.
+template <class F>
+void share(int64_t count, int64_t batch, size_t floats, const F& f) {
+  if (count == 0) return;
+  std::atomic<int64_t> next{0};
+  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), count);
+  const auto run = [&](int64_t, int64_t) {
+    // Kept by the thread: fresh memory costs more in page faults than short calls last.
+    thread_local std::vector<float> scratch;
+    if (scratch.size() < floats + 16) scratch.resize(floats + 16);
+    auto at = reinterpret_cast<uintptr_t>(scratch.data());
+    auto* const aligned = reinterpret_cast<float*>((at + 63) / 64 * 64);
+    for (int64_t i; (i = next.fetch_add(batch)) < count;) f(i, std::min(i + batch, count), aligned);
+  };
+  if (threads == 1) return run(0, 1);
+  torch::stable::parallel_for(0, threads, 1, run);
+}
+
+}  // namespace
+
+void forward_on_cpu(const Params& p) {
+  const CpuKernels& kernels = cpu_kernels();
+  const int64_t most = std::max<int64_t>(1, kJobRows / p.group());
+  const Jobs jobs(p, most, false);
+  // A unit is one head of a job. Heads of one job lie side by side.
+  const int64_t heads = p.kv_heads, units = static_cast<int64_t>(jobs.all().size()) * heads;
+  const int64_t batch = std::clamp<int64_t>(units / (8 * torch::stable::get_num_threads()), 1, heads);
+  share(units, batch, kernels.attention_scratch(p, most), [&](int64_t i, int64_t end, float* scratch) {
+    while (i < end) {
+      const int64_t job = i / heads, stop = std::min(end, (job + 1) * heads);
+      kernels.attention_forward(p, jobs.all()[static_cast<size_t>(job)],
+                                static_cast<int>(i - job * heads),
+                                static_cast<int>(stop - job * heads), scratch);
+      i = stop;
+    }
+  });
+}
+
+void backward_on_cpu(const Backward& b) {
+  const CpuKernels& kernels = cpu_kernels();
+  const Jobs jobs(b.p, std::max<int64_t>(1, b.p.rows), true);
+  int64_t longest = 0;
+  for (const Job& job : jobs.all()) longest = std::max(longest, job.q.count);
+  const int64_t heads = b.p.kv_heads, units = b.p.segments * heads;
+  const size_t floats = kernels.attention_backward_scratch(b.p, longest);
+  share(units, 1, floats, [&](int64_t i, int64_t end, float* scratch) {
+    for (; i < end; ++i) {
+      const int64_t s = i / heads, first = jobs.first(s);
+      kernels.attention_backward(b, jobs.all().data() + first, jobs.first(s + 1) - first,
+                                 static_cast<int>(i % heads), scratch);
+    }
+  });
+}
+
+}  // namespace vlmops::attention

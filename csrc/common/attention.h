@@ -1,0 +1,97 @@
+// Parameters of attention: all that host, device and emulator code of the ops on this core share.
+#pragma once
+
+#include <cstddef>
+
+#include "common/types.h"
+
+namespace vlmops::attention {
+
+constexpr int kMaxDim = 256;  // D; a multiple of 8
+
+// [rows, heads, D] of one segment after another, D numbers side by side. Strides in elements.
+struct Heads {
+  const void* data;
+  int64_t batch;  // between segments of equal length; 0 where they are packed
+  int64_t row, head;
+};
+
+// Where segments begin among rows, [segments + 1].
+struct Starts {
+  const void* data;  // null: every segment has `length` rows
+  IntType type;
+  int64_t length;
+};
+
+// softmax(scale q k^T) v within each of `segments` segments; KV head h / (heads / kv_heads) serves
+// head h. A query without keys gets zeros.
+struct Params {
+  Heads q, k, v;
+  void* out;   // [rows, H, D], contiguous
+  float* lse;  // [H, rows]: ln of the sum of e^logit over a query's keys; -inf without keys
+  DType dtype;
+  int heads, kv_heads, dim;
+  float scale;
+  // Query i of n sees the keys up to i + m - n of m.
+  bool causal;
+  // [rows], or null; of segments whose queries are its keys. A query that is padding sees the keys
+  // that are not, any other query sees all.
+  const bool* padding;
+  int64_t segments, rows, keys;  // of all segments
+  int64_t longest;               // no segment has more queries; 0: not known
+  Starts q_starts, k_starts;
+
+  VLMOPS_HOST_DEVICE int group() const { return heads / kv_heads; }
+};
+
+// Upstream and gradients, beside what forward was given and returned.
+struct Backward {
+  Params p;
+  Heads grad;              // of out
+  float* delta;            // [H, rows], scratch: the sum over D of grad * out
+  void *dq, *dk, *dv;      // contiguous [rows or keys, heads, D]; null where nobody asks
+};
+
+struct Range {
+  int64_t first, count;  // rows, counted over all segments
+};
+
+// static: see simd.h on linkage. What is read on a GPU may be anything, and is kept within `rows`.
+VLMOPS_HOST_DEVICE static inline Range range_of(const Starts& starts, int64_t rows,
+                                                int64_t segment) {
+  if (starts.data == nullptr) return {segment * starts.length, starts.length};
+  const auto clamped = [&](int64_t at) { return at < 0 ? 0 : at > rows ? rows : at; };
+  const int64_t first = clamped(load_int(starts.data, starts.type, segment));
+  const int64_t end = clamped(load_int(starts.data, starts.type, segment + 1));
+  return {first, end > first ? end - first : 0};
+}
+
+// Elements from Heads::data to a segment's first row, which is row `first` of all.
+VLMOPS_HOST_DEVICE static inline int64_t offset_of(const Starts& starts, const Heads& of,
+                                                   int64_t segment, int64_t first) {
+  return starts.data == nullptr ? segment * of.batch : first * of.row;
+}
+
+// ---- On a CPU ----
+
+// Queries of one segment and the keys that they see, causality aside.
+struct Job {
+  int64_t segment;
+  Range q, k;                      // those of the segment, but for q's count
+  int64_t position;                // of the first query in its segment
+  int64_t visible;                 // keys that the segment's first query sees, if causal
+  const int32_t *q_rows, *k_rows;  // rows counted from those of q and k; null: one after another
+};
+
+// Queries of a job, so that K and V are packed once for several panels of rows.
+constexpr int64_t kJobRows = 256;
+
+// Floats of scratch, on a boundary of 64 bytes, for jobs of at most `rows` queries.
+using CpuScratch = size_t (*)(const Params&, int64_t rows);
+// KV heads [begin, end) of a job.
+using CpuForward = void (*)(const Params&, const Job&, int begin, int end, float* scratch);
+// One KV head; the jobs are all those of one segment, the first of them with all its keys.
+using CpuBackward = void (*)(const Backward&, const Job* jobs, int64_t count, int head,
+                             float* scratch);
+
+}  // namespace vlmops::attention

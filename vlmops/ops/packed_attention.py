@@ -1,0 +1,325 @@
+"""Packed attention: softmax(scale q k^T) v within each of the segments that one tensor holds.
+
+Segments are the images, frames or windows of a vision tower, the rows of a batch, or anything else
+whose tokens look at each other only. For query i and head h of a segment, with KV head
+h' = h / (H / H_kv)::
+
+    p_ij   = exp(scale q_ih . k_jh' - lse_ih)     over the keys j that i sees
+    lse_ih = ln sum_j exp(scale q_ih . k_jh')
+    y_ih   = sum_j p_ij v_jh'
+
+=========================  =========================================================================
+who                        arguments
+=========================  =========================================================================
+Qwen2-VL, Qwen3-VL,        q, k, v ``[N, H, D]``, slices of one product; cu_seqlens of frames
+GLM-4V towers
+Qwen2.5-VL's tower         cu_seqlens of windows of at most 64 patches, or of frames
+Pixtral, Mistral-3         cu_seqlens of images
+CLIP, SigLIP, InternViT,   q, k, v ``[B, S, H, D]``
+EVA, DINOv2, ViT, Llama-4
+Mllama's tower             ``[B, S, H, D]`` and padding: its mask hides padding from padding alone
+decoders                   ``[B, 1, H, D]`` over ``[B, S, H_kv, D]``, or causal
+=========================  =========================================================================
+
+Logits, their maximum, sums and y are accumulated in float32, one block of keys after another; of
+size N x N nothing is stored. Saved for backward are q, k, v, y and lse, ``[H, N]`` in float32. What
+comes of a segment does not depend on the others.
+
+Sources: Dao et al., FlashAttention (arXiv 2205.14135) and FlashAttention-2 (arXiv 2307.08691);
+Milakov and Gimelshein, Online normalizer calculation for softmax (arXiv 1805.02867).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from vlmops import _library, dispatch
+from vlmops.ops.checks import require_tensor, same_device, wants_grad
+from vlmops.ops.registration import overloads, register, triton_twin
+
+
+class Options(NamedTuple):
+    """What ``torch.ops.vlmops.packed_attention`` takes beside q, k and v, with its defaults."""
+
+    cu_seqlens: Tensor | None = None
+    cu_seqlens_k: Tensor | None = None
+    padding: Tensor | None = None
+    scale: float | None = None
+    causal: bool = False
+    max_seqlen: int = 0
+
+
+def packed_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor | None = None,
+    *,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen: int | None = None,
+    padding: Tensor | None = None,
+    scale: float | None = None,
+    causal: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    """Attention within segments, packed one after the other or rows of a batch.
+
+    Differentiable in q, k and v. There is no dropout: a model that drops attention weights in
+    training runs its own attention there.
+
+    Args:
+        q: Queries, ``[N, H, D]`` with cu_seqlens, ``[B, S, H, D]`` without: every row of the batch
+            is a segment. float32, bfloat16 or float16; any strides (slices of a fused product are
+            read where they lie, if their channels are side by side). D is a multiple of 8 up to
+            256; 64, 72, 80, 88, 96 and 128 are the quick ones.
+        k: Keys, ``[N_k, H_kv, D]`` or ``[B, S_k, H_kv, D]``, of q's dtype. H_kv divides H.
+        v: Values, like k.
+        cu_seqlens: Where segments begin, ``[segments + 1]``, int32 or int64: 0, then ends, which do
+            not fall; the last is N. Segments may be empty. With q on a GPU it may lie on the host:
+            it is copied there, and nothing is read back.
+        cu_seqlens_k: The same of the keys. None: that of the queries.
+        max_seqlen: No segment has more queries. Never needed: on a GPU it picks kernels for short
+            segments, and with cu_seqlens on the host it is checked.
+        padding: ``[N]`` or ``[B, S]`` bool, where q and k have the same segments: queries that are
+            padding (True) see the keys that are not, all others see every key of their segment.
+            That is what Mllama's vision mask comes to. Not with causal.
+        scale: Of the logits. None: 1 / sqrt(D).
+        causal: Query i of n sees the keys up to i + m - n of its segment's m: the last query sees
+            all of them.
+        backend: ``"cpu"``, ``"cuda"``, ``"triton"`` or ``"reference"``; None: what
+            `vlmops.backend`, then ``VLMOPS_BACKEND``, then the default say.
+
+    Returns:
+        Of q's shape and dtype, contiguous. Zeros for queries that see no key.
+
+    Raises:
+        RuntimeError: an argument does not fit, or the backend that was asked for cannot run; the
+            message names it, what was expected, what came. On a GPU the values of cu_seqlens are
+            not looked at: what lies outside is kept within the tensors.
+        ValueError: there is no such backend.
+        TypeError: an argument is not a tensor.
+        ImportError: the compiled library is not loaded.
+
+    Example:
+        >>> import torch, vlmops
+        >>> q, k, v = torch.randn(5476, 3, 16, 80).unbind(1)  # an image of Qwen2.5-VL's tower
+        >>> windows = torch.tensor([*range(0, 5476, 64), 5476])
+        >>> vlmops.packed_attention(q, k, v, windows).shape
+        torch.Size([5476, 16, 80])
+        >>> q, k, v = torch.randn(5, 577, 3, 16, 64).unbind(2)  # five tiles of CLIP-L
+        >>> vlmops.packed_attention(q, k, v).shape
+        torch.Size([5, 577, 16, 64])
+    """
+    options = Options(cu_seqlens, cu_seqlens_k, padding, scale, causal, max_seqlen or 0)
+    if torch.compiler.is_compiling():
+        name = dispatch.choose("packed_attention", backend, q.device.type)
+        if name == "reference":
+            return _plain(q, k, v, *options)
+        op = (_TRITON if name == "triton" else _COMPILED).forward
+        result: Tensor = op(q, k, v, *options)[0]
+        return result
+    _library.require()
+    tensors = {"q": q, "k": k, "v": v}
+    for argument, tensor in tensors.items():
+        require_tensor("packed_attention", argument, tensor)
+    optional = {"cu_seqlens": cu_seqlens, "cu_seqlens_k": cu_seqlens_k, "padding": padding}
+    for argument, given in optional.items():
+        if given is not None:
+            require_tensor("packed_attention", argument, given)
+    ops = _COMPILED
+    if backend is not None or dispatch.asked.get() is not None or not q.is_cpu:
+        name = dispatch.choose("packed_attention", backend, q.device.type)
+        if name == "reference":
+            return _plain(q, k, v, *options)
+        if name == "triton":
+            ops = _TRITON
+    return _forward(ops, q, k, v, *options)[0]
+
+
+def reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor | None = None,
+    *,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen: int | None = None,
+    padding: Tensor | None = None,
+    scale: float | None = None,
+    causal: bool = False,
+) -> Tensor:
+    """`packed_attention` in plain torch and float64, one segment after another; slow.
+
+    Arguments that do not fit raise what torch raises.
+    """
+    shape, group = q.shape, q.shape[-2] // max(k.shape[-2], 1)
+    scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
+    starts, starts_k = _starts(q, cu_seqlens), _starts(k, cu_seqlens_k, cu_seqlens)
+    hidden = None if padding is None else padding.flatten()
+    q, k, v = (t.double().flatten(0, -3) for t in (q, k, v))
+    made = [q[:0]]
+    for i in range(len(starts) - 1):
+        rows, keys = slice(*starts[i : i + 2]), slice(*starts_k[i : i + 2])
+        one_k, one_v = (t[keys].repeat_interleave(group, 1) for t in (k, v))
+        logits = torch.einsum("ihd,jhd->hij", q[rows], one_k) * scale
+        seen = torch.ones(logits.shape[1:], dtype=torch.bool, device=q.device)
+        if causal:
+            seen = seen.tril(seen.shape[1] - seen.shape[0])
+        if hidden is not None:
+            seen = seen & ~(hidden[rows, None] & hidden[None, keys])
+        logits = logits.masked_fill(~seen, -math.inf)
+        # Rows without a key: zeros, in derivatives too.
+        blind = ~seen.any(1, keepdim=True)
+        weights = logits.masked_fill(blind, 0.0).softmax(-1).masked_fill(blind, 0.0)
+        made.append(torch.einsum("hij,jhd->ihd", weights, one_v))
+    return torch.cat(made).view(shape)
+
+
+def _starts(x: Tensor, *given: Tensor | None) -> list[int]:
+    """The first of what is given, on the host; else those of the rows of a batch."""
+    for starts in given:
+        if starts is not None:
+            return [int(n) for n in starts]
+    return [i * x.shape[1] for i in range(x.shape[0] + 1)]
+
+
+def _plain(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> Tensor:
+    """`reference` on the op's arguments, rounded: a backend, and derivatives without a kernel."""
+    o = Options(*args)
+    result = reference(
+        q,
+        k,
+        v,
+        o.cu_seqlens,
+        cu_seqlens_k=o.cu_seqlens_k,
+        padding=o.padding,
+        scale=o.scale,
+        causal=o.causal,
+    )
+    return result.to(q.dtype)
+
+
+# Registration. The schemas and the CPU kernels are the library's, Triton's kernels are ops of their
+# own with the same schemas; measured costs of the ways to register autograd are in CONTRIBUTING.md.
+
+
+class _Ops(NamedTuple):
+    """The overloads of one implementation."""
+
+    forward: Any
+    backward: Any
+
+
+class _PackedAttention(torch.autograd.Function):
+    """First derivatives; those beyond are `reference`'s."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, ops: _Ops, q: Tensor, k: Tensor, v: Tensor, *args: Any
+    ) -> tuple[Tensor, Tensor]:
+        o = Options(*args)
+        out, lse = _call(ops.forward, q, k, v, *o)
+        ctx.ops, ctx.numbers = ops, o[3:]
+        ctx.save_for_backward(q, k, v, out, lse, *o[:3])
+        ctx.mark_non_differentiable(lse)
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+        nothing = (None,) * len(Options._fields)
+        if grad is None:
+            return None, None, None, None, *nothing
+        q, k, v, out, lse, *tensors = ctx.saved_tensors
+        needs = ctx.needs_input_grad[1:4]
+        grads = _backward(ctx.ops, grad, q, k, v, out, lse, *tensors, *ctx.numbers, *needs)
+        return None, *(g if need else None for g, need in zip(grads, needs, strict=True)), *nothing
+
+
+def _call(op: Any, *args: Any) -> tuple[Tensor, Tensor]:
+    with torch._C._AutoDispatchBelowAutograd():
+        result: tuple[Tensor, Tensor] = op(*args)
+    return result
+
+
+def _with_lse(out: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+    """For derivatives without a kernel, where nobody reads lse."""
+    return out, out.new_zeros(0, dtype=torch.float32)
+
+
+def _forward(ops: _Ops, q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    """Skips autograd's Python layer when no derivative can be asked for."""
+    if forward_ad._current_level >= 0:
+        return _with_lse(_plain(q, k, v, *args), q)
+    recorded = wants_grad(q, k, v)
+    if torch._C._functorch.maybe_current_level() is not None:
+        if recorded:
+            return _with_lse(_plain(q, k, v, *args), q)
+        result: tuple[Tensor, Tensor] = ops.forward(q, k, v, *args)
+        return result
+    if not recorded:
+        return _call(ops.forward, q, k, v, *args)
+    return _PackedAttention.apply(ops, q, k, v, *Options(*args))  # type: ignore[no-untyped-call,no-any-return]
+
+
+def _all_needs(args: Sequence[Any]) -> tuple[Options, list[bool]]:
+    """Those of backward behind the tensors; torch leaves out what is the schema's default."""
+    count = len(Options._fields)
+    needs = list(args[count:])
+    return Options(*args[:count]), needs + [True] * (3 - len(needs))
+
+
+def _backward(
+    ops: _Ops,
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    *args: Any,
+) -> Sequence[Tensor]:
+    """The gradients of the three; an empty tensor for one that nobody needs."""
+    if not wants_grad(grad, q, k, v):
+        with torch._C._AutoDispatchBelowAutograd():
+            result: tuple[Tensor, ...] = ops.backward(grad, q, k, v, out, lse, *args)
+        return result
+    options, needs = _all_needs(args)
+    inputs = [t if t.requires_grad else t.detach().requires_grad_() for t in (q, k, v)]
+    wanted = [t for t, needed in zip(inputs, needs, strict=True) if needed]
+    grads = torch.autograd.grad(
+        _plain(*inputs, *options), wanted, grad, create_graph=True, materialize_grads=True
+    )
+    found = iter(grads)
+    return [next(found) if needed else grad.new_empty(0) for needed in needs]
+
+
+def _fake(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    same_device("packed_attention", "q", q, k=k, v=v, padding=Options(*args).padding)
+    rows = math.prod(q.shape[:-2])
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    return out, q.new_empty(q.shape[-2], rows, dtype=torch.float32)
+
+
+def _fake_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *args: Any
+) -> tuple[Tensor, ...]:
+    options, needs = _all_needs(args)
+    same_device("packed_attention", "q", q, k=k, v=v, grad=grad, padding=options.padding)
+    return tuple(
+        t.new_empty(t.shape if needed else 0) for t, needed in zip((q, k, v), needs, strict=True)
+    )
+
+
+if _library.error is None:
+    _lib = torch.library.Library("vlmops", "FRAGMENT")
+    _COMPILED = overloads(_Ops, "packed_attention")
+    _TRITON = triton_twin(_lib, "packed_attention", _COMPILED)
+    for _ops in (_COMPILED, _TRITON):
+        register(_lib, _ops, (_forward, _backward), (_fake, _fake_backward))
