@@ -8,6 +8,7 @@ running the forward once with norms that return constants: the ones that arrive 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import types
 from collections.abc import Callable
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from vlmops.hf import rehearsal
-from vlmops.hf.rebind import original_class, subclass
+from vlmops.hf.rebind import original_class, subclass, wraps
 from vlmops.hf.rotary import Apply
 
 
@@ -200,6 +201,11 @@ def normalise(norm: Any, x: Tensor) -> Tensor:
 
 def defer(norms: Norms, forward: Any) -> Callable[..., Any]:
     """Lets a forward hand its norms on to the rotation, with position_embeddings."""
+    made: Callable[..., Any] = wraps(forward, functools.partial(_deferring, norms))
+    return made
+
+
+def _deferring(norms: Norms, forward: Any) -> Callable[..., Any]:
     at = list(inspect.signature(forward).parameters).index("position_embeddings") - 1
 
     def deferring(self: Any, *args: Any, **kwargs: Any) -> Any:

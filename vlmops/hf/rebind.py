@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import copyreg
+import functools
 import inspect
 import sys
 import types
@@ -22,6 +23,7 @@ from torch import nn
 _DECORATORS = {"torch.utils._contextlib", "transformers.modeling_rope_utils"}
 _ORIGINAL = "_vlmops_original_class"
 _ABSORBS = "_vlmops_absorbs"
+_OPS = "_vlmops_ops"
 _REPLACES = "_vlmops_replaces"
 _subclasses: dict[tuple[type, Hashable], type] = {}
 
@@ -67,7 +69,8 @@ def subclass(
 
     Args:
         original: The class of the module to patch; one of ours if another op has been there.
-        key: Whatever the new forward depends on, `references` of the old one included.
+        key: Whatever the new forward depends on, `references` of the old one included; the op
+            first.
         make_forward: Called once with a label, unique to the subclass, and returns the forward.
         absorbs: Paths of the modules below whose work the new forward does itself.
         method: The method that is replaced, if it is not ``forward``.
@@ -77,8 +80,62 @@ def subclass(
     if cached is None:
         made: dict[str, Any] = {method: make_forward(str(len(_subclasses)))}
         made[_ABSORBS] = (*vars(original).get(_ABSORBS, ()), *absorbs)
+        made[_OPS] = vars(original).get(_OPS, frozenset()) | {_op_of(key)}
         cached = _subclasses[original, key] = derived(original, **made, **more)
     return cached
+
+
+def _op_of(key: Hashable) -> Hashable:
+    return key[0] if isinstance(key, tuple) else key
+
+
+def ops_of(instance: Any) -> frozenset[Hashable]:
+    """The ops for which a module's class was made; none if the class is not one of ours."""
+    ops: frozenset[Hashable] = vars(type(instance)).get(_OPS, frozenset())
+    return ops
+
+
+def wraps(inner: Any, wrap: Callable[[Any], Any]) -> Any:
+    """A function that calls ``inner``, made by ``wrap``; `rebuild` finds its way through."""
+    wrapper = wrap(inner)
+    wrapper._vlmops_wraps = inner, wrap
+    return wrapper
+
+
+def rebuild(function: Any, label: str, **globals_: Any) -> Any:
+    """`rebind` of the model's own function, inside whatever of ours or transformers' wraps it.
+
+    Raises:
+        TypeError: somebody wraps it in a way that cannot be made again.
+    """
+    inner, wrap = getattr(function, "_vlmops_wraps", (None, None))
+    if wrap is not None:
+        return wraps(rebuild(inner, label, **globals_), wrap)
+    inner = getattr(function, "__wrapped__", None)
+    if inner is None:
+        if not inspect.isfunction(function):
+            raise TypeError(f"{function!r} is no Python function")
+        return rebind(function, label, **globals_)
+    made = rebuild(inner, label, **globals_)
+    cells = function.__closure__ or ()
+    held = [cell for cell in cells if cell.cell_contents is inner]
+    if len(held) != 1 or not function.__globals__["__name__"].startswith("transformers."):
+        raise TypeError(f"it is wrapped by {owner(function)}")
+    wrapper = types.FunctionType(
+        function.__code__,
+        function.__globals__,
+        function.__name__,
+        function.__defaults__,
+        tuple(types.CellType(made) if cell is held[0] else cell for cell in cells),
+    )
+    wrapper.__kwdefaults__ = function.__kwdefaults__
+    return functools.update_wrapper(wrapper, made)
+
+
+def innermost(function: Any) -> Any:
+    """The model's own function, inside whatever wraps it."""
+    inner, _ = getattr(function, "_vlmops_wraps", (getattr(function, "__wrapped__", None), None))
+    return function if inner is None else innermost(inner)
 
 
 def derived(original: type, **body: Any) -> type:
@@ -98,6 +155,7 @@ def derived(original: type, **body: Any) -> type:
         "__deepcopy__": _deepcopy,
         _ORIGINAL: vars(original).get(_ORIGINAL, original),
         _ABSORBS: vars(original).get(_ABSORBS, ()),
+        _OPS: vars(original).get(_OPS, frozenset()),
         _REPLACES: (*vars(original).get(_REPLACES, ()), *methods),
     }
     return type(original.__name__, (original,), common | body)
@@ -152,19 +210,35 @@ def _deepcopy(self: Any, memo: dict[int, Any]) -> Any:
     return twin
 
 
-def changed(module: nn.Module, method: str = "forward") -> str | None:
-    """What somebody did to a method of a module that patching would undo."""
+def changed(
+    module: nn.Module,
+    method: str = "forward",
+    beside: frozenset[Hashable] = frozenset(),
+    decorated: bool = False,
+) -> str | None:
+    """What somebody did to a method of a module that patching would undo.
+
+    Args:
+        module: A module of a model.
+        method: The method that is to be replaced.
+        beside: Ops whose own replacements of it are kept.
+        decorated: Whether decorators of transformers are kept, whichever they are.
+    """
     name = type(module).__name__
     if was_patched(module) and not original_class(module):
         return f"{name}'s class was replaced after vlmops patched it; undo that, then patch"
-    if method in replaced(module):
+    ours = ops_of(module)
+    if method in replaced(module) and not (ours and ours <= beside):
         return f"some of its {name} modules are patched and others are not"
     if method in vars(module):
         who = owner(vars(module)[method])
         return f"{name}.{method} was replaced on the instance by {who}; undo that, then patch"
     function: Any = getattr(type(module), method)
-    while (
-        getattr(function, "__wrapped__", None) and function.__globals__["__name__"] in _DECORATORS
+    while hasattr(function, "_vlmops_wraps"):
+        function, _ = function._vlmops_wraps
+    while getattr(function, "__wrapped__", None) and (
+        function.__globals__["__name__"] in _DECORATORS
+        or (decorated and function.__globals__["__name__"].startswith("transformers."))
     ):
         function = function.__wrapped__
     if not inspect.isfunction(function) or function.__globals__["__name__"] != function.__module__:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from vlmops.hf import embeddings, pending, plain
 from vlmops.hf.norms import defers, rms_norm
-from vlmops.hf.rebind import original_class, subclass, was_patched
+from vlmops.hf.rebind import ops_of, original_class, subclass, was_patched, wraps
 
 _TOLERANCE = 1e-4  # of values around 1, in float32; agreement is about 1e-6
 
@@ -71,7 +71,7 @@ def study(
         patched: The class that the convolution gets.
     """
     width = len(weight)
-    if was_patched(tower) or "forward" in vars(tower):
+    if (was_patched(tower) and ops_of(tower) != {"packed_attention"}) or "forward" in vars(tower):
         return None
     target = tower.get_submodule(convolution)
     kept = {
@@ -247,16 +247,20 @@ def _classes(tower: Any, width: int) -> dict[str, type[nn.Module]]:
 
 
 def _tower_class(original: Any, found: Surroundings) -> type[nn.Module]:
-    def make_forward(_: str) -> Callable[..., Any]:
+    def putting_off(inner: Any) -> Callable[..., Any]:
         def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
             if torch.compiler.is_compiling() or not _undisturbed(self, found.parts):
-                return original.forward(self, *args, **kwargs)
+                return inner(self, *args, **kwargs)
             convolution = embeddings.part(self, found.convolution)
             with pending.putting_off(convolution, found.events):
-                return original.forward(self, *args, **kwargs)
+                return inner(self, *args, **kwargs)
 
-        forward.__signature__ = inspect.signature(original.forward)  # type: ignore[attr-defined]
+        forward.__signature__ = inspect.signature(inner)  # type: ignore[attr-defined]
         return forward
+
+    def make_forward(_: str) -> Callable[..., Any]:
+        made: Callable[..., Any] = wraps(original.forward, putting_off)
+        return made
 
     return subclass(original, ("patch_embed", found, original.forward), make_forward)
 

@@ -64,6 +64,7 @@ def all_sites() -> dict[str, Site]:
         linear,
         mlp_projector,
         mrope,
+        packed_attention,
         patch_embed,
         pixel_shuffle,
     )
@@ -75,6 +76,7 @@ def all_sites() -> dict[str, Site]:
         pixel_shuffle.SITE,
         hd_transform.SITE,
         mlp_projector.SITE,
+        packed_attention.SITE,
         linear.SITE,
     )
     return {site.op: site for site in sites}

@@ -22,10 +22,20 @@ from torch import Tensor, nn
 from vlmops.hf import carry, norms, rehearsal, rotary
 from vlmops.hf.carry import Layouts
 from vlmops.hf.norms import Norms, Study
-from vlmops.hf.rebind import changed, original_class, owner, rebind, references, subclass
+from vlmops.hf.rebind import (
+    changed,
+    ops_of,
+    original_class,
+    owner,
+    rebind,
+    references,
+    subclass,
+)
 from vlmops.hf.rotary import Apply, Layout
 from vlmops.hf.sites import AlreadyPatched, Place, Refused, Site
 
+_BESIDE: frozenset[Hashable] = frozenset({"packed_attention"})
+"""What else may have replaced the forward of an attention module."""
 _TOLERANCE = 1e-4  # float32, standard normal inputs, ids to 1,000: agreement is about 1e-6
 
 
@@ -73,7 +83,8 @@ def find(model: nn.Module) -> Iterator[Place | Refused | AlreadyPatched]:
         if not attentions:
             continue
         place = dataclasses.replace(place, sites=sum(a.study.calls for a in attentions))
-        if all(original_class(m) for m in (*group.rotaries, *(a.module for a in attentions))):
+        parts = (*group.rotaries, *(a.module for a in attentions))
+        if all("mrope" in ops_of(module) for module in parts):
             yield AlreadyPatched(place)
             continue
         examined = _examine(group.rotaries, attentions)
@@ -169,7 +180,7 @@ def _examine(rotaries: list[nn.Module], attentions: tuple[_Attention, ...]) -> _
     """The details of a place, or why it is refused."""
     parts = (*rotaries, *(a.module for a in attentions))
     for module in parts:
-        reason = changed(module)
+        reason = changed(module, beside=_BESIDE)
         if reason is not None:
             return reason
     for module in rotaries:
@@ -199,9 +210,10 @@ def _examine(rotaries: list[nn.Module], attentions: tuple[_Attention, ...]) -> _
 
 def _replaced(attention: _Attention) -> str | None:
     """Who put another function in the place of the one that rotates."""
-    home, name = type(attention.module).forward.__module__, attention.apply.name
+    forward, name = _forward(attention.module), attention.apply.name
+    home = forward.__module__
     function: Any = attention.apply.function
-    if isinstance(_forward(attention.module).__globals__[name], nn.Module):
+    if isinstance(forward.__globals__[name], nn.Module):
         return None
     if getattr(function, "__globals__", {}).get("__name__") == home:
         return None

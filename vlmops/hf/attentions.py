@@ -1,0 +1,278 @@
+"""What an attention module calls instead of its model's attention functions.
+
+The forward of such a module asks ``ALL_ATTENTION_FUNCTIONS`` for the function that is selected and
+calls it with q, k and v. Patched, it gets a function that calls `packed_attention` where that gives
+the same, and else the one that was asked for. Masks that only say where images or padding begin
+travel as that, not as ``[S, S]``.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from vlmops.hf import plain
+from vlmops.ops.packed_attention import packed_attention
+
+Kind = Literal["segments", "images", "padding", "dense"]
+"""Who attends: tokens within segments that the forward is given; within images, where a mask was;
+all to all but padding to padding; all to all."""
+
+SELECTED = ("eager", "sdpa")
+"""The implementations that the op stands for."""
+_OTHER_MATHS = ("softcap", "position_bias", "s_aux", "sinks", "head_mask", "cache")
+_VARLEN = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+MAX_DIM = 256
+
+
+class Functions:
+    """Stands where the forward of an attention module looks for ``ALL_ATTENTION_FUNCTIONS``."""
+
+    def __init__(self, theirs: Any, kind: Kind, mask: Any = None) -> None:
+        """See `replaced`."""
+        self._theirs, self._mask = theirs, mask
+        self._attend = _segments if kind == "segments" else _dense
+        self._kind = kind
+
+    def get_interface(self, implementation: Any, default: Any) -> Callable[..., Any]:
+        """See transformers.AttentionInterface."""
+        theirs: Callable[..., Any] = self._theirs.get_interface(implementation, default)
+        if implementation not in SELECTED:
+            return theirs
+        known = theirs is default or theirs.__module__ == _SDPA
+        return functools.partial(self._attend, theirs, known, self._kind, self._mask)
+
+
+_SDPA = "transformers.integrations.sdpa_attention"
+
+
+def replaced(found: dict[str, Any], kind: Kind, mask: Any = None) -> dict[str, Any]:
+    """What the globals of a forward stand for in a patched one.
+
+    Args:
+        found: From `globals_of`: name -> the model's own.
+        kind: Who attends.
+        mask: The model's function whose mask `Functions` makes of what travels in its place.
+    """
+    made: dict[str, Any] = {}
+    for name, theirs in found.items():
+        if callable(theirs):
+            made[name] = _asks_for_segments(theirs)
+        else:
+            made[name] = Functions(theirs, kind, mask)
+    return made
+
+
+def _asks_for_segments(theirs: Any) -> Callable[..., bool]:
+    """In place of ``is_flash_attention_requested``: the branch that passes cu_seqlens on."""
+
+    def is_flash_attention_requested(config: Any = None, *args: Any, **kwargs: Any) -> bool:
+        if config is not None and config._attn_implementation in SELECTED:
+            return True
+        return bool(theirs(config, *args, **kwargs))
+
+    return is_flash_attention_requested
+
+
+def _segments(
+    theirs: Any,
+    known: bool,
+    kind: Kind,
+    mask: Any,
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """``[1, H, N, D]``, given where segments begin; else one call of ``theirs`` for each segment.
+
+    The weights, which no tower looks at, are None.
+    """
+    starts = kwargs.get("cu_seq_lens_q")
+    if starts is None:
+        result: tuple[Tensor, Tensor | None] = theirs(
+            module, query, key, value, attention_mask=attention_mask, **kwargs
+        )
+        return result
+    if (
+        known
+        and attention_mask is None
+        and query.shape[0] == 1
+        and _servable(query, key, value, kwargs)
+        and _starts(starts)
+    ):
+        return _packed(query, key, value, starts, kwargs), None
+    rest = {name: value for name, value in kwargs.items() if name not in _VARLEN}
+    lengths = (starts[1:] - starts[:-1]).tolist()
+    parts = zip(*(t.split(lengths, dim=2) for t in (query, key, value)), strict=True)
+    outs = [theirs(module, *part, attention_mask=attention_mask, **rest)[0] for part in parts]
+    return torch.cat(outs, dim=1), None
+
+
+def _dense(
+    theirs: Any,
+    known: bool,
+    kind: Kind,
+    mask: Any,
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """``[B, H, S, D]`` of a module whose mask, if there is one, came from `mask_of_images` or
+    `mask_of_padding`; else ``theirs``."""
+    carried = attention_mask is not None and (
+        attention_mask.dtype == (torch.bool if kind == "padding" else torch.int32)
+        and attention_mask.dim() == (2 if kind == "padding" else 1)
+        and kind != "dense"
+    )
+    sdpa = theirs.__module__ == _SDPA
+    causal = bool(sdpa and attention_mask is None and _is_causal(module, query, kwargs))
+    if (
+        known
+        and (attention_mask is None or carried)
+        and not (causal and query.shape[2] != key.shape[2])
+        and not (causal is False and kind == "images" and query.shape[0] != 1)
+        and (sdpa or not _weights_wanted(module, kwargs))
+        and _servable(query, key, value, kwargs)
+    ):
+        if kind == "images" and attention_mask is not None:
+            return _packed(query, key, value, attention_mask, kwargs), None
+        q, k, v = (t.transpose(1, 2) for t in (query, key, value))  # [B, S, H, D]
+        scale = kwargs.get("scaling")
+        if attention_mask is None:
+            return packed_attention(q, k, v, scale=scale, causal=causal), None
+        return _padded(q, k, v, attention_mask, scale), None
+    if carried:
+        assert attention_mask is not None
+        if kind == "images":
+            lengths = (attention_mask[1:] - attention_mask[:-1]).tolist()
+            attention_mask = mask(lengths, query.transpose(1, 2).flatten(2))
+        else:
+            attention_mask = padding_mask(attention_mask, query.dtype)
+    result: tuple[Tensor, Tensor | None] = theirs(
+        module, query, key, value, attention_mask, **kwargs
+    )
+    return result
+
+
+def _packed(
+    query: Tensor, key: Tensor, value: Tensor, starts: Tensor, kwargs: dict[str, Any]
+) -> Tensor:
+    q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))  # [N, H, D]
+    longest = kwargs.get("max_length_q")
+    longest = longest if isinstance(longest, int) else None
+    scale = kwargs.get("scaling")
+    return packed_attention(q, k, v, starts, max_seqlen=longest, scale=scale)[None]
+
+
+def _padded(q: Tensor, k: Tensor, v: Tensor, padding: Tensor, scale: Any) -> Tensor:
+    """Where all of a row is padding, its mask is the same everywhere: every key weighs as much."""
+    made = packed_attention(q, k, v, padding=padding, scale=scale)
+    if not (torch.compiler.is_compiling() or padding.device.type != "cpu"):
+        return made  # `mask_of_padding` has looked
+    nothing = padding.all(1)[:, None, None, None]
+    return torch.where(nothing, v.mean(1, keepdim=True), made)
+
+
+def _is_causal(module: Any, query: Tensor, kwargs: dict[str, Any]) -> bool:
+    """As `sdpa_attention_forward` takes it where there is no mask."""
+    given = kwargs.get("is_causal")
+    causal = getattr(module, "is_causal", True) if given is None else given
+    return query.shape[2] > 1 and bool(causal)
+
+
+def _starts(starts: Tensor) -> bool:
+    return starts.dim() == 1 and starts.dtype in (torch.int32, torch.int64)
+
+
+def _servable(query: Tensor, key: Tensor, value: Tensor, kwargs: dict[str, Any]) -> bool:
+    """Whether the op gives what the model's own attention gives for these, without a mask."""
+    dim = query.shape[-1]
+    if not query.dtype == key.dtype == value.dtype or key.shape != value.shape:
+        return False
+    if dim % 8 or not 0 < dim <= MAX_DIM or dim != key.shape[-1]:
+        return False
+    if key.shape[1] == 0 or query.shape[1] % key.shape[1] or key.shape[0] != query.shape[0]:
+        return False
+    if kwargs.get("dropout") or any(kwargs.get(name) is not None for name in _OTHER_MATHS):
+        return False
+    device = query.device.type
+    if torch.is_autocast_enabled(device) and query.dtype != torch.get_autocast_dtype(device):
+        return False
+    return plain.runs("packed_attention", (query, key, value))
+
+
+def _weights_wanted(module: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether anybody may look at the attention weights that eager code returns."""
+    if kwargs.get("output_attentions"):
+        return True
+    return any(_looks_at_weights(hook) for hook in module._forward_hooks.values())
+
+
+def _looks_at_weights(hook: Any) -> bool:
+    """A hook of the user, or one by which transformers collects weights now."""
+    if getattr(hook, "__module__", None) != "transformers.utils.output_capturing":
+        return True
+    collected = hook.__globals__["_active_collector"].get()
+    return collected is not None and any("hidden_states" not in name for name in collected)
+
+
+# Masks. Mllama's and Pixtral's towers make them for all their layers.
+
+
+def mask_of_images(theirs: Any) -> Callable[..., Tensor]:
+    """In place of ``generate_block_attention_mask``: where images begin, ``[images + 1]``."""
+
+    def generate_block_attention_mask(patch_embeds_list: Any, tensor: Tensor) -> Tensor:
+        lengths = list(patch_embeds_list)
+        if tensor.shape[0] != 1 or sum(lengths) != tensor.shape[1]:
+            mask: Tensor = theirs(patch_embeds_list, tensor)
+            return mask
+        ends = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        return ends.to(tensor.device, non_blocking=True)
+
+    return generate_block_attention_mask
+
+
+def mask_of_padding(theirs: Any) -> Callable[..., Tensor]:
+    """In place of Mllama's ``_prepare_aspect_ratio_attention_mask``: its padding, ``[B, S]``."""
+
+    def _prepare_aspect_ratio_attention_mask(
+        aspect_ratio_mask: Tensor, num_patches: int, target_length: int, dtype: torch.dtype
+    ) -> Tensor:
+        host = aspect_ratio_mask.device.type == "cpu" and not torch.compiler.is_compiling()
+        if num_patches >= target_length or (host and not _is_ordinary(aspect_ratio_mask)):
+            mask: Tensor = theirs(
+                aspect_ratio_mask=aspect_ratio_mask,
+                num_patches=num_patches,
+                target_length=target_length,
+                dtype=dtype,
+            )
+            return mask
+        rows, tiles = aspect_ratio_mask.shape
+        behind = torch.arange(target_length, device=aspect_ratio_mask.device) >= num_patches
+        padding = (aspect_ratio_mask == 0)[:, :, None] | behind
+        return padding.view(rows, tiles * target_length)
+
+    return _prepare_aspect_ratio_attention_mask
+
+
+def _is_ordinary(tiles: Tensor) -> bool:
+    """Whether all are 0 or 1, and every row has some."""
+    used = tiles != 0
+    return bool((used == tiles).all() & used.any(1).all())
+
+
+def padding_mask(padding: Tensor, dtype: torch.dtype) -> Tensor:
+    """The mask that stands for padding ``[B, S]``."""
+    hidden = padding[:, None, :, None] & padding[:, None, None, :]
+    return hidden.to(dtype) * torch.finfo(dtype).min

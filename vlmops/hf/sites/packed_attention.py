@@ -1,0 +1,522 @@
+"""`vlmops.packed_attention` in the attention of vision towers.
+
+Found are modules whose forward asks ``ALL_ATTENTION_FUNCTIONS`` for a function and gives it q, k
+and v. Its answer is replaced (`vlmops.hf.attentions`), in these modules alone; projections, norms
+and rotation stay the model's own code. Towers that cut q, k and v into segments are led into the
+branch that hands the whole on, as for flash attention; towers that make a mask of segments or of
+padding make what the op takes in its place. Where tokens attend to all others, torch has an
+attention of its own, and measurements decide.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import time
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils._python_dispatch import _disable_current_modes
+
+from vlmops import dispatch
+from vlmops.hf import attentions, rehearsal, rotary
+from vlmops.hf.attentions import Kind
+from vlmops.hf.rebind import (
+    changed,
+    innermost,
+    ops_of,
+    original_class,
+    rebuild,
+    references,
+    subclass,
+)
+from vlmops.hf.sites import AlreadyPatched, LeftAlone, Place, Refused, Site
+from vlmops.ops.packed_attention import packed_attention
+
+_OP = "packed_attention"
+_BESIDE: frozenset[Hashable] = frozenset({"mrope", "patch_embed"})
+_TOLERANCE = 1e-4  # of values around 1, in float32: agreement is about 1e-6
+_CLEARLY = 0.95  # of the time of torch's own attention is what the op may take
+_MOST_TOKENS = 1024  # of a measurement
+_ROUNDS = 3
+# Parameters of the functions that make masks for all layers of a tower.
+_MASKS: Mapping[tuple[str, ...], Kind] = {
+    ("patch_embeds_list", "tensor"): "images",
+    ("aspect_ratio_mask", "num_patches", "target_length", "dtype"): "padding",
+}
+_OTHERS = {"cross_attention_states", "encoder_hidden_states", "key_value_states"}
+"""Parameters of a forward that attends to other tokens than its own."""
+_CARRIED: Mapping[Kind, Callable[[Any], Callable[..., Tensor]]] = {
+    "images": attentions.mask_of_images,
+    "padding": attentions.mask_of_padding,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Mask:
+    """What makes the mask of a tower."""
+
+    tower: nn.Module
+    name: str
+    function: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class _Details:
+    attentions: tuple[nn.Module, ...]
+    kind: Kind
+    mask: _Mask | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Heads:
+    """What a module gives its attention function."""
+
+    heads: int
+    kv_heads: int
+    dim: int
+
+
+@dataclasses.dataclass
+class _Group:
+    kind: Kind
+    mask: _Mask | None
+    paths: list[str] = dataclasses.field(default_factory=list)
+    modules: list[nn.Module] = dataclasses.field(default_factory=list)
+
+
+def find(model: nn.Module) -> Iterator[Place | Refused | AlreadyPatched]:
+    """Attention modules of one class below one module, and the tower that makes their mask."""
+    for group in _groups(model):
+        modules = tuple(group.modules)
+        place = Place(_common(group.paths), type(modules[0]).__name__, len(modules))
+        parts = (*modules, *([group.mask.tower] if group.mask else []))
+        if all(_OP in ops_of(module) for module in parts):
+            yield AlreadyPatched(place)
+            continue
+        reason = _refusal(parts, modules, group.mask)
+        place = dataclasses.replace(place, details=_Details(modules, group.kind, group.mask))
+        if reason is not None:
+            yield Refused(place, reason)
+            continue
+        reason = _left_alone(modules[0], group.kind)
+        yield place if reason is None else LeftAlone(place, reason)
+
+
+def _groups(model: nn.Module) -> list[_Group]:
+    groups: dict[Hashable, _Group] = {}
+    masks: dict[nn.Module, tuple[Kind, _Mask]] = {}
+    for path, module in model.named_modules():
+        made = _mask(module)
+        if made is not None:
+            masks |= dict.fromkeys(module.modules(), made)
+        kind = _kind(module)
+        if kind is None:
+            continue
+        mask: _Mask | None = None
+        if kind == "dense" and module in masks:
+            kind, mask = masks[module]
+        outer = ".".join("*" if part.isdigit() else part for part in path.split("."))
+        key = original_class(module) or type(module), outer if mask is None else mask
+        group = groups.setdefault(key, _Group(kind, mask))
+        if module not in group.modules:
+            group.paths.append(path)
+            group.modules.append(module)
+    return list(groups.values())
+
+
+def _common(paths: list[str]) -> str:
+    """model.visual.blocks.*.attn for a group of several."""
+    parts = zip(*(path.split(".") for path in paths), strict=False)
+    return ".".join(names[0] if len(set(names)) == 1 else "*" for names in parts)
+
+
+def _forward(module: nn.Module) -> Any:
+    """The model's own forward, without decorators; None for C++ and TorchScript."""
+    forward = innermost(inspect.getattr_static(original_class(module) or type(module), "forward"))
+    return forward if inspect.isfunction(forward) else None
+
+
+def _asked(forward: Any) -> dict[str, Any]:
+    """By which global names a forward asks for its attention function and how it is called."""
+    from transformers.modeling_utils import AttentionInterface
+
+    names = forward.__code__.co_names
+    if "get_interface" not in names:
+        return {}
+    found = {name: forward.__globals__[name] for name in names if name in forward.__globals__}
+    asked = {
+        name: value
+        for name, value in found.items()
+        if isinstance(value, AttentionInterface)
+        or getattr(value, "__name__", "") == "is_flash_attention_requested"
+    }
+    return asked if any(not callable(value) for value in asked.values()) else {}
+
+
+def _kind(module: nn.Module) -> Kind | None:
+    """Who attends in a module; None if it is no attention of a tower."""
+    forward = _forward(module)
+    asked = {} if forward is None else _asked(forward)
+    if not asked:
+        return None
+    parameters = inspect.signature(forward).parameters
+    if "cu_seqlens" in parameters and any(callable(value) for value in asked.values()):
+        return "segments"
+    if "cu_seqlens" in parameters:
+        return None
+    # Decoders have a cache, and say whether they are causal.
+    if "past_key_values" in parameters and hasattr(module, "is_causal"):
+        return None
+    if _OTHERS & set(parameters):
+        return None
+    return "dense"
+
+
+def _mask(module: nn.Module) -> tuple[Kind, _Mask] | None:
+    """Of a tower, what makes the mask of its layers."""
+    forward = _forward(module)
+    if forward is None:
+        return None
+    for name in forward.__code__.co_names:
+        function = forward.__globals__.get(name)
+        if inspect.isfunction(function):
+            kind = _MASKS.get(tuple(inspect.signature(function).parameters))
+            if kind is not None:
+                return kind, _Mask(module, name, function)
+    return None
+
+
+def _selected(module: Any) -> Any:
+    return getattr(getattr(module, "config", None), "_attn_implementation", None)
+
+
+def _refusal(
+    parts: tuple[nn.Module, ...], modules: tuple[nn.Module, ...], mask: _Mask | None
+) -> str | None:
+    """Why modules that look right cannot be patched."""
+    for module in parts:
+        reason = changed(module, beside=_BESIDE, decorated=True)
+        if reason is not None:
+            return reason
+    for name, theirs in [] if mask is None else [(mask.name, mask.function)]:
+        if theirs.__globals__["__name__"] != theirs.__module__ or not theirs.__module__.startswith(
+            _forward(mask.tower).__module__
+        ):
+            return f"{name} was replaced by {theirs.__module__}; undo that first"
+    tensors = [t for m in modules for t in m.parameters()]
+    for device in sorted({t.device for t in tensors}, key=str):
+        reason = dispatch.refuses(_OP, device)
+        if reason is not None:
+            return reason
+    for dtype in sorted({t.dtype for t in tensors if t.is_floating_point()}, key=str):
+        if dtype == torch.float64:
+            return f"no kernel for {dtype}"
+    selected = _selected(modules[0])
+    if selected not in attentions.SELECTED:
+        return f"{selected} is selected, and the op stands for {' and '.join(attentions.SELECTED)}"
+    studied = _study(modules[0])
+    if isinstance(studied, str):
+        return studied
+    if studied.dim % 8 or studied.dim > attentions.MAX_DIM:
+        return (
+            f"heads of {studied.dim} channels: the kernel takes multiples of 8 up to "
+            f"{attentions.MAX_DIM}"
+        )
+    return None
+
+
+# Whether it gains.
+
+
+def _left_alone(module: Any, kind: Kind) -> str | None:
+    """Why a module that can be patched would gain nothing."""
+    if kind != "dense":
+        return None
+    tokens = _tokens(getattr(module, "config", None))
+    if tokens is None:
+        return "its config does not say how many tokens it attends to: not measured"
+    studied = _study(module)
+    assert isinstance(studied, Heads)
+    weight = next(p for p in module.parameters() if p.is_floating_point())
+    return worthwhile(tokens, studied, weight.dtype, weight.device)
+
+
+def _tokens(config: Any) -> int | None:
+    """Patches of an image of the size that a tower is made for."""
+    patches = getattr(config, "num_patches", None)
+    if isinstance(patches, int):
+        return patches
+    sides = [getattr(config, name, None) for name in ("image_size", "patch_size")]
+    pairs = [[s, s] if isinstance(s, int) else s for s in sides]
+    if not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in pairs):
+        return None
+    return max(1, pairs[0][0] // pairs[1][0] * (pairs[0][1] // pairs[1][1]))
+
+
+_measured: dict[Hashable, float] = {}
+"""The op's time as a share of that of torch's own attention."""
+
+
+def worthwhile(tokens: int, heads: Heads, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why all tokens of an image attend to each other as fast by torch's own attention; or None.
+
+    Measured once for each shape and number of threads.
+    """
+    if device.type != "cpu":
+        return f"not measured on {device.type}: torch's own attention of all tokens to all stays"
+    tokens = min(tokens, _MOST_TOKENS)
+    key = tokens, heads, dtype, torch.get_num_threads()
+    if key not in _measured:
+        with _disable_current_modes(), torch.no_grad():
+            _measured[key] = _share(tokens, heads, dtype)
+    share = _measured[key]
+    if share < _CLEARLY:
+        return None
+    return f"measured: torch's own attention takes {1 / share:.2f} of the op's time"
+
+
+def _share(tokens: int, heads: Heads, dtype: torch.dtype) -> float:
+    draw = torch.Generator().manual_seed(0)
+    shapes = [(tokens, n, heads.dim) for n in (heads.heads, heads.kv_heads, heads.kv_heads)]
+    q, k, v = (torch.randn(1, *s, generator=draw).to(dtype) for s in shapes)
+
+    def theirs() -> Tensor:
+        parts = (t.transpose(1, 2) for t in (q, k, v))
+        return functional.scaled_dot_product_attention(*parts, enable_gqa=len(set(shapes)) > 1)
+
+    best = []
+    for function in (theirs, lambda: packed_attention(q, k, v)):
+        times = []
+        function()
+        for _ in range(_ROUNDS):
+            start = time.perf_counter()
+            function()
+            times.append(time.perf_counter() - start)
+        best.append(min(times))
+    return best[1] / best[0]
+
+
+# What modules become.
+
+
+def adapt(place: Place) -> dict[nn.Module, type[nn.Module]]:
+    """See `Site.adapt`."""
+    details: _Details = place.details
+    function = None if details.mask is None else details.mask.function
+    classes = {m: _attention_class(m, details.kind, function) for m in details.attentions}
+    if details.mask is not None:
+        tower = details.mask.tower
+        paths = {module: path for path, module in tower.named_modules()}
+        below = tuple(paths[m] for m in details.attentions)
+        classes[tower] = _tower_class(details.mask, details.kind, below)
+    return classes
+
+
+def _attention_class(module: nn.Module, kind: Kind, mask: Any) -> type[nn.Module]:
+    original: Any = type(module)
+    forward = innermost(original.forward)
+
+    def make_forward(label: str) -> Any:
+        new = attentions.replaced(_asked(_forward(module)), kind, mask)
+        return rebuild(original.forward, label, **new)
+
+    key = (_OP, kind, mask, original.forward, references(forward))
+    return subclass(original, key, make_forward)
+
+
+def _tower_class(mask: _Mask, kind: Kind, below: tuple[str, ...]) -> type[nn.Module]:
+    original: Any = type(mask.tower)
+
+    def make_forward(label: str) -> Any:
+        carries = rebuild(original.forward, label, **{mask.name: _CARRIED[kind](mask.function)})
+
+        def either(inner: Any) -> Callable[..., Any]:
+            def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+                ready = _ready(self, below)
+                return (carries if ready else inner)(self, *args, **kwargs)
+
+            forward.__signature__ = inspect.signature(inner)  # type: ignore[attr-defined]
+            return forward
+
+        return either(original.forward)
+
+    key = (_OP, kind, mask.name, below, original.forward, references(innermost(original.forward)))
+    return subclass(original, key, make_forward)
+
+
+def _ready(tower: Any, below: tuple[str, ...]) -> bool:
+    """Whether all attention modules of a tower understand what travels in place of its mask."""
+    if tower.config._attn_implementation not in attentions.SELECTED:
+        return False
+    for path in below:
+        module = tower
+        for name in path.split("."):
+            module = getattr(module, name, None)
+        if _OP not in getattr(type(module), "_vlmops_ops", ()) or "forward" in module.__dict__:
+            return False
+    return True
+
+
+# What they do, by running them with made up projections.
+
+_studied: dict[Hashable, Heads | str] = {}
+
+
+def _key(module: Any) -> Hashable:
+    """Equal for modules that do the same."""
+    numbers = tuple(
+        (name, value)
+        for name, value in sorted(vars(module).items())
+        if isinstance(value, bool | int | float) and name not in ("layer_idx", "training")
+    )
+    layers = tuple(
+        (name, m.in_features, m.out_features)
+        for name, m in module.named_modules()
+        if rehearsal.is_linear(m)
+    )
+    forward = _forward(module)
+    return forward, references(forward), _selected(module), numbers, layers
+
+
+class _Spy:
+    """In place of ``ALL_ATTENTION_FUNCTIONS``: keeps what its functions are given."""
+
+    def __init__(self, theirs: Any) -> None:
+        self.theirs, self.calls = theirs, list[Any]()
+
+    def get_interface(self, *args: Any) -> Callable[..., Any]:
+        function = self.theirs.get_interface(*args)
+
+        def spied(module: Any, q: Tensor, k: Tensor, v: Tensor, *rest: Any, **kw: Any) -> Any:
+            self.calls.append((q, k, v))
+            return function(module, q, k, v, *rest, **kw)
+
+        return spied
+
+
+def _study(module: Any) -> Heads | str:
+    """Shapes of what a module gives its attention function, or why it cannot be told."""
+    key = _key(module)
+    if key not in _studied:
+        spies = {n: _Spy(f) for n, f in _asked(_forward(module)).items() if not callable(f)}
+        try:
+            _rehearse(module, _forward(module), spies)
+        except rehearsal.ImpossibleError as reason:
+            _studied[key] = f"{type(module).__name__} cannot be rehearsed: {reason}"
+        else:
+            _studied[key] = _heads(module, [c for spy in spies.values() for c in spy.calls])
+    return _studied[key]
+
+
+def _heads(module: Any, calls: list[tuple[Tensor, Tensor, Tensor]]) -> Heads | str:
+    name = type(module).__name__
+    if not calls:
+        return f"{name} does not call its attention function"
+    q, k, v = calls[0]
+    if q.dim() != 4 or k.shape != v.shape or q.shape[-1] != k.shape[-1]:
+        shapes = ", ".join(str(list(t.shape)) for t in calls[0])
+        return f"{name} attends with q, k and v of shapes {shapes}"
+    if q.shape[2] != k.shape[2]:
+        return f"{name} attends to other tokens than its own"
+    return Heads(q.shape[1], k.shape[1], q.shape[3])
+
+
+_STARTS = torch.tensor([0, 2, rehearsal.TOKENS], dtype=torch.int32)
+
+
+def _rehearse(
+    module: Any, forward: Any, new: Mapping[str, Any], mask: Tensor | None = None
+) -> list[Tensor]:
+    """What the linear layers of a module are given, where nothing is rotated."""
+    turns = {
+        name: _unturned(apply)
+        for name in forward.__code__.co_names
+        if (apply := rotary.find_apply(name, forward.__globals__.get(name))) is not None
+    }
+    rebuilt = rebuild(forward, "rehearsal", **turns, **new)
+    anything = (torch.ones(1), torch.ones(1))
+    positions = dict.fromkeys(rehearsal.positions(forward), anything)
+    if "freqs_ci" in positions:
+        positions["freqs_ci"] = torch.ones(1)  # type: ignore[assignment]
+    problem = None
+    parameters = inspect.signature(forward).parameters
+    for packed in (True, False) if "cu_seqlens" in parameters else (False,):
+        given: list[Tensor] = []
+        made = rehearsal.twin(module, given)
+        made.config._attn_implementation = {"": _selected(module)}
+        more: dict[str, Any] = {"attention_mask": mask, "cu_seqlens": _STARTS, **positions}
+        more = {name: value for name, value in more.items() if name in parameters}
+        try:
+            rehearsal.run(rebuilt, made, packed, **more)
+        except rehearsal.ImpossibleError as error:
+            problem = problem or error
+        else:
+            return given
+    assert problem is not None
+    raise problem
+
+
+def _unturned(apply: Any) -> Callable[..., Any]:
+    def unturned(*args: Any, **_: Any) -> Any:
+        return args[: apply.rows] if apply.rows > 1 else args[0]
+
+    return unturned
+
+
+_checked: dict[Hashable, str | None] = {}
+
+
+def check(place: Place) -> str | None:
+    """Rehearses the modules, patched and not; once per class, shapes and kind."""
+    details: _Details = place.details
+    for module in details.attentions:
+        key = _key(module), details.kind, details.mask and details.mask.function
+        if key not in _checked:
+            with torch.no_grad():
+                _checked[key] = _difference(module, details.kind, details.mask)
+        if _checked[key] is not None:
+            return _checked[key]
+    return None
+
+
+def _difference(module: Any, kind: Kind, mask: _Mask | None) -> str | None:
+    """Why the replacement is not what it replaces."""
+    forward, name = _forward(module), type(module).__name__
+    function = None if mask is None else mask.function
+    new = attentions.replaced(_asked(forward), kind, function)
+    for theirs, ours in _masks(kind, function):
+        try:
+            expected = _rehearse(module, forward, {}, theirs)
+            got = _rehearse(module, forward, new, ours)
+        except Exception as error:  # foreign code, asked with what it was not written for
+            return f"{name} cannot be rehearsed: {error}"
+        if [t.shape for t in got] != [t.shape for t in expected]:
+            return f"the numeric check failed: {name} attends to other shapes"
+        error = max(float((a - b).abs().max()) for a, b in zip(got, expected, strict=True))
+        if not error <= _TOLERANCE:
+            return f"the numeric check failed: {name} differs by {error:.3g}"
+    return None
+
+
+def _masks(kind: Kind, function: Any) -> Iterator[tuple[Tensor | None, Tensor | None]]:
+    """A mask as the model makes it, and what stands for it."""
+    if function is None:
+        yield None, None
+        return
+    make = _CARRIED[kind](function)
+    if kind == "images":
+        like = torch.zeros(1, rehearsal.TOKENS, 8)
+        lengths = (_STARTS[1:] - _STARTS[:-1]).tolist()
+        yield function(lengths, like), make(lengths, like)
+        return
+    tokens = rehearsal.TOKENS
+    for tiles in (torch.ones(1, 1), torch.zeros(1, 1)):
+        args = (tiles.long(), tokens - 2, tokens, torch.float32)
+        yield function(*args), make(*args)
+
+
+SITE = Site(_OP, find, adapt, check)
