@@ -127,8 +127,7 @@ def _dense(
     attention_mask: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """``[B, H, S, D]`` of a module whose mask, if there is one, came from `mask_of_images` or
-    `mask_of_padding`; else ``theirs``."""
+    """``[B, H, S, D]``, without a mask or with what travels in place of one; else ``theirs``."""
     carried = attention_mask is not None and (
         attention_mask.dtype == (torch.bool if kind == "padding" else torch.int32)
         and attention_mask.dim() == (2 if kind == "padding" else 1)
@@ -140,7 +139,7 @@ def _dense(
         known
         and (attention_mask is None or carried)
         and not (causal and query.shape[2] != key.shape[2])
-        and not (causal is False and kind == "images" and query.shape[0] != 1)
+        and not (carried and kind == "images" and query.shape[0] != 1)
         and (sdpa or not _weights_wanted(module, kwargs))
         and _servable(query, key, value, kwargs)
     ):

@@ -31,6 +31,23 @@ def tower(path: str, layers: str = "num_hidden_layers") -> Expected:
     return Expected("mrope", path, lambda config: int(getattr(config.vision_config, layers)))
 
 
+def attention(path: str, *model_types: str, layers: str = "num_hidden_layers") -> Expected:
+    """The attention modules of a vision tower.
+
+    Args:
+        path: With a * for the number of a layer.
+        model_types: Of the tower; any if none is named.
+        layers: What its config calls their number.
+    """
+
+    def sites(config: Any) -> int:
+        vision = config.vision_config
+        known = not model_types or vision.model_type in model_types
+        return int(getattr(vision, layers)) if known else 0
+
+    return Expected("packed_attention", path, sites)
+
+
 def patches(path: str, sites: Callable[[Any], int] = lambda _: 1) -> Expected:
     """What makes tokens of pixels, once a forward; sites: 0 for configs that have it elsewhere."""
     return Expected("patch_embed", path, sites)

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from vlmops.hf.targets import Expected, patches, shuffle
+from vlmops.hf.targets import Expected, attention, patches, shuffle
 
 
 def _rotating(config: Any) -> int:
@@ -14,6 +14,7 @@ EXPECTED = dict.fromkeys(
     ("aya_vision", "cohere2_vision"),
     (
         patches("model.vision_tower.embeddings"),
+        attention("model.vision_tower.encoder.layers.*.self_attn"),
         shuffle("model.multi_modal_projector"),
         Expected("mrope", "model.language_model", _rotating),
     ),

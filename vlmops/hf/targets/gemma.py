@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from vlmops.hf.targets import patches, shuffle, text
+from vlmops.hf.targets import attention, patches, shuffle, text
 
 
 def _pools(config: Any) -> int:
@@ -12,8 +12,9 @@ def _pools(config: Any) -> int:
 
 
 _TOWER = patches("model.vision_tower.embeddings")
+_ATTENTION = attention("model.vision_tower.encoder.layers.*.self_attn")
 
 EXPECTED = {
-    "gemma3": (_TOWER, shuffle("model.multi_modal_projector", _pools), text()),
-    "paligemma": (_TOWER, text()),
+    "gemma3": (_TOWER, _ATTENTION, shuffle("model.multi_modal_projector", _pools), text()),
+    "paligemma": (_TOWER, _ATTENTION, text()),
 }

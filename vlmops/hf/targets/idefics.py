@@ -1,17 +1,23 @@
 """Idefics 1 to 3, SmolVLM."""
 
-from vlmops.hf.targets import patches, projector, shuffle, text
+from vlmops.hf.targets import attention, patches, projector, shuffle, text
 
 _TOWER = patches("model.vision_model.embeddings")
+_ATTENTION = attention("model.vision_model.encoder.layers.*.self_attn")
 _CONNECTOR = shuffle("model.connector")
 
 EXPECTED = {
-    "idefics": (_TOWER, text("model.*.*.*")),  # a rotary module in each attention module
+    "idefics": (
+        _TOWER,
+        _ATTENTION,
+        text("model.*.*.*"),
+    ),  # a rotary module in each attention module
     "idefics2": (
         _TOWER,
+        _ATTENTION,
         projector("model.connector.modality_projection"),
         text("model.text_model"),
     ),
-    "idefics3": (_TOWER, _CONNECTOR, text("model.text_model")),
-    "smolvlm": (_TOWER, _CONNECTOR, text("model.text_model")),
+    "idefics3": (_TOWER, _ATTENTION, _CONNECTOR, text("model.text_model")),
+    "smolvlm": (_TOWER, _ATTENTION, _CONNECTOR, text("model.text_model")),
 }

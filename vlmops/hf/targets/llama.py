@@ -1,11 +1,12 @@
 """Llama-4 and Llama-3.2-Vision (Mllama)."""
 
-from vlmops.hf.targets import Expected, patches, projector, shuffle, tower
+from vlmops.hf.targets import Expected, attention, patches, projector, shuffle, tower
 
 EXPECTED = {
     "llama4": (
         patches("vision_model.patch_embedding"),
         tower("vision_model"),
+        attention("vision_model.model.layers.*.self_attn"),
         shuffle("vision_model.vision_adapter"),
         projector("vision_model.vision_adapter.mlp"),
         # One stands for a layer with positions.
@@ -17,6 +18,13 @@ EXPECTED = {
     ),
     "mllama": (
         patches("model.vision_model.patch_embedding"),
+        Expected(
+            "packed_attention",
+            "model.vision_model.*.layers.*.self_attn",
+            lambda config: (
+                config.vision_config.num_hidden_layers + config.vision_config.num_global_layers
+            ),
+        ),
         Expected(
             "mrope",
             "model.language_model",

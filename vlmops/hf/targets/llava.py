@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from vlmops.hf.targets import Expected, patches, projector, shuffle, text, tower
+from vlmops.hf.targets import Expected, attention, patches, projector, shuffle, text, tower
 
 _PIXTRAL = Expected(
     "mrope",
@@ -25,6 +25,12 @@ _TOWERS = (
     _with("model.vision_tower.patch_conv", "pixtral"),
 )
 
+_ENCODER = "model.vision_tower.encoder.layers.*.self_attn"
+_ATTENTION = (
+    attention(_ENCODER, "clip_vision_model", "siglip_vision_model"),
+    attention("model.vision_tower.transformer.layers.*.attention", "pixtral"),
+)
+
 _PROJECTOR = projector("model.multi_modal_projector")
 _MERGER = shuffle("model.multi_modal_projector.patch_merger")
 
@@ -36,31 +42,36 @@ def _averages(config: Any) -> int:
 EXPECTED = {
     "internvl": (
         _with("model.vision_tower.embeddings", "internvl_vision"),
+        attention("model.vision_tower.encoder.layer.*.attention", "internvl_vision"),
         shuffle("model"),
         _PROJECTOR,
         text(),
     ),
-    "llava": (*_TOWERS, _PIXTRAL, _PROJECTOR, text()),
-    "llava_next": (*_TOWERS, _PROJECTOR, text()),
+    "llava": (*_TOWERS, *_ATTENTION, _PIXTRAL, _PROJECTOR, text()),
+    "llava_next": (*_TOWERS, *_ATTENTION, _PROJECTOR, text()),
     "llava_next_video": (
         *_TOWERS,
+        *_ATTENTION,
         shuffle("model.vision_resampler.pool", _averages),
         _PROJECTOR,
         text(),
     ),
-    "llava_onevision": (*_TOWERS, _PROJECTOR, text()),
-    "mistral3": (*_TOWERS, _PIXTRAL, _MERGER, _PROJECTOR, text()),
+    "llava_onevision": (*_TOWERS, *_ATTENTION, _PROJECTOR, text()),
+    "mistral3": (*_TOWERS, *_ATTENTION, _PIXTRAL, _MERGER, _PROJECTOR, text()),
     "video_llama_3": (
         patches("model.vision_model.embeddings.patch_embedding"),
         tower("model.vision_model"),
+        attention("model.vision_model.encoder.layers.*.self_attn"),
         projector("model.projector"),
         text(),
     ),
     "video_llava": (
         _with("model.image_tower.embeddings", "clip_vision_model"),
         _with("model.video_tower.embeddings", "clip_vision_model"),
+        attention("model.image_tower.encoder.layers.*.self_attn", "clip_vision_model"),
+        attention("model.video_tower.encoder.layers.*.self_attn", "clip_vision_model"),
         _PROJECTOR,
         text(),
     ),
-    "vipllava": (*_TOWERS, _PROJECTOR, text()),
+    "vipllava": (*_TOWERS, *_ATTENTION, _PROJECTOR, text()),
 }

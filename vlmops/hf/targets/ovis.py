@@ -1,18 +1,24 @@
 """Ovis2, Aria and Janus: a tower of the family's own, a Llama or Qwen2."""
 
-from vlmops.hf.targets import patches, projector, text
+from vlmops.hf.targets import attention, patches, projector, text
 
 EXPECTED = {
     "aria": (
         patches("model.vision_tower.embeddings"),
+        attention("model.vision_tower.encoder.layers.*.self_attn"),
         projector("model.multi_modal_projector.feed_forward"),
         text(),
     ),
     "janus": (
         patches("model.vision_model.embeddings"),
+        attention("model.vision_model.encoder.layers.*.self_attn"),
         projector("model.aligner"),
         projector("model.generation_aligner"),
         text(),
     ),
-    "ovis2": (patches("model.vision_tower.transformer.embeddings"), text()),
+    "ovis2": (
+        patches("model.vision_tower.transformer.embeddings"),
+        attention("model.vision_tower.transformer.encoder.layers.*.attention"),
+        text(),
+    ),
 }

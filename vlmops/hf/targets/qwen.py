@@ -1,10 +1,11 @@
 """Qwen-VL from 2 on, and the thinker of Qwen2.5-Omni: one tower of packed patches."""
 
-from vlmops.hf.targets import patches, projector, text, tower
+from vlmops.hf.targets import attention, patches, projector, text, tower
 
 _PLACES = (
     patches("model.visual.patch_embed.proj"),
     tower("model.visual", "depth"),
+    attention("model.visual.blocks.*.attn", layers="depth"),
     projector("model.visual.merger"),
     text(),
 )
