@@ -4,6 +4,7 @@ import pytest
 
 from vlmops.hf import patch as patching
 from vlmops.hf import shuffles
+from vlmops.hf.sites import packed_attention
 
 
 def _only(op, monkeypatch):
@@ -32,3 +33,10 @@ def only_pixel_shuffle(monkeypatch):
 @pytest.fixture
 def only_mlp_projector(monkeypatch):
     _only("mlp_projector", monkeypatch)
+
+
+@pytest.fixture
+def only_packed_attention(monkeypatch):
+    """And it is as quick as anything."""
+    _only("packed_attention", monkeypatch)
+    monkeypatch.setattr(packed_attention, "worthwhile", lambda *_: None)

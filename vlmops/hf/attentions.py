@@ -176,7 +176,7 @@ def _packed(
 def _padded(q: Tensor, k: Tensor, v: Tensor, padding: Tensor, scale: Any) -> Tensor:
     """Where all of a row is padding, its mask is the same everywhere: every key weighs as much."""
     made = packed_attention(q, k, v, padding=padding, scale=scale)
-    if not (torch.compiler.is_compiling() or padding.device.type != "cpu"):
+    if _on_host(padding):
         return made  # `mask_of_padding` has looked
     nothing = padding.all(1)[:, None, None, None]
     return torch.where(nothing, v.mean(1, keepdim=True), made)
@@ -248,8 +248,8 @@ def mask_of_padding(theirs: Any) -> Callable[..., Tensor]:
     def _prepare_aspect_ratio_attention_mask(
         aspect_ratio_mask: Tensor, num_patches: int, target_length: int, dtype: torch.dtype
     ) -> Tensor:
-        host = aspect_ratio_mask.device.type == "cpu" and not torch.compiler.is_compiling()
-        if num_patches >= target_length or (host and not _is_ordinary(aspect_ratio_mask)):
+        unusual = _on_host(aspect_ratio_mask) and not _is_ordinary(aspect_ratio_mask)
+        if num_patches >= target_length or unusual:
             mask: Tensor = theirs(
                 aspect_ratio_mask=aspect_ratio_mask,
                 num_patches=num_patches,
@@ -263,6 +263,11 @@ def mask_of_padding(theirs: Any) -> Callable[..., Tensor]:
         return padding.view(rows, tiles * target_length)
 
     return _prepare_aspect_ratio_attention_mask
+
+
+def _on_host(tensor: Tensor) -> bool:
+    """Whether values may be looked at."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _is_ordinary(tiles: Tensor) -> bool:
