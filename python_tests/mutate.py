@@ -1043,7 +1043,92 @@ SHUFFLE_MUTATIONS = {
     "padded pools": (MERGERS, "and module.padding in (0, (0, 0))", ""),
     "pools that overlap": (MERGERS, "and module.stride in (side, (side, side))", ""),
 }  # fmt: skip
+GRIDS = "vlmops.hf.grids"
+ATTENTIONS, ATTENTION_SITE = "vlmops.hf.attentions", "vlmops.hf.sites.packed_attention"
+ATTENTION_MUTATIONS = {
+    "unchanged": (ATTENTIONS, "MAX_DIM = 256", "MAX_DIM = 256"),
+    "every implementation": (ATTENTIONS, "if implementation not in SELECTED:", "if False:"),
+    "an sdpa of somebody else": (
+        ATTENTIONS, "known = theirs is default or theirs.__module__ == _SDPA", "known = True"),
+    "segments for another implementation": (
+        ATTENTIONS, "if config is not None and config._attn_implementation in SELECTED:",
+        "if config is not None:"),
+    "varlen arguments for other functions": (ATTENTIONS, " if name not in _VARLEN}", "}"),
+    "segments that see each other": (
+        ATTENTIONS, "packed_attention(q, k, v, starts, max_seqlen=longest, scale=scale)[None]",
+        "packed_attention(q[None], k[None], v[None], scale=scale)"),
+    "scale ignored": (
+        ATTENTIONS, "packed_attention(q, k, v, scale=scale, causal=causal)",
+        "packed_attention(q, k, v, causal=causal)"),
+    "causality ignored": (ATTENTIONS, "scale=scale, causal=causal)", "scale=scale)"),
+    "eager code that is causal": (ATTENTIONS, "causal = bool(sdpa and ", "causal = bool("),
+    "dropout ignored": (ATTENTIONS, 'kwargs.get("dropout") or ', ""),
+    "other maths ignored": (
+        ATTENTIONS, "any(kwargs.get(name) is not None for name in _OTHER_MATHS)", "False"),
+    "masks ignored": (ATTENTIONS, "        and (attention_mask is None or carried)\n", ""),
+    "heads of any width": (ATTENTIONS, "dim % 8 or not 0 < dim <= MAX_DIM or ", ""),
+    "values of any dtype": (ATTENTIONS, "== key.dtype == value.dtype", "== key.dtype"),
+    "keys of any shape": (ATTENTIONS, " or dim != key.shape[-1]:", ":"),
+    "float64": (ATTENTIONS, 'return plain.runs("packed_attention", (query, key, value))',
+                "return True"),
+    "weights that are asked for": (ATTENTIONS, 'if kwargs.get("output_attentions"):', "if False:"),
+    "weights that are watched": (
+        ATTENTIONS, "any(_looks_at_weights(hook) for hook in module._forward_hooks.values())",
+        "False"),
+    "weights that transformers collects": (
+        ATTENTIONS, "any(\"hidden_states\" not in name for name in collected)", "False"),
+    "hooks that collect nothing": (
+        ATTENTIONS, "return collected is not None and any(", "return True or any("),
+    "masks of images for weights": (
+        ATTENTIONS, "attention_mask = mask(lengths, query.transpose(1, 2).flatten(2))",
+        "attention_mask = None"),
+    "masks of padding for weights": (
+        ATTENTIONS, "attention_mask = padding_mask(attention_mask, query.dtype)",
+        "attention_mask = None"),
+    "images of one length": (
+        ATTENTIONS, "torch.tensor([0, *lengths]", "torch.tensor([0, sum(lengths)]"),
+    "padding behind the patches": (ATTENTIONS, "[:, :, None] | behind", "[:, :, None] | ~behind"),
+    "tiles that are used": (ATTENTIONS, "(aspect_ratio_mask == 0)[", "(aspect_ratio_mask != 0)["),
+    "towers without padding": (ATTENTIONS, "if num_patches >= target_length or unusual:",
+                               "if unusual:"),
+    "pictures without a tile": (ATTENTIONS, " & used.any(1).all())", ")"),
+    "masks that are no masks": (ATTENTIONS, "bool((used == tiles).all() & ", "bool("),
+    "pictures without a tile, unread": (ATTENTIONS, "nothing = padding.all(1)",
+                                        "nothing = padding.all(1) & False"),
+    "decoders": (
+        ATTENTION_SITE, 'if "past_key_values" in parameters and hasattr(module, "is_causal"):',
+        "if False:"),
+    "cross attention": (ATTENTION_SITE, "if _OTHERS & set(parameters):", "if False:"),
+    "wide heads": (ATTENTION_SITE, "if studied.dim % 8 or studied.dim > attentions.MAX_DIM:",
+                   "if False:"),
+    "replaced masks": (ATTENTION_SITE, "if home != _forward(mask.tower).__module__:", "if False:"),
+    "replaced layers": (
+        ATTENTION_SITE, 'if _OP not in getattr(type(module), "_vlmops_ops", ()) or', "if"),
+    "weights in float64": (ATTENTION_SITE, "if dtype == torch.float64:", "if False:"),
+    "implementations that are left alone": (
+        ATTENTION_SITE, "if selected not in attentions.SELECTED:", "if False:"),
+    "no numeric check": (ATTENTION_SITE, "if not off <= _TOLERANCE:", "if False:"),
+    "what is slower": (ATTENTION_SITE, "if share < _CLEARLY:", "if True:"),
+    "measured again": (ATTENTION_SITE, "if key not in _measured:", "if True:"),
+    "patched beside nothing": (
+        ATTENTION_SITE, 'frozenset({"mrope", "patch_embed"})', "frozenset()"),
+    "grids of other values": (GRIDS, "theirs, values, grid.dtype", "theirs, grid.dtype"),
+    "other arguments": (GRIDS, "grid.dtype, plain, tuple(more)", "grid.dtype, tuple(more)"),
+    "other helpers": (GRIDS, "key = theirs, values", "key = values"),
+    "precomputed made again": (GRIDS, "any(name in kwargs for name in _PRECOMPUTED)", "False"),
+    "grids that change": (GRIDS, " or known[1] != grid._version:", ":"),
+    "grids read for each helper": (GRIDS, "        _last.grid = known\n", ""),
+    "results of inference": (GRIDS, "torch.inference_mode(False), ", ""),
+    "all results are kept": (GRIDS, "while len(_results) > _KEPT:", "while False:"),
+    "results made again": (GRIDS, "        if result is None:\n", "        if True:\n"),
+    "the longest is not known": (GRIDS, "rest = [getattr(first, _LONGEST, None)]", "pass"),
+    "the longest of windows": (GRIDS, "        return longest\n", "        return None\n"),
+    "the longest that was given": (
+        GRIDS, ' or (kwargs and kwargs.get(more.get("kwarg_name", "max_seqlen"))):', ":"),
+    "another longest": (GRIDS, "(result[1:] - result[:-1]).max()", "(result[1:]).max()"),
+}  # fmt: skip
 SITES = {
+    "packed_attention": ATTENTION_MUTATIONS,
     "patch_embed": SITE_MUTATIONS,
     "pixel_shuffle": SHUFFLE_MUTATIONS,
     "mlp_projector": PROJECTOR_MUTATIONS,

@@ -20,10 +20,11 @@ from hf.checks import (
 from hf.tiny import FAMILIES, UNLISTED, build, inputs, row_of, run
 from torch import nn
 from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import vlmops
-from vlmops.hf import attentions, targets
+from vlmops.hf import attentions, grids, targets
 from vlmops.hf.patch import all_sites
 from vlmops.hf.rebind import ops_of, original_class
 from vlmops.hf.sites import packed_attention as site
@@ -98,7 +99,8 @@ def calls(family, report, images=True, attention="sdpa"):
 
 
 def attention_modules(model):
-    return [m for m in model.modules() if "packed_attention" in ops_of(m) and hasattr(m, "config")]
+    found = [m for m in model.modules() if "packed_attention" in ops_of(m)]
+    return [m for m in found if not isinstance(m, transformers.PreTrainedModel)]
 
 
 def features(model, batch):
@@ -127,157 +129,20 @@ class Shapes(CountOps):
         return [shape for shape in self.shapes if shape[-2:] == (tokens, tokens)]
 
 
-# Every family.
-
-
-@everywhere
-def test_family_table_holds(family):
-    """A site that rots with a new transformers turns this red; so does one that appears."""
-    model = build(family)
-    assert places(vlmops.patch(model)) == expected_places(family, model)
-    assert vlmops.unpatch(model) > 0
-
-
-@everywhere
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_logits_agree(family, attention):
-    model, batches = build(family, attention), ("text", "right_padded", "several_images")
-    batches = {name: batch_of(family, name) for name in batches}
-    with torch.no_grad():
-        expected = {name: run(model, batch).logits for name, batch in batches.items()}
-        report = vlmops.patch(model)
-        for name, batch in batches.items():
-            with CountOps() as ran:
-                logits = run(model, batch).logits
-            wanted = calls(family, report, name != "text", attention)
-            if family == "mllama" and name == "right_padded":
-                wanted = 0  # a row without an image is all padding
-            assert ran.counts[OP] == wanted, name
-            kept = batch["attention_mask"].bool()
-            assert_agree(logits[kept], expected[name][kept], name)
-
-
-@everywhere
-def test_gradients_agree(family):
-    model, batch = build(family), batch_of(family, "several_images")
-    logits, grads = gradients(model, batch)
-    report = vlmops.patch(model)
-    with CountOps() as ran:
-        ours, our_grads = gradients(model, batch)
-    count = calls(family, report)
-    assert (ran.counts[OP], ran.counts[BACKWARD]) == (count, count)
-    assert_agree(ours, logits, "logits")
-    assert_gradients_agree(our_grads, grads)
-
-
-@everywhere
-@pytest.mark.parametrize("use_reentrant", [False, True])
-def test_gradient_checkpointing(family, use_reentrant):
-    if use_reentrant and "reentrant" in row_of(family).lacks:
-        pytest.skip(row_of(family).lacks["reentrant"])
-    model, batch = build(family), batch_of(family, "several_images")
-    logits, grads = gradients(model, batch)
-    report = vlmops.patch(model)
-    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
-    enable({"use_reentrant": use_reentrant})
-    model.train()  # no dropout in these models; checkpointing runs in training mode only
-    with CountOps() as ran:
-        ours, our_grads = gradients(model, batch, use_cache=False)
-    assert ran.counts[OP] == 2 * calls(family, report)
-    assert_agree(ours, logits, "logits")
-    assert_gradients_agree(our_grads, grads)
-
-
-@pytest.mark.parametrize("family", [n for n in EVERY if n not in ROUTED])
-def test_bfloat16_is_at_least_as_right_as_hugging_face(family):
-    dtypes = (torch.float32, torch.bfloat16)
-    batch, batch16 = (batch_of(family, "several_images", dtype) for dtype in dtypes)
-    model = build(family, dtype=torch.bfloat16)
-    with torch.no_grad():
-        exact = run(copy.deepcopy(model).float(), batch).logits
-        theirs = run(model, batch16).logits
-        report = vlmops.patch(model)
-        with CountOps() as ran:
-            ours = run(model, batch16).logits
-    assert ran.counts[OP] == calls(family, report)
-    assert (ours - exact).abs().max() < 2 * (theirs - exact).abs().max()
-
-
-@ways
-def test_twin_copies_and_pickles(family, tmp_path):
-    report, restored = assert_twin_copies_and_pickles(family, tmp_path)
-    towers = family in ("llava_pixtral", "mllama")
-    assert restored == report.counts["packed_attention"] + towers
-
-
-@ways
-def test_what_is_selected_reads_unchanged(family):
-    model = build(family)
-    vlmops.patch(model)
-    run(model, batch_of(family, "several_images"))
-    assert {m.config._attn_implementation for m in attention_modules(model)} == {"sdpa"}
-
-
-@everywhere
-def test_outputs_that_are_asked_for_are_still_there(family):
-    model, batch = build(family, "eager"), batch_of(family, "several_images")
-    ask = {"output_hidden_states": True, "output_attentions": True}
-    with torch.no_grad():
-        expected = run(model, batch, **ask)
-        vlmops.patch(model)
-        got = run(model, batch, **ask)
-    assert_agree(got.logits, expected.logits, "logits")
-    assert len(got.attentions) == len(expected.attentions) > 0
-
-
-# Together with mrope and the other sites.
-
-
-def all_of(monkeypatch, *ops):
-    sites = {op: found for op, found in all_sites_of.items() if op in ops}
-    monkeypatch.setattr("vlmops.hf.patch.all_sites", lambda: sites)
-
-
-all_sites_of = all_sites()
-
-
-@everywhere
-def test_order_does_not_matter(family, monkeypatch):
-    """Beside mrope and patch_embed, which replace the same forwards."""
-    batch, others = batch_of(family, "several_images"), ("mrope", "patch_embed")
-    all_of(monkeypatch, "packed_attention", *others)
-    there = {op for op, count in vlmops.patch(build(family)).counts.items() if count}
-    made = []
-    for order in (("packed_attention", *others), (*others, "packed_attention")):
-        model = build(family)
-        classes = [type(m) for m in model.modules()]
-        for op in (op for op in order if op in there):
-            report = vlmops.patch(model, ops=[op])
-            assert not any("some of its" in reason for reason in reasons(report))
-        again = vlmops.patch(model)
-        assert "patched" not in {row.status for row in again.rows}
-        with torch.no_grad(), CountOps() as ran:
-            logits = run(model, batch).logits
-        made.append((again.counts, logits, {k: n for k, n in ran.counts.items() if "vlmops" in k}))
-        assert vlmops.unpatch(model) > 0
-        assert [type(m) for m in model.modules()] == classes
-    (counts, logits, ran), (their_counts, their_logits, their_ran) = made
-    assert counts == their_counts
-    assert ran == their_ran
-    assert torch.equal(logits, their_logits)
-
-
-def test_patched_block_gives_back_what_was_patched_before(monkeypatch):
-    all_of(monkeypatch, "packed_attention", "mrope")
-    model = build("qwen2_vl")
-    vlmops.patch(model, ops=["mrope"])
-    classes = [type(m) for m in model.modules()]
-    with vlmops.patched(model, ops=["packed_attention"]) as report:
-        assert report.counts["packed_attention"] == 2
-    assert [type(m) for m in model.modules()] == classes
-
-
 # Towers of segments.
+
+
+class Reads(TorchFunctionMode):
+    """Counts what waits for a device: values that Python reads, which no dispatch mode sees."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        names = ("tolist", "item", "__int__", "__bool__", "__float__", "__index__", "numpy")
+        self.count += getattr(func, "__name__", "") in names
+        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("family", SEGMENTS)
@@ -287,15 +152,19 @@ def test_layers_read_nothing_back_and_do_not_loop(family, attention):
     vlmops.patch(model)
     layers = attention_modules(model)
     read = []
-    counter = CountOps()
+    counter, reads = CountOps(), Reads()
 
     def before(*_):
         counter.counts.clear()
+        reads.count = 0
         counter.__enter__()
+        reads.__enter__()
 
     def after(module, args, output):
+        reads.__exit__(None, None, None)
         counter.__exit__(None, None, None)
         read.append(dict(counter.counts))
+        assert reads.count == 0
 
     for layer in layers:
         layer.register_forward_pre_hook(before)
@@ -307,6 +176,94 @@ def test_layers_read_nothing_back_and_do_not_loop(family, attention):
         assert counts[OP] == 1
         for name in (READ, SDPA, "aten::split_with_sizes"):
             assert name not in counts
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v"])
+def test_towers_read_grids_once(family):
+    model, batch = build(family), batch_of(family, "several_images")
+    tower, grid = model.model.visual, batch["image_grid_thw"]
+    with torch.no_grad():
+        with Reads() as theirs:
+            expected = tower(batch["pixel_values"], grid_thw=grid).pooler_output
+        vlmops.patch(model)
+        grids._results.clear()
+        tower(batch["pixel_values"], grid_thw=grid)
+        counts = []
+        for given in (grid.clone(), grid.clone(), grid):
+            with Reads() as ran:
+                got = tower(batch["pixel_values"], grid_thw=given).pooler_output
+            counts.append(ran.count)
+            assert_agree(got, expected, family)
+    assert theirs.count > 2
+    assert counts == [1, 1, 1]
+
+
+def test_the_longest_segment_reaches_the_op():
+    """Of a window here, of an image there."""
+    model, batch = build("qwen2_5_vl"), batch_of("qwen2_5_vl", "several_images")
+    vlmops.patch(model)
+    with torch.no_grad(), CountOps() as ran:
+        features(model, batch)
+    longest = [
+        (args[8] if len(args) > 8 else 0, int((args[3][1:] - args[3][:-1]).max()))
+        for func, args, _ in ran.calls
+        if func._schema.name == OP
+    ]
+    assert [given for given, _ in longest] == [found for _, found in longest] == [16, 32]
+
+
+GRIDS = [[[1, 4, 6]], [[3, 4, 8], [1, 2, 2]], [[2, 6, 4], [2, 6, 4], [1, 12, 8]]]
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_what_towers_make_of_grids(grid):
+    module = transformers.models.qwen2_5_vl.modeling_qwen2_5_vl
+    forward = module.Qwen2_5_VisionTransformerPretrainedModel.forward
+    made = grids.helpers(inspect.unwrap(forward))
+    assert made.keys() >= {"get_vision_position_ids", "get_vision_window_index"}
+    grid = torch.tensor(grid)
+    calls = {
+        "get_vision_position_ids": (2,),
+        "get_vision_window_index": (2, 16, 4),
+    }
+    for name, args in calls.items():
+        theirs = getattr(module, name)
+        for _ in range(2):  # made, then kept
+            ours, expected = made[name](grid, *args, kwargs={}), theirs(grid, *args)
+            torch.testing.assert_close(ours, expected, rtol=0, atol=0)
+        given = {"position_ids": 1, "window_index": 2, "cu_window_seqlens": 3}
+        assert made[name](grid, *args, kwargs=dict(given)) == theirs(grid, *args, kwargs=given)
+    _, windows = made["get_vision_window_index"](grid, *calls["get_vision_window_index"])
+    longest = made["get_max_seqlen"](windows, None)
+    assert longest == int((windows[1:] - windows[:-1]).max())
+    assert made["get_max_seqlen"](windows, None, kwargs={"max_seqlen": 99}) == 99
+    config = transformers.Qwen2VLConfig()
+    assert made["get_max_seqlen"](windows.clone(), config) is None
+
+
+def test_grids_that_change_are_read_again():
+    module = transformers.models.qwen2_vl.modeling_qwen2_vl
+    theirs = module.get_vision_position_ids
+    ours = grids._hosted(theirs)
+    grid = torch.tensor([[1, 4, 6]])
+    ours(grid, 2)
+    grid[0, 1] = 8
+    assert torch.equal(ours(grid, 2), theirs(grid, 2))
+    assert not torch.equal(ours(grid, 2), ours(grid, 1))
+    for height in range(2, 2 * grids._KEPT + 6, 2):
+        ours(torch.tensor([[1, height, 4]]), 2)
+    assert len(grids._results) == grids._KEPT
+
+
+def test_what_inference_made_serves_training():
+    model, batch = build("qwen2_5_vl"), batch_of("qwen2_5_vl", "several_images")
+    vlmops.patch(model)
+    grids._results.clear()
+    with torch.inference_mode():
+        features(model, batch)
+    assert grids._results
+    for kept in grids._results.values():
+        assert not any(t.is_inference() for t in kept if isinstance(t, torch.Tensor))
 
 
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
@@ -359,27 +316,28 @@ def test_dropout_in_training_runs_the_models_own_code():
     assert ran.counts[OP] == 2
 
 
-def test_another_implementation_that_is_selected_is_left_to_itself():
+@pytest.mark.parametrize("name", ["mine", "flash_of_mine"])
+def test_another_implementation_that_is_selected_is_left_to_itself(name):
     model, batch = build("qwen2_5_vl"), batch_of("qwen2_5_vl", "several_images")
     seen = []
 
     def mine(module, query, key, value, attention_mask, **kwargs):
-        seen.append((query.shape[2], "cu_seq_lens_q" in kwargs))
+        seen.append("cu_seq_lens_q" in kwargs)
         return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, **kwargs)
 
     vlmops.patch(model)
-    ALL_ATTENTION_FUNCTIONS["mine"] = mine
+    ALL_ATTENTION_FUNCTIONS[name] = mine
     try:
-        model.model.visual.set_attn_implementation("mine")
+        for module in attention_modules(model):
+            module.config._attn_implementation_internal = name
         with torch.no_grad(), CountOps() as ran:
             features(model, batch)
         assert ran.counts[OP] == 0
-        assert len(seen) > 2
-        assert not any(flash for _, flash in seen)
+        assert seen == [True] * 2 if "flash" in name else len(seen) > 2 and not any(seen)
         vlmops.unpatch(model)
-        assert "mine is selected" in str(vlmops.patch(model))
+        assert f"{name} is selected" in str(vlmops.patch(model))
     finally:
-        del ALL_ATTENTION_FUNCTIONS["mine"]
+        del ALL_ATTENTION_FUNCTIONS[name]
 
 
 def test_an_sdpa_of_somebody_else_gets_segments_one_by_one(monkeypatch):
@@ -799,3 +757,153 @@ def test_pickled_towers_are_hugging_faces_again():
     vlmops.patch(model)
     loaded = pickle.loads(pickle.dumps(model))
     assert not attention_modules(loaded)
+
+
+# Every family: last, they take the longest.
+
+
+@everywhere
+def test_family_table_holds(family):
+    """A site that rots with a new transformers turns this red; so does one that appears."""
+    model = build(family)
+    assert places(vlmops.patch(model)) == expected_places(family, model)
+    assert vlmops.unpatch(model) > 0
+
+
+@everywhere
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_logits_agree(family, attention):
+    model, batches = build(family, attention), ("text", "right_padded", "several_images")
+    batches = {name: batch_of(family, name) for name in batches}
+    with torch.no_grad():
+        expected = {name: run(model, batch).logits for name, batch in batches.items()}
+        report = vlmops.patch(model)
+        for name, batch in batches.items():
+            with CountOps() as ran:
+                logits = run(model, batch).logits
+            wanted = calls(family, report, name != "text", attention)
+            if family == "mllama" and name == "right_padded":
+                wanted = 0  # a row without an image is all padding
+            assert ran.counts[OP] == wanted, name
+            kept = batch["attention_mask"].bool()
+            assert_agree(logits[kept], expected[name][kept], name)
+
+
+@everywhere
+def test_gradients_agree(family):
+    model, batch = build(family), batch_of(family, "several_images")
+    logits, grads = gradients(model, batch)
+    report = vlmops.patch(model)
+    with CountOps() as ran:
+        ours, our_grads = gradients(model, batch)
+    count = calls(family, report)
+    assert (ran.counts[OP], ran.counts[BACKWARD]) == (count, count)
+    assert_agree(ours, logits, "logits")
+    assert_gradients_agree(our_grads, grads)
+
+
+@everywhere
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_gradient_checkpointing(family, use_reentrant):
+    if use_reentrant and "reentrant" in row_of(family).lacks:
+        pytest.skip(row_of(family).lacks["reentrant"])
+    model, batch = build(family), batch_of(family, "several_images")
+    logits, grads = gradients(model, batch)
+    report = vlmops.patch(model)
+    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+    enable({"use_reentrant": use_reentrant})
+    model.train()  # no dropout in these models; checkpointing runs in training mode only
+    with CountOps() as ran:
+        ours, our_grads = gradients(model, batch, use_cache=False)
+    assert ran.counts[OP] == 2 * calls(family, report)
+    assert_agree(ours, logits, "logits")
+    assert_gradients_agree(our_grads, grads)
+
+
+@pytest.mark.parametrize("family", [n for n in EVERY if n not in ROUTED])
+def test_bfloat16_is_at_least_as_right_as_hugging_face(family):
+    dtypes = (torch.float32, torch.bfloat16)
+    batch, batch16 = (batch_of(family, "several_images", dtype) for dtype in dtypes)
+    model = build(family, dtype=torch.bfloat16)
+    with torch.no_grad():
+        exact = run(copy.deepcopy(model).float(), batch).logits
+        theirs = run(model, batch16).logits
+        report = vlmops.patch(model)
+        with CountOps() as ran:
+            ours = run(model, batch16).logits
+    assert ran.counts[OP] == calls(family, report)
+    assert (ours - exact).abs().max() < 2 * (theirs - exact).abs().max()
+
+
+@ways
+def test_twin_copies_and_pickles(family, tmp_path):
+    report, restored = assert_twin_copies_and_pickles(family, tmp_path)
+    towers = family in ("llava_pixtral", "mllama", "qwen2_5_vl")
+    assert restored == report.counts["packed_attention"] + towers
+
+
+@ways
+def test_what_is_selected_reads_unchanged(family):
+    model = build(family)
+    vlmops.patch(model)
+    run(model, batch_of(family, "several_images"))
+    assert {m.config._attn_implementation for m in attention_modules(model)} == {"sdpa"}
+
+
+@everywhere
+def test_outputs_that_are_asked_for_are_still_there(family):
+    model, batch = build(family, "eager"), batch_of(family, "several_images")
+    ask = {"output_hidden_states": True, "output_attentions": True}
+    with torch.no_grad():
+        expected = run(model, batch, **ask)
+        vlmops.patch(model)
+        got = run(model, batch, **ask)
+    assert_agree(got.logits, expected.logits, "logits")
+    assert len(got.attentions) == len(expected.attentions) > 0
+
+
+# Together with mrope and the other sites.
+
+
+def all_of(monkeypatch, *ops):
+    sites = {op: found for op, found in all_sites_of.items() if op in ops}
+    monkeypatch.setattr("vlmops.hf.patch.all_sites", lambda: sites)
+
+
+all_sites_of = all_sites()
+
+
+@everywhere
+def test_order_does_not_matter(family, monkeypatch):
+    """Beside mrope and patch_embed, which replace the same forwards."""
+    batch, others = batch_of(family, "several_images"), ("mrope", "patch_embed")
+    all_of(monkeypatch, "packed_attention", *others)
+    there = {op for op, count in vlmops.patch(build(family)).counts.items() if count}
+    made = []
+    for order in (("packed_attention", *others), (*others, "packed_attention")):
+        model = build(family)
+        classes = [type(m) for m in model.modules()]
+        for op in (op for op in order if op in there):
+            report = vlmops.patch(model, ops=[op])
+            assert not any("some of its" in reason for reason in reasons(report))
+        again = vlmops.patch(model)
+        assert "patched" not in {row.status for row in again.rows}
+        with torch.no_grad(), CountOps() as ran:
+            logits = run(model, batch).logits
+        made.append((again.counts, logits, {k: n for k, n in ran.counts.items() if "vlmops" in k}))
+        assert vlmops.unpatch(model) > 0
+        assert [type(m) for m in model.modules()] == classes
+    (counts, logits, ran), (their_counts, their_logits, their_ran) = made
+    assert counts == their_counts
+    assert ran == their_ran
+    assert torch.equal(logits, their_logits)
+
+
+def test_patched_block_gives_back_what_was_patched_before(monkeypatch):
+    all_of(monkeypatch, "packed_attention", "mrope")
+    model = build("qwen2_vl")
+    vlmops.patch(model, ops=["mrope"])
+    classes = [type(m) for m in model.modules()]
+    with vlmops.patched(model, ops=["packed_attention"]) as report:
+        assert report.counts["packed_attention"] == 2
+    assert [type(m) for m in model.modules()] == classes

@@ -22,7 +22,7 @@ from torch.nn import functional
 from torch.utils._python_dispatch import _disable_current_modes
 
 from vlmops import dispatch
-from vlmops.hf import attentions, plain, rehearsal, rotary
+from vlmops.hf import attentions, grids, plain, rehearsal, rotary
 from vlmops.hf.attentions import Kind
 from vlmops.hf.rebind import (
     changed,
@@ -71,6 +71,13 @@ class _Details:
     attentions: tuple[nn.Module, ...]
     kind: Kind
     mask: _Mask | None
+    grids: nn.Module | None
+    """The tower that works out segments and more from grids."""
+
+    @property
+    def parts(self) -> tuple[nn.Module, ...]:
+        towers = self.grids, None if self.mask is None else self.mask.tower
+        return (*self.attentions, *(tower for tower in towers if tower is not None))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +93,7 @@ class Heads:
 class _Group:
     kind: Kind
     mask: _Mask | None
+    grids: nn.Module | None
     paths: list[str] = dataclasses.field(default_factory=list)
     modules: list[nn.Module] = dataclasses.field(default_factory=list)
 
@@ -93,37 +101,44 @@ class _Group:
 def find(model: nn.Module) -> Iterator[Place | Refused | AlreadyPatched]:
     """Attention modules of one class below one module, and the tower that makes their mask."""
     for group in _groups(model):
-        modules = tuple(group.modules)
-        place = Place(_common(group.paths), type(modules[0]).__name__, len(modules))
-        parts = (*modules, *([group.mask.tower] if group.mask else []))
-        if all(_OP in ops_of(module) for module in parts):
+        details = _Details(tuple(group.modules), group.kind, group.mask, group.grids)
+        module = group.modules[0]
+        place = Place(_common(group.paths), type(module).__name__, len(group.modules), details)
+        if all(_OP in ops_of(part) for part in details.parts):
             yield AlreadyPatched(place)
             continue
-        reason = _refusal(parts, modules, group.mask)
-        place = dataclasses.replace(place, details=_Details(modules, group.kind, group.mask))
+        if group.grids is not None and (reason := _changed(group.grids)) is not None:
+            details = dataclasses.replace(details, grids=None)
+            note = f"without what its tower makes of grids: {reason}"
+            place = dataclasses.replace(place, details=details, note=note)
+        reason = _refusal(details)
         if reason is not None:
             yield Refused(place, reason)
             continue
-        reason = _left_alone(modules[0], group.kind)
+        reason = _left_alone(module, group.kind)
         yield place if reason is None else LeftAlone(place, reason)
 
 
 def _groups(model: nn.Module) -> list[_Group]:
     groups: dict[Hashable, _Group] = {}
     masks: dict[nn.Module, tuple[Kind, _Mask]] = {}
+    hosts: dict[nn.Module, nn.Module] = {}
     for path, module in model.named_modules():
         made = _mask(module)
         if made is not None:
             masks |= dict.fromkeys(module.modules(), made)
+        if _helpers(module):
+            hosts |= dict.fromkeys(module.modules(), module)
         kind = _kind(module)
         if kind is None:
             continue
         mask: _Mask | None = None
         if kind == "dense" and module in masks:
             kind, mask = masks[module]
+        host = hosts.get(module) if kind == "segments" else None
         path = ".".join("*" if part.isdigit() else part for part in path.split("."))
-        key = original_class(module) or type(module), path if mask is None else mask
-        group = groups.setdefault(key, _Group(kind, mask))
+        key = original_class(module) or type(module), path if mask is None else mask, host
+        group = groups.setdefault(key, _Group(kind, mask, host))
         if module not in group.modules:
             group.paths.append(path)
             group.modules.append(module)
@@ -196,12 +211,28 @@ def _selected(module: Any) -> Any:
     return getattr(getattr(module, "config", None), "_attn_implementation", None)
 
 
-def _refusal(
-    parts: tuple[nn.Module, ...], modules: tuple[nn.Module, ...], mask: _Mask | None
-) -> str | None:
+def _helpers(module: nn.Module) -> dict[str, Any]:
+    """Of a tower, what works on grids."""
+    forward = _forward(module)
+    return {} if forward is None else grids.helpers(forward)
+
+
+def _changed(module: nn.Module) -> str | None:
+    """What somebody did to a forward that patching would undo, or would not get past."""
+    reason = changed(module, beside=_BESIDE, decorated=True)
+    if reason is not None:
+        return reason
+    inner = innermost(type(module).forward)
+    if inner.__code__ is not _forward(module).__code__:
+        return f"{type(module).__name__}.forward is wrapped by {owner(inner)}"
+    return None
+
+
+def _refusal(details: _Details) -> str | None:
     """Why modules that look right cannot be patched."""
-    for module in parts:
-        reason = changed(module, beside=_BESIDE, decorated=True)
+    modules, mask = details.attentions, details.mask
+    for module in details.parts:
+        reason = _changed(module)
         if reason is not None:
             return reason
     if mask is not None:
@@ -328,7 +359,19 @@ def adapt(place: Place) -> dict[nn.Module, type[nn.Module]]:
         paths = {module: path for path, module in tower.named_modules()}
         below = tuple(paths[m] for m in details.attentions)
         classes[tower] = _tower_class(details.mask, details.kind, below)
+    if details.grids is not None and _OP not in ops_of(details.grids):
+        classes[details.grids] = _grids_class(details.grids)
     return classes
+
+
+def _grids_class(tower: nn.Module) -> type[nn.Module]:
+    original: Any = type(tower)
+
+    def make_forward(label: str) -> Any:
+        return rebuild(original.forward, label, **_helpers(tower))
+
+    key = (_OP, "grids", original.forward, references(innermost(original.forward)))
+    return subclass(original, key, make_forward)
 
 
 def _attention_class(module: nn.Module, kind: Kind, mask: Any) -> type[nn.Module]:
