@@ -2,7 +2,7 @@
 
 FlashAttention-2: a program of forward has a tile of queries of one head, [BM, D], and walks over
 the keys of its segment, BN at a time, with maximum and sum of its rows in float32; logits stay in
-registers. Backward recomputes them from lse, twice: dQ by tiles of queries, dK and dV by tiles of
+registers. Backward recomputes them, twice: dQ by tiles of queries, dK and dV by tiles of
 keys, which walk over the queries of all heads that share them. Each result is one program's, so
 there are no atomics, and bits do not depend on a schedule.
 
@@ -42,7 +42,6 @@ from vlmops.ops.packed_attention import Options, _all_needs
 # h of heads. Rows and keys are counted from the segment's first.
 
 _LOG2E = tl.constexpr(1.4426950408889634)
-_LN2 = tl.constexpr(0.6931471805599453)
 _INF = tl.constexpr(float("inf"))
 
 
@@ -137,12 +136,6 @@ def _dot(b_a, b_b, b_c):
 
 
 @triton.jit
-def _power(b_x, dtype: tl.constexpr):
-    """Of 2; of e for float32, whose differences of logits are to be rounded once."""
-    return tl.exp2(b_x * _LOG2E) if dtype == tl.float32 else tl.exp2(b_x)
-
-
-@triton.jit
 def _seen(p_padding, o_first, n, BLOCK: tl.constexpr):
     """From the first to behind the last row of a segment that is no padding."""
     i_first, i_end = n, n * 0
@@ -159,10 +152,10 @@ def _attend(
     b_q, b_q_2, b_y, b_y_2, b_top, b_sum, p_k, p_v, p_hidden, b_hidden, o_last, i_begin, i_end, n,
     s_k_n, s_v_n, factor,
     D: tl.constexpr, D_1: tl.constexpr, D_2: tl.constexpr, VEC: tl.constexpr, BN: tl.constexpr,
-    CAUSAL: tl.constexpr, NEGATIVE: tl.constexpr, ALL: tl.constexpr,
+    CAUSAL: tl.constexpr, NEGATIVE: tl.constexpr, ALL: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Keys [i_begin, i_end) of n. ALL: all queries see all of them."""
-    for i_key in range(i_begin, i_end, BN):
+    for i_key in tl.range(i_begin, i_end, BN, num_stages=STAGES):
         o_key = i_key + tl.arange(0, BN)
         m_key = o_key < n
         b_k = _rows(p_k, o_key, m_key, s_k_n, 0, D_1, D, VEC, ALL)
@@ -184,8 +177,8 @@ def _attend(
         b_shift = b_new
         if not ALL:
             b_shift = tl.where(b_new == -_INF, 0.0, b_new)
-        b_p = _power(tl.fma(b_s, factor, -b_shift[:, None]), b_q.dtype)
-        b_scale = _power(b_top - b_shift, b_q.dtype)
+        b_p = tl.exp2(tl.fma(b_s, factor, -b_shift[:, None]))
+        b_scale = tl.exp2(b_top - b_shift)
         b_sum = b_sum * b_scale + tl.sum(b_p, 1)
         b_top = b_new
         b_v = _rows(p_v, o_key, m_key, s_v_n, 0, D_1, D, VEC, ALL)
@@ -208,7 +201,7 @@ _UNALIGNED = ["p_starts", "p_starts_k", "p_padding"]
     do_not_specialize=[*_STRIDES, *_SIZES, "scale"], do_not_specialize_on_alignment=_UNALIGNED
 )
 def forward_kernel(
-    p_q, p_k, p_v, p_out, p_lse, p_starts, p_starts_k, p_padding,
+    p_q, p_k, p_v, p_out, p_top, p_part, p_starts, p_starts_k, p_padding,
     s_q_b: tl.int64, s_q_n: tl.int64, s_q_h: tl.int64,
     s_k_b: tl.int64, s_k_n: tl.int64, s_k_h: tl.int64,
     s_v_b: tl.int64, s_v_n: tl.int64, s_v_h: tl.int64,
@@ -216,10 +209,10 @@ def forward_kernel(
     n_length: tl.int32, n_length_k: tl.int32, n_tiles: tl.int32,
     n_heads: tl.int32, n_group: tl.int32, scale: tl.float32,
     D: tl.constexpr, D_1: tl.constexpr, D_2: tl.constexpr, VEC: tl.constexpr,
-    CAUSAL: tl.constexpr, NEGATIVE: tl.constexpr, EVEN: tl.constexpr,
+    CAUSAL: tl.constexpr, NEGATIVE: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, CHECK: tl.constexpr,
 ):  # fmt: skip
-    """Result and lse. Grid: tiles of queries x heads."""
+    """Result and statistics. Grid: tiles of queries x heads."""
     i_tile, i_head = tl.program_id(0), tl.program_id(1)
     if CAUSAL:  # those with the most keys first
         i_tile = tl.num_programs(0) - 1 - i_tile
@@ -231,12 +224,8 @@ def forward_kernel(
     i_kv = i_head // n_group
     p_k = _head(p_k, p_starts, i_segment, o_first_k, i_kv, s_k_b, s_k_n, s_k_h, VEC)
     p_v = _head(p_v, p_starts, i_segment, o_first_k, i_kv, s_v_b, s_v_n, s_v_h, VEC)
-    # Logits are maxima and powers of what is multiplied by it. NEGATIVE is its sign; it is never 0,
-    # which times -inf is none.
-    dtype: tl.constexpr = p_q.dtype.element_ty
-    factor = tl.maximum(tl.abs(scale), 1e-30)
-    if dtype != tl.float32:
-        factor *= _LOG2E
+    # NEGATIVE is its sign; it is never 0, which times -inf is none.
+    factor = tl.maximum(tl.abs(scale) * _LOG2E, 1e-30)
     for i_row in range(i_begin, n, n_next):
         o_row = i_row + tl.arange(0, BM)
         m_row = o_row < n
@@ -266,30 +255,35 @@ def forward_kernel(
             b_y, b_y_2, b_top, b_sum = _attend(
                 b_q, b_q_2, b_y, b_y_2, b_top, b_sum, p_k, p_v, p_hidden, b_hidden, o_last,
                 i_first, i_all, m, s_k_n, s_v_n, factor,
-                D, D_1, D_2, VEC, BN, CAUSAL, NEGATIVE, True,
+                D, D_1, D_2, VEC, BN, CAUSAL, NEGATIVE, True, STAGES,
             )  # fmt: skip
+        # Few are left, but for padding.
         b_y, b_y_2, b_top, b_sum = _attend(
             b_q, b_q_2, b_y, b_y_2, b_top, b_sum, p_k, p_v, p_hidden, b_hidden, o_last,
             i_all, i_end, m, s_k_n, s_v_n, factor,
-            D, D_1, D_2, VEC, BN, CAUSAL, NEGATIVE, False,
+            D, D_1, D_2, VEC, BN, CAUSAL, NEGATIVE, False, 1 if p_padding is None else STAGES,
         )  # fmt: skip
         o_all = o_first + o_row
-        p_l = p_lse + i_head.to(tl.int64) * n_rows + o_all
-        b_lse = b_top + tl.log(b_sum) if dtype == tl.float32 else (b_top + tl.log2(b_sum)) * _LN2
-        tl.store(p_l, b_lse, mask=m_row)
-        b_over = tl.where(b_sum == 0.0, 0.0, 1.0 / b_sum)[:, None]
-        _store(p_out, b_y * b_over, o_all, m_row, i_head, n_heads, 0, D_1, D)
+        b_part = tl.where(b_top == -_INF, 0.0, 1.0 / b_sum)
+        o_row = i_head.to(tl.int64) * n_rows + o_all
+        tl.store(p_top + o_row, tl.where(b_top == -_INF, 0.0, b_top), mask=m_row)
+        tl.store(p_part + o_row, b_part, mask=m_row)
+        b_part = b_part[:, None]
+        _store(p_out, b_y * b_part, o_all, m_row, i_head, n_heads, 0, D_1, D)
         if D_2 > 0:
-            _store(p_out, b_y_2 * b_over, o_all, m_row, i_head, n_heads, D_1, D_2, D)
+            _store(p_out, b_y_2 * b_part, o_all, m_row, i_head, n_heads, D_1, D_2, D)
 
 
 @triton.jit(do_not_specialize=[*_STRIDES, *_SIZES])
 def delta_kernel(
-    p_g, p_out, p_delta, s_g_b: tl.int64, s_g_n: tl.int64, s_g_h: tl.int64,
+    p_g, p_out, p_top, p_part, p_delta, p_less, s_g_b: tl.int64, s_g_n: tl.int64, s_g_h: tl.int64,
     n_rows: tl.int32, n_length: tl.int32, n_heads: tl.int32,
     D: tl.constexpr, BD: tl.constexpr, VEC: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
-    """The sum over D of gradient and result. Grid: tiles of all rows x heads."""
+    """The sum over D of gradient and result, and what logits less are weights: log2 of its power.
+
+    Grid: tiles of all rows x heads.
+    """
     i_head = tl.program_id(1)
     o_row = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)
     o_d = tl.arange(0, BD)
@@ -301,32 +295,27 @@ def delta_kernel(
     b_y = tl.load(p_out + o_out[:, None] + o_d[None, :], mask=m, other=0.0)
     # In float64: the order of a sum follows the layout, and so alignment and strides, unseen.
     b_delta = tl.sum(b_g.to(tl.float64) * b_y.to(tl.float64), 1)
-    p_d = p_delta + i_head.to(tl.int64) * n_rows + o_row
-    tl.store(p_d, b_delta.to(tl.float32), mask=m_row)
+    o_sum = i_head.to(tl.int64) * n_rows + o_row
+    tl.store(p_delta + o_sum, b_delta.to(tl.float32), mask=m_row)
+    if p_less is not None:
+        b_part = tl.load(p_part + o_sum, mask=m_row, other=0.0)
+        b_top = tl.load(p_top + o_sum, mask=m_row, other=0.0)
+        b_less = tl.where(b_part == 0.0, _INF, b_top - tl.log2(b_part))
+        tl.store(p_less + o_sum, b_less, mask=m_row)
 
 
 @triton.jit
-def _lse(p_lse, o_row, m_row):
-    """Infinite for rows that see nothing: their weights are 0."""
-    b_lse = tl.load(p_lse + o_row, mask=m_row, other=_INF)
-    return tl.where(b_lse == -_INF, _INF, b_lse)
-
-
-@triton.jit
-def _weights(b_s, b_lse, scale, dtype: tl.constexpr):
-    """What forward's rows are made of: e^(scale s - lse)."""
-    if dtype == tl.float32:
-        b_x = tl.fma(b_s, scale, -b_lse)
-    else:
-        b_x = tl.fma(b_s, scale * _LOG2E, b_lse * -_LOG2E)
-    return _power(b_x, dtype)
+def _weights(b_s, b_top, b_part, factor, PARTS: tl.constexpr):
+    """What forward's rows are made of."""
+    b_p = tl.exp2(tl.fma(b_s, factor, -b_top))
+    return b_p * b_part if PARTS else b_p
 
 
 @triton.jit(
     do_not_specialize=[*_STRIDES, *_SIZES, "scale"], do_not_specialize_on_alignment=_UNALIGNED
 )
 def backward_kv_kernel(
-    p_q, p_k, p_v, p_g, p_lse, p_delta, p_dk, p_dv, p_starts, p_starts_k, p_padding,
+    p_q, p_k, p_v, p_g, p_top, p_part, p_delta, p_dk, p_dv, p_starts, p_starts_k, p_padding,
     s_q_b: tl.int64, s_q_n: tl.int64, s_q_h: tl.int64,
     s_k_b: tl.int64, s_k_n: tl.int64, s_k_h: tl.int64,
     s_v_b: tl.int64, s_v_n: tl.int64, s_v_h: tl.int64,
@@ -349,7 +338,7 @@ def backward_kv_kernel(
     o_first, n = _segment(p_starts, i_segment, n_length, n_rows, CHECK)
     p_k = _head(p_k, p_starts, i_segment, o_first_k, i_kv, s_k_b, s_k_n, s_k_h, VEC)
     p_v = _head(p_v, p_starts, i_segment, o_first_k, i_kv, s_v_b, s_v_n, s_v_h, VEC)
-    dtype: tl.constexpr = p_q.dtype.element_ty
+    factor = scale * _LOG2E
     for i_key in range(i_begin, m, n_next):
         o_key = i_key + tl.arange(0, BN)
         m_key = o_key < m
@@ -389,8 +378,11 @@ def backward_kv_kernel(
                 if D_2 > 0:
                     b_q_2 = _rows(p_q_h, o_row, m_row, s_q_n, D_1, D_2, D, VEC, False)
                     b_s = _dot(b_k_2, tl.trans(b_q_2), b_s)
-                b_lse = _lse(p_lse + o_sums, o_row, m_row)
-                b_p = _weights(b_s, b_lse[None, :], scale, dtype)
+                b_top = tl.load(p_top + o_sums + o_row, mask=m_row, other=_INF)
+                b_part = b_top
+                if p_part is not None:
+                    b_part = tl.load(p_part + o_sums + o_row, mask=m_row, other=0.0)
+                b_p = _weights(b_s, b_top[None, :], b_part[None, :], factor, p_part is not None)
                 if CAUSAL:
                     b_p = tl.where(o_key[:, None] <= (o_row + (m - n))[None, :], b_p, 0.0)
                 if p_padding is not None:
@@ -429,7 +421,7 @@ def backward_kv_kernel(
     do_not_specialize=[*_STRIDES, *_SIZES, "scale"], do_not_specialize_on_alignment=_UNALIGNED
 )
 def backward_q_kernel(
-    p_q, p_k, p_v, p_g, p_lse, p_delta, p_dq, p_starts, p_starts_k, p_padding,
+    p_q, p_k, p_v, p_g, p_top, p_part, p_delta, p_dq, p_starts, p_starts_k, p_padding,
     s_q_b: tl.int64, s_q_n: tl.int64, s_q_h: tl.int64,
     s_k_b: tl.int64, s_k_n: tl.int64, s_k_h: tl.int64,
     s_v_b: tl.int64, s_v_n: tl.int64, s_v_h: tl.int64,
@@ -454,7 +446,7 @@ def backward_q_kernel(
     i_kv = i_head // n_group
     p_k = _head(p_k, p_starts, i_segment, o_first_k, i_kv, s_k_b, s_k_n, s_k_h, VEC)
     p_v = _head(p_v, p_starts, i_segment, o_first_k, i_kv, s_v_b, s_v_n, s_v_h, VEC)
-    dtype: tl.constexpr = p_q.dtype.element_ty
+    factor = scale * _LOG2E
     for i_row in range(i_begin, n, n_next):
         o_row = i_row + tl.arange(0, BM)
         m_row = o_row < n
@@ -468,7 +460,10 @@ def backward_q_kernel(
             b_dq_2 = tl.zeros([BM, D_2], tl.float32)
         o_all = o_first + o_row
         o_sums = i_head.to(tl.int64) * n_rows + o_first
-        b_lse = _lse(p_lse + o_sums, o_row, m_row)
+        b_top = tl.load(p_top + o_sums + o_row, mask=m_row, other=_INF)
+        b_part = b_top
+        if p_part is not None:
+            b_part = tl.load(p_part + o_sums + o_row, mask=m_row, other=0.0)
         b_delta = tl.load(p_delta + o_sums + o_row, mask=m_row, other=0.0)
         i_first, i_end = n * 0, m
         b_hidden = m_row
@@ -492,7 +487,7 @@ def backward_q_kernel(
                 b_v_2 = _rows(p_v, o_key, m_key, s_v_n, D_1, D_2, D, VEC, False)
                 b_s = _dot(b_q_2, tl.trans(b_k_2), b_s)
                 b_dp = _dot(b_g_2, tl.trans(b_v_2), b_dp)
-            b_p = _weights(b_s, b_lse[:, None], scale, dtype)
+            b_p = _weights(b_s, b_top[:, None], b_part[:, None], factor, p_part is not None)
             b_ds = b_p * (b_dp - b_delta[:, None])
             m_p = m_key[None, :]
             if CAUSAL:
@@ -545,24 +540,39 @@ def split(dim: int) -> tuple[int, int]:
 
 
 def forward_tile(dtype: torch.dtype, dim: int, longest: int) -> Tile:
-    """By what registers and shared memory hold; short segments have small tiles. PREDICTED."""
-    if dtype == torch.float32:
-        tile = Tile(64, 32, 4, 1) if dim <= 128 else Tile(32, 16, 4, 1)
-    elif dim <= 64:
-        tile = Tile(128, 64, 4, 3)
+    """Small ones for short segments; else what registers and shared memory hold. PREDICTED."""
+    width, exact = sum(split(dim)), dtype == torch.float32
+    if exact:
+        tile = Tile(64, 32, 8, 1) if width <= 96 else Tile(32, 32, 8, 1)
+        tile = tile if width <= 128 else Tile(16, 16, 8, 1)
+    elif width <= 128:
+        tile = Tile(128, 64 if width <= 64 else 32, 8, 3)
     else:
-        tile = Tile(128, 64, 8, 2) if dim <= 128 else Tile(64, 32, 4, 2)
-    rows = min(tile.rows, max(int(triton.next_power_of_2(longest)), 16))
-    return tile._replace(rows=rows, num_warps=4 if rows < 128 else tile.num_warps)
+        tile = Tile(64, 32, 8, 1)
+    rows = 16 if longest <= 16 else 64
+    if longest > 64 or rows >= tile.rows:
+        return tile
+    if exact:
+        return Tile(rows, tile.keys, 4, 1)
+    return Tile(rows, 64, 4, 2) if width <= 64 else Tile(rows, 32, 4, 3 if width <= 128 else 1)
 
 
-def backward_tile(dtype: torch.dtype, dim: int) -> Tile:
-    """Of both kernels. PREDICTED."""
+def backward_kv_tile(dtype: torch.dtype, dim: int, padding: bool) -> Tile:
+    """Few queries: products with all of a tile of keys hold them in registers. PREDICTED."""
+    width = sum(split(dim))
     if dtype == torch.float32:
-        return Tile(32, 32, 4, 1) if dim <= 128 else Tile(16, 16, 4, 1)
-    if dim <= 64:
-        return Tile(64, 64, 4, 2)
-    return Tile(32, 64, 4, 2) if dim <= 128 else Tile(32, 32, 8, 1)
+        tile = Tile(32, 32, 4, 1) if width <= 96 else Tile(16, 32, 4, 1)
+        return tile if width <= 128 else Tile(16, 16, 4, 1)
+    return Tile(32 if width <= 128 else 16, 64, 8, 1 if padding else 2)
+
+
+def backward_q_tile(dtype: torch.dtype, dim: int, padding: bool) -> Tile:
+    """PREDICTED."""
+    width = sum(split(dim))
+    if dtype == torch.float32:
+        return Tile(32, 32, 8, 1) if width <= 128 else Tile(16, 16, 4, 1)
+    stages = 1 if padding else 2
+    return Tile(64, 32, 4, stages) if width <= 128 else Tile(32, 32, 8, stages)
 
 
 def _launch(
@@ -674,65 +684,70 @@ def forward(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor
     _refuse(q, k)
     out = q.new_empty(q.shape)
     call = Call(q, k, v, o)
-    lse = q.new_empty(call.heads, call.rows, dtype=torch.float32)
+    statistics = q.new_empty(2, call.heads, call.rows, dtype=torch.float32)
     if out.numel() == 0:
-        return out, lse
+        return out, statistics
     tile = forward_tile(call.dtype, call.dim, call.typical())
     tiles, of_each = call.tiles(False, tile.rows)
     _launch(
         forward_kernel,
         (tiles, call.heads),
         call.device,
-        *call.tensors, out, lse, call.starts, call.starts_k, call.padding,
+        *call.tensors, out, *statistics, call.starts, call.starts_k, call.padding,
         *(x for s in call.strides for x in s), *call.sizes(of_each, call.heads),
-        **call.constants(tile, of_each > 0), NEGATIVE=call.scale < 0,
+        **call.constants(tile, of_each > 0), NEGATIVE=call.scale < 0, STAGES=tile.num_stages,
     )  # fmt: skip
-    return out, lse
+    return out, statistics
 
 
 def backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *args: Any
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, statistics: Tensor, *args: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``vlmops::packed_attention_triton_backward``."""
     o, needs = _all_needs(args)
-    _check(q, k, v, o, grad, out, lse)
+    _check(q, k, v, o, grad, out, statistics)
     _refuse(q, k)
     dq, dk, dv = (
         t.new_empty(t.shape if needed else 0) for t, needed in zip((q, k, v), needs, strict=True)
     )
     call = Call(q, k, v, o, grad)
-    tensors, lse = call.tensors, lse.contiguous()
+    tensors, (top, part) = call.tensors, statistics.contiguous()
     strides = [x for s in call.strides for x in s]
-    delta = torch.empty_like(lse)
-    if lse.numel() and (dq.numel() or dk.numel()):
+    # To 16 bits it makes no difference whether two numbers or one come from forward.
+    exact = call.dtype == torch.float32
+    delta = torch.empty_like(top)
+    less = None if exact else torch.empty_like(top)
+    if delta.numel():
         block = max(4096 // split(call.dim)[0], 16)
         _launch(
             delta_kernel,
             (triton.cdiv(call.rows, block), call.heads),
             call.device,
-            tensors[3], out.contiguous(), delta, *call.strides[3],
+            tensors[3], out.contiguous(), top, part, delta, less, *call.strides[3],
             call.rows, call.lengths[0] or call.rows, call.heads,
             D=call.dim, BD=max(triton.next_power_of_2(call.dim), 16), VEC=call.vector, BM=block,
             num_warps=4, num_stages=1,
         )  # fmt: skip
-    tile = backward_tile(call.dtype, call.dim)
+    sums = (top, part, delta) if exact else (less, None, delta)
     placed = call.starts, call.starts_k, call.padding
     if dk.numel() or dv.numel():
+        tile = backward_kv_tile(call.dtype, call.dim, call.padding is not None)
         tiles, of_each = call.tiles(True, tile.keys)
         _launch(
             backward_kv_kernel,
             (tiles, call.kv_heads),
             call.device,
-            *tensors, lse, delta, *(t if t.numel() else None for t in (dk, dv)), *placed,
+            *tensors, *sums, *(t if t.numel() else None for t in (dk, dv)), *placed,
             *strides, *call.sizes(of_each, call.kv_heads), **call.constants(tile, of_each > 0),
         )  # fmt: skip
     if dq.numel():
+        tile = backward_q_tile(call.dtype, call.dim, call.padding is not None)
         tiles, of_each = call.tiles(False, tile.rows)
         _launch(
             backward_q_kernel,
             (tiles, call.heads),
             call.device,
-            *tensors, lse, delta, dq, *placed,
+            *tensors, *sums, dq, *placed,
             *strides, *call.sizes(of_each, call.heads), **call.constants(tile, of_each > 0),
         )  # fmt: skip
     return dq, dk, dv
