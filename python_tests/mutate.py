@@ -1098,6 +1098,11 @@ ATTENTION_MUTATIONS = {
     "decoders": (
         ATTENTION_SITE, 'if "past_key_values" in parameters and hasattr(module, "is_causal"):',
         "if False:"),
+    "prompts of decoders": (
+        ATTENTIONS, '        and not (kind == "decode" and query.shape[2] != 1)\n', ""),
+    "no numeric check of a step": (
+        ATTENTION_SITE, 'return None if off <= _TOLERANCE else f"the numeric check failed: {name} '
+        'differs', 'return None and f"{name} differs'),
     "cross attention": (ATTENTION_SITE, "if _OTHERS & set(parameters):", "if False:"),
     "wide heads": (ATTENTION_SITE, "if studied.dim % 8 or studied.dim > attentions.MAX_DIM:",
                    "if False:"),

@@ -75,8 +75,13 @@ def wide(monkeypatch):
         monkeypatch.setattr(tiny, name, rows)
 
 
-def places(report, status="patched"):
-    return {row.path: row.sites for row in report.rows if row.sites and row.status == status}
+def places(report, decoders=False):
+    rows = [row for row in report.rows if row.op == site.SITE.op and row.status == "patched"]
+    return {row.path: row.sites for row in rows if (row.reason == site.DECODES) == decoders}
+
+
+def of_towers(report):
+    return sum(places(report).values())
 
 
 def reasons(report):
@@ -95,12 +100,13 @@ def calls(family, report, images=True, attention="sdpa"):
     """Of the op in a forward."""
     if family in MASKED or not (images or family == "idefics"):
         return 0
-    return report.counts["packed_attention"] - sum(AUDIO.get(family, {}).values())
+    return of_towers(report) - sum(AUDIO.get(family, {}).values())
 
 
 def attention_modules(model):
     found = [m for m in model.modules() if "packed_attention" in ops_of(m)]
-    return [m for m in found if not isinstance(m, transformers.PreTrainedModel)]
+    found = [m for m in found if not isinstance(m, transformers.PreTrainedModel)]
+    return [m for m in found if not hasattr(m, "layer_idx")]  # decoders have a cache
 
 
 def features(model, batch):
@@ -406,7 +412,7 @@ def test_weights_that_are_watched_are_the_models_own(family):
             assert_agree(ours, theirs, "weights")
         with CountOps() as ran:
             tower(**given)
-    assert ran.counts[OP] == report.counts["packed_attention"]
+    assert ran.counts[OP] == of_towers(report)
 
 
 def test_a_tower_keeps_its_mask_when_a_layer_is_replaced():
@@ -651,6 +657,59 @@ def test_heads_that_share_keys():
     torch.testing.assert_close(made, expected.transpose(1, 2))
 
 
+# Decoders.
+
+
+def generated(model, batch, **options):
+    model.generation_config.eos_token_id = None
+    options |= {"max_new_tokens": 4, "do_sample": False, "return_dict_in_generate": True}
+    return run(model, batch, model.generate, **options, output_logits=True)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", ["llava", "qwen3_vl", "mllama", "llama4", "smolvlm"])
+def test_steps_of_generation(family, attention, monkeypatch):
+    """And beside mrope, whose forward may wrap the model's own to put off norms."""
+    all_of(monkeypatch, "packed_attention", "mrope")
+    model, batch = build(family, attention), batch_of(family, "several_images")
+    expected = generated(model, batch)
+    report = vlmops.patch(model)
+    (layers,) = places(report, decoders=True).values()
+    with CountOps() as ran:
+        got = generated(model, batch)
+    # Eager code is given a mask in each step.
+    steps = 3 if attention == "sdpa" else 0
+    assert ran.counts[OP] == calls(family, report) + steps * layers
+    assert torch.equal(got.sequences, expected.sequences)
+    for ours, theirs in zip(got.logits, expected.logits, strict=True):
+        assert_agree(ours, theirs, "logits")
+
+
+def test_steps_with_padding_are_the_models_own():
+    model, batch = build("llava"), batch_of("llava", "left_padded")
+    expected = generated(model, batch)
+    report = vlmops.patch(model)
+    with CountOps() as ran:
+        got = generated(model, batch)
+    assert ran.counts[OP] == of_towers(report)
+    assert torch.equal(got.sequences, expected.sequences)
+
+
+def test_decoders_attend_to_a_text_by_themselves():
+    model, batch = build("llava"), batch_of("llava", "text")
+    assert sum(places(vlmops.patch(model), decoders=True).values()) == 3
+    with torch.no_grad(), CountOps() as ran:
+        run(model, batch)
+    assert ran.counts[OP] == 0
+
+
+def test_a_step_that_differs_is_refused(monkeypatch):
+    monkeypatch.setattr(site, "_checked", {})
+    monkeypatch.setattr(attentions, "packed_attention", lambda q, k, v, **_: q.clone())
+    report = vlmops.patch(build("llava"))
+    assert sum("numeric check failed" in reason for reason in reasons(report)) == 2
+
+
 # Whether it gains.
 
 
@@ -671,12 +730,13 @@ def test_measurements_run_and_are_kept(monkeypatch):
     monkeypatch.undo()
     monkeypatch.setattr(site, "_measured", {})
     heads, cpu = site.Heads(4, 2, 24), torch.device("cpu")
-    site.worthwhile(64, heads, torch.float32, cpu)
+    given = 1, 64, heads, torch.float32
+    site.worthwhile(*given, cpu)
     (share,) = site._measured.values()
     assert share > 0
     monkeypatch.setattr(site, "_share", lambda *_: 1 / 0)
-    site.worthwhile(64, heads, torch.float32, cpu)
-    assert "not measured on meta" in site.worthwhile(64, heads, torch.float32, torch.device("meta"))
+    site.worthwhile(*given, cpu)
+    assert "not measured on meta" in site.worthwhile(*given, torch.device("meta"))
 
 
 # Refusals.
@@ -766,7 +826,9 @@ def test_pickled_towers_are_hugging_faces_again():
 def test_family_table_holds(family):
     """A site that rots with a new transformers turns this red; so does one that appears."""
     model = build(family)
-    assert places(vlmops.patch(model)) == expected_places(family, model)
+    report = vlmops.patch(model)
+    assert places(report) == expected_places(family, model)
+    assert len(places(report, decoders=True)) == (family not in ("idefics", "kimi_k25"))
     assert vlmops.unpatch(model) > 0
 
 
@@ -905,5 +967,5 @@ def test_patched_block_gives_back_what_was_patched_before(monkeypatch):
     vlmops.patch(model, ops=["mrope"])
     classes = [type(m) for m in model.modules()]
     with vlmops.patched(model, ops=["packed_attention"]) as report:
-        assert report.counts["packed_attention"] == 2
+        assert of_towers(report) == 2
     assert [type(m) for m in model.modules()] == classes

@@ -18,9 +18,9 @@ from torch import Tensor
 from vlmops.hf import plain
 from vlmops.ops.packed_attention import packed_attention
 
-Kind = Literal["segments", "images", "padding", "dense"]
+Kind = Literal["segments", "images", "padding", "dense", "decode"]
 """Who attends: tokens within segments that the forward is given; within images, where a mask was;
-all to all but padding to padding; all to all."""
+all to all but padding to padding; all to all; a token that is generated to all before it."""
 
 SELECTED = ("eager", "sdpa")
 """The implementations that the op stands for."""
@@ -131,13 +131,14 @@ def _dense(
     carried = attention_mask is not None and (
         attention_mask.dtype == (torch.bool if kind == "padding" else torch.int32)
         and attention_mask.dim() == (2 if kind == "padding" else 1)
-        and kind != "dense"
+        and kind not in ("dense", "decode")
     )
     sdpa = theirs.__module__ == _SDPA
     causal = bool(sdpa and attention_mask is None and _is_causal(module, query, kwargs))
     if (
         known
         and (attention_mask is None or carried)
+        and not (kind == "decode" and query.shape[2] != 1)
         and not (causal and query.shape[2] != key.shape[2])
         and not (carried and kind == "images" and query.shape[0] != 1)
         and (sdpa or not _weights_wanted(module, kwargs))

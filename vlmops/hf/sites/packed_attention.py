@@ -43,6 +43,9 @@ _TOLERANCE = 1e-4  # of values around 1, in float32: agreement is about 1e-6
 _CLEARLY = 0.95  # of the time of torch's own attention is what the op may take
 _MOST_TOKENS = 1024  # of a measurement
 _ROUNDS = 3
+_KEYS = 1024  # that the query of a decode step meets in a measurement
+DECODES = "where a token is generated that sees all before it"
+"""What the report says of a decoder."""
 _HOPELESS = 4.0
 # Parameters of the functions that make masks for all layers of a tower.
 _MASKS: Mapping[tuple[str, ...], Kind] = {
@@ -115,6 +118,8 @@ def find(model: nn.Module) -> Iterator[Place | Refused | AlreadyPatched]:
         if reason is not None:
             yield Refused(place, reason)
             continue
+        if group.kind == "decode":
+            place = dataclasses.replace(place, note=DECODES)
         reason = _left_alone(module, group.kind)
         yield place if reason is None else LeftAlone(place, reason)
 
@@ -175,7 +180,7 @@ def _asked(forward: Any) -> dict[str, Any]:
 
 
 def _kind(module: nn.Module) -> Kind | None:
-    """Who attends in a module; None if it is no attention of a tower."""
+    """Who attends in a module; None if it is no attention, or attends to others."""
     forward = _forward(module)
     asked = {} if forward is None else _asked(forward)
     if not asked:
@@ -185,11 +190,11 @@ def _kind(module: nn.Module) -> Kind | None:
         return "segments"
     if "cu_seqlens" in parameters:
         return None
-    # Decoders have a cache, and say whether they are causal.
-    if "past_key_values" in parameters and hasattr(module, "is_causal"):
-        return None
     if _OTHERS & set(parameters):
         return None
+    # Decoders have a cache, and say whether they are causal.
+    if "past_key_values" in parameters and hasattr(module, "is_causal"):
+        return "decode"
     return "dense"
 
 
@@ -266,9 +271,9 @@ def _refusal(details: _Details) -> str | None:
 
 def _left_alone(module: Any, kind: Kind) -> str | None:
     """Why a module that can be patched would gain nothing."""
-    if kind != "dense":
+    if kind not in ("dense", "decode"):
         return None
-    tokens = _tokens(getattr(module, "config", None))
+    tokens = _KEYS if kind == "decode" else _tokens(getattr(module, "config", None))
     if tokens is None:
         return "its config does not say how many tokens it attends to: not measured"
     studied = _study(module)
@@ -276,7 +281,8 @@ def _left_alone(module: Any, kind: Kind) -> str | None:
     weight = next((p for p in module.parameters() if p.dtype in plain.DTYPES), None)
     if weight is None:
         return "its weights do not say what it computes in: not measured"
-    return worthwhile(tokens, studied, weight.dtype, weight.device)
+    queries = 1 if kind == "decode" else tokens
+    return worthwhile(queries, tokens, studied, weight.dtype, weight.device)
 
 
 def _tokens(config: Any) -> int | None:
@@ -300,28 +306,31 @@ _measured: dict[Hashable, float] = {}
 """The op's time as a share of that of torch's own attention."""
 
 
-def worthwhile(tokens: int, heads: Heads, dtype: torch.dtype, device: torch.device) -> str | None:
-    """Why all tokens of an image attend to each other as fast by torch's own attention; or None.
+def worthwhile(
+    queries: int, keys: int, heads: Heads, dtype: torch.dtype, device: torch.device
+) -> str | None:
+    """Why torch's own attention is as fast where all queries see all keys; or None.
 
     Measured once for each shape and number of threads.
     """
     if device.type != "cpu":
         return f"not measured on {device.type}: torch's own attention of all tokens to all stays"
-    tokens = min(tokens, _MOST_TOKENS)
-    key = tokens, heads, dtype, torch.get_num_threads()
+    queries, keys = (min(tokens, _MOST_TOKENS) for tokens in (queries, keys))
+    key = queries, keys, heads, dtype, torch.get_num_threads()
     if key not in _measured:
         with _disable_current_modes(), torch.no_grad():
-            _measured[key] = _share(tokens, heads, dtype)
+            _measured[key] = _share(queries, keys, heads, dtype)
     share = _measured[key]
     if share < _CLEARLY:
         return None
     return f"measured: torch's own attention takes {1 / share:.2f} of the op's time"
 
 
-def _share(tokens: int, heads: Heads, dtype: torch.dtype) -> float:
+def _share(queries: int, keys: int, heads: Heads, dtype: torch.dtype) -> float:
     draw = torch.Generator().manual_seed(0)
     counts = heads.heads, heads.kv_heads, heads.kv_heads
-    shapes = [(tokens, n, heads.dim) for n in counts]
+    rows = queries, keys, keys
+    shapes = [(n, h, heads.dim) for n, h in zip(rows, counts, strict=True)]
     q, k, v = (torch.randn(1, *s, generator=draw).to(dtype) for s in shapes)
 
     def theirs() -> Tensor:
@@ -445,12 +454,14 @@ class _Spy:
 
     def __init__(self, theirs: Any) -> None:
         self.theirs, self.calls = theirs, list[Any]()
+        self.last: Any = None
 
     def get_interface(self, *args: Any) -> Callable[..., Any]:
         function = self.theirs.get_interface(*args)
 
         def spied(module: Any, q: Tensor, k: Tensor, v: Tensor, *rest: Any, **kw: Any) -> Any:
             self.calls.append((q, k, v))
+            self.last = args, module, rest, kw
             return function(module, q, k, v, *rest, **kw)
 
         return spied
@@ -490,16 +501,16 @@ def _rehearse(
     module: Any, forward: Any, new: Mapping[str, Any], mask: Tensor | None = None
 ) -> list[Tensor]:
     """What the linear layers of a module are given, where nothing is rotated."""
-    turns = {
-        name: _unturned(apply)
+    found = {
+        name: apply
         for name in forward.__code__.co_names
         if (apply := rotary.find_apply(name, forward.__globals__.get(name))) is not None
     }
+    turns = {name: _unturned(apply) for name, apply in found.items()}
     rebuilt = rebuild(forward, "rehearsal", **turns, **new)
-    anything = (torch.ones(1), torch.ones(1))
+    one = torch.ones(1)
+    anything: Any = one if any(apply.complex for apply in found.values()) else (one, one)
     positions = dict.fromkeys(rehearsal.positions(forward), anything)
-    if "freqs_ci" in positions:
-        positions["freqs_ci"] = torch.ones(1)  # type: ignore[assignment]
     problem = None
     parameters = inspect.signature(forward).parameters
     for packed in (True, False) if "cu_seqlens" in parameters else (False,):
@@ -543,6 +554,8 @@ def check(place: Place) -> str | None:
 
 def _difference(module: Any, kind: Kind, mask: _Mask | None) -> str | None:
     """Why the replacement is not what it replaces."""
+    if kind == "decode":
+        return _difference_of_a_step(module)
     forward, name = _forward(module), type(module).__name__
     function = None if mask is None else mask.function
     new = attentions.replaced(_asked(forward), kind, function)
@@ -558,6 +571,24 @@ def _difference(module: Any, kind: Kind, mask: _Mask | None) -> str | None:
         if not off <= _TOLERANCE:
             return f"the numeric check failed: {name} differs by {off:.3g}"
     return None
+
+
+def _difference_of_a_step(module: Any) -> str | None:
+    """The same of a decode step, by the function alone: one query and more keys."""
+    forward, name = _forward(module), type(module).__name__
+    spies = {n: _Spy(theirs) for n, theirs in _asked(forward).items() if not callable(theirs)}
+    _rehearse(module, forward, spies)
+    spy = next(spy for spy in spies.values() if spy.calls)
+    asked, made, rest, options = spy.last
+    draw = torch.Generator().manual_seed(0)
+    q, k, v = (
+        torch.randn(2, t.shape[1], n, t.shape[3], generator=draw)
+        for t, n in zip(spy.calls[-1], (1, 9, 9), strict=True)
+    )
+    functions = spy.theirs, attentions.Functions(spy.theirs, "decode")
+    expected, got = (f.get_interface(*asked)(made, q, k, v, *rest, **options)[0] for f in functions)
+    off = float((got - expected).abs().max()) if got.shape == expected.shape else float("inf")
+    return None if off <= _TOLERANCE else f"the numeric check failed: {name} differs by {off:.3g}"
 
 
 def _masks(kind: Kind, function: Any) -> Iterator[tuple[Tensor | None, Tensor | None]]:
