@@ -264,9 +264,10 @@ def forward_kernel(
             D, D_1, D_2, VEC, BN, CAUSAL, NEGATIVE, False, 1 if p_padding is None else STAGES,
         )  # fmt: skip
         o_all = o_first + o_row
-        b_part = tl.where(b_top == -_INF, 0.0, 1.0 / b_sum)
+        m_blind = b_top == -_INF
+        b_part = tl.where(m_blind, 0.0, 1.0 / tl.where(m_blind, 1.0, b_sum))
         o_row = i_head.to(tl.int64) * n_rows + o_all
-        tl.store(p_top + o_row, tl.where(b_top == -_INF, 0.0, b_top), mask=m_row)
+        tl.store(p_top + o_row, tl.where(m_blind, 0.0, b_top), mask=m_row)
         tl.store(p_part + o_row, b_part, mask=m_row)
         b_part = b_part[:, None]
         _store(p_out, b_y * b_part, o_all, m_row, i_head, n_heads, 0, D_1, D)
@@ -298,17 +299,10 @@ def delta_kernel(
     o_sum = i_head.to(tl.int64) * n_rows + o_row
     tl.store(p_delta + o_sum, b_delta.to(tl.float32), mask=m_row)
     if p_less is not None:
-        b_part = tl.load(p_part + o_sum, mask=m_row, other=0.0)
+        b_part = tl.load(p_part + o_sum, mask=m_row, other=1.0)
         b_top = tl.load(p_top + o_sum, mask=m_row, other=0.0)
-        b_less = tl.where(b_part == 0.0, _INF, b_top - tl.log2(b_part))
-        tl.store(p_less + o_sum, b_less, mask=m_row)
-
-
-@triton.jit
-def _weights(b_s, b_top, b_part, factor, PARTS: tl.constexpr):
-    """What forward's rows are made of."""
-    b_p = tl.exp2(tl.fma(b_s, factor, -b_top))
-    return b_p * b_part if PARTS else b_p
+        b_part = tl.where(b_part == 0.0, 1.0, b_part)  # whose queries see nothing
+        tl.store(p_less + o_sum, b_top - tl.log2(b_part), mask=m_row)
 
 
 @triton.jit(
@@ -382,12 +376,15 @@ def backward_kv_kernel(
                 b_part = b_top
                 if p_part is not None:
                     b_part = tl.load(p_part + o_sums + o_row, mask=m_row, other=0.0)
-                b_p = _weights(b_s, b_top[None, :], b_part[None, :], factor, p_part is not None)
+                b_s = tl.fma(b_s, factor, -b_top[None, :])
                 if CAUSAL:
-                    b_p = tl.where(o_key[:, None] <= (o_row + (m - n))[None, :], b_p, 0.0)
+                    b_s = tl.where(o_key[:, None] <= (o_row + (m - n))[None, :], b_s, -_INF)
                 if p_padding is not None:
                     b_h = tl.load(p_padding + o_first + o_row, mask=m_row, other=0)
-                    b_p = tl.where((b_hidden[:, None] == 0) | (b_h[None, :] == 0), b_p, 0.0)
+                    b_s = tl.where((b_hidden[:, None] == 0) | (b_h[None, :] == 0), b_s, -_INF)
+                b_p = tl.exp2(b_s)
+                if p_part is not None:
+                    b_p *= b_part[None, :]
                 b_g = _rows(p_g_h, o_row, m_row, s_g_n, 0, D_1, D, VEC, False)
                 b_g_2 = b_g
                 if D_2 > 0:
@@ -487,16 +484,17 @@ def backward_q_kernel(
                 b_v_2 = _rows(p_v, o_key, m_key, s_v_n, D_1, D_2, D, VEC, False)
                 b_s = _dot(b_q_2, tl.trans(b_k_2), b_s)
                 b_dp = _dot(b_g_2, tl.trans(b_v_2), b_dp)
-            b_p = _weights(b_s, b_top[:, None], b_part[:, None], factor, p_part is not None)
-            b_ds = b_p * (b_dp - b_delta[:, None])
-            m_p = m_key[None, :]
+            b_s = tl.fma(b_s, factor, -b_top[:, None])
+            m_s = m_key[None, :]
             if CAUSAL:
-                m_p = m_p & (o_key[None, :] <= (o_row + (m - n))[:, None])
+                m_s = m_s & (o_key[None, :] <= (o_row + (m - n))[:, None])
             if p_padding is not None:
                 b_h = tl.load(p_padding + o_first + o_key, mask=m_key, other=0)
-                m_p = m_p & ((b_hidden[:, None] == 0) | (b_h[None, :] == 0))
-            # A weight without a key may be inf.
-            b_ds = tl.where(m_p, b_ds, 0.0).to(b_k.dtype)
+                m_s = m_s & ((b_hidden[:, None] == 0) | (b_h[None, :] == 0))
+            b_p = tl.exp2(tl.where(m_s, b_s, -_INF))
+            if p_part is not None:
+                b_p *= b_part[:, None]
+            b_ds = (b_p * (b_dp - b_delta[:, None])).to(b_k.dtype)
             b_dq = _dot(b_ds, b_k, b_dq)
             if D_2 > 0:
                 b_dq_2 = _dot(b_ds, b_k_2, b_dq_2)
@@ -675,6 +673,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, o: Options, *of_backward: Tensor) ->
     check = getattr(torch.ops.vlmops, "packed_attention_check", None)
     if check is not None:
         check(q, k, v, *o, *of_backward)
+    elif q.is_cpu:  # until there is that op: the compiled one checks before it computes
+        torch.ops.vlmops.packed_attention(q, k, v, *o)
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
@@ -713,7 +713,7 @@ def backward(
     call = Call(q, k, v, o, grad)
     tensors, (top, part) = call.tensors, statistics.contiguous()
     strides = [x for s in call.strides for x in s]
-    # To 16 bits it makes no difference whether two numbers or one come from forward.
+    # To 16 bits it makes no difference whether forward's two numbers become one.
     exact = call.dtype == torch.float32
     delta = torch.empty_like(top)
     less = None if exact else torch.empty_like(top)
