@@ -1108,7 +1108,7 @@ ATTENTION_MUTATIONS = {
                    "if False:"),
     "replaced masks": (ATTENTION_SITE, "if home != _forward(mask.tower).__module__:", "if False:"),
     "replaced layers": (
-        ATTENTION_SITE, 'if _OP not in getattr(type(module), "_vlmops_ops", ()) or', "if"),
+        ATTENTION_SITE, 'if _OP not in getattr(type(module), OPS, ()) or', "if"),
     "weights in float64": (ATTENTION_SITE, "if dtype == torch.float64:", "if False:"),
     "implementations that are left alone": (
         ATTENTION_SITE, "if selected not in attentions.SELECTED:", "if False:"),
@@ -1121,12 +1121,12 @@ ATTENTION_MUTATIONS = {
     "other arguments": (GRIDS, "grid.dtype, plain, tuple(more)", "grid.dtype, tuple(more)"),
     "other helpers": (GRIDS, "key = theirs, values", "key = values"),
     "precomputed made again": (GRIDS, "any(name in kwargs for name in _PRECOMPUTED)", "False"),
-    "grids that change": (GRIDS, " or known[1] != grid._version:", ":"),
+    "grids that change": (GRIDS, " or known[1] != version:", ":"),
     "grids read for each helper": (GRIDS, "        _last.grid = known\n", ""),
     "results of inference": (GRIDS, "torch.inference_mode(False), ", ""),
     "all results are kept": (GRIDS, "while len(_results) > _KEPT:", "while False:"),
     "results made again": (GRIDS, "        if result is None:\n", "        if True:\n"),
-    "the longest is not known": (GRIDS, "rest = [getattr(first, _LONGEST, None)]", "pass"),
+    "the longest is not known": (GRIDS, "rest = [longest_of(first)]", "pass"),
     "the longest of windows": (GRIDS, "        return longest\n", "        return None\n"),
     "the longest that was given": (
         GRIDS, ' or (kwargs and kwargs.get(more.get("kwarg_name", "max_seqlen"))):', ":"),

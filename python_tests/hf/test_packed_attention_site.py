@@ -49,6 +49,7 @@ UNLISTED_PLACES = {
     "kimi_k25": {"model.vision_tower.layers.*.attn": 2},
 }
 AUDIO = {"qwen2_5_omni_thinker": {"model.audio_tower.layers.*.self_attn": 1}}
+OLDER = transformers.__version__.startswith("5.17.")
 MASKED = {"lfm2_vl"}  # its tower makes a mask always
 ROUTED = {"qwen3_vl_moe"}  # a rounding decides on experts
 EVERY = [*FAMILIES, *UNLISTED]
@@ -259,6 +260,17 @@ def test_grids_that_change_are_read_again():
     for height in range(2, 2 * grids._KEPT + 6, 2):
         ours(torch.tensor([[1, height, 4]]), 2)
     assert len(grids._results) == grids._KEPT
+
+
+def test_grids_of_inference_mode():
+    """Which have no version."""
+    theirs = transformers.models.qwen2_vl.modeling_qwen2_vl.get_vision_position_ids
+    ours = grids._hosted(theirs)
+    with torch.inference_mode():
+        grid = torch.tensor([[1, 4, 6]])
+        ours(grid, 2)
+        grid[0, 1] = 8
+        assert torch.equal(ours(grid, 2), theirs(grid, 2))
 
 
 def test_what_inference_made_serves_training():
@@ -621,6 +633,7 @@ def test_hooks_of_transformers_matter_only_while_they_collect_weights():
         {"attention_mask": torch.ones(1, 1, 5, 5, dtype=torch.bool)},
         {"output_attentions": True},
         {"k": torch.randn(1, 2, 5, 16)},
+        {"k": torch.randn(1, 2, 5, 16), "v": torch.randn(1, 2, 5, 16)},
         {"v": torch.randn(1, 2, 5, 24).bfloat16()},
         {"dim": 20},
         {"dim": 264},

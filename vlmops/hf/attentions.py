@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from vlmops.hf import plain
+from vlmops.hf.grids import know_longest, longest_of
 from vlmops.ops.packed_attention import packed_attention
 
 Kind = Literal["segments", "images", "padding", "dense", "decode"]
@@ -169,7 +170,7 @@ def _packed(
 ) -> Tensor:
     q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))  # [N, H, D]
     longest = kwargs.get("max_length_q")
-    longest = longest if isinstance(longest, int) else None
+    longest = longest if isinstance(longest, int) else longest_of(starts)
     scale = kwargs.get("scaling")
     return packed_attention(q, k, v, starts, max_seqlen=longest, scale=scale)[None]
 
@@ -238,7 +239,10 @@ def mask_of_images(theirs: Any) -> Callable[..., Tensor]:
             mask: Tensor = theirs(patch_embeds_list, tensor)
             return mask
         ends = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-        return ends.to(tensor.device, non_blocking=True)
+        starts = ends.to(tensor.device, non_blocking=True)
+        if lengths and not torch.compiler.is_compiling():
+            know_longest(starts, max(lengths))
+        return starts
 
     return generate_block_attention_mask
 

@@ -96,9 +96,11 @@ def _is_config(value: Any) -> bool:
 def _on_host(grid: Tensor) -> tuple[Tensor, tuple[int, ...]]:
     """A grid and its values; read once, however many helpers ask for it."""
     known = getattr(_last, "grid", None)
-    if known is None or known[0]() is not grid or known[1] != grid._version:
+    # Tensors of inference mode have no version.
+    version = None if grid.is_inference() else grid._version
+    if version is None or known is None or known[0]() is not grid or known[1] != version:
         host = grid.detach().cpu()
-        known = weakref.ref(grid), grid._version, host, tuple(host.flatten().tolist())
+        known = weakref.ref(grid), version, host, tuple(host.flatten().tolist())
         _last.grid = known
     return known[2], known[3]
 
@@ -108,21 +110,34 @@ def _there(result: Any, device: Any) -> Any:
     if isinstance(result, tuple):
         first, *rest = (_there(part, device) for part in result)
         if rest == [None]:  # the longest, which transformers reads for flash attention alone
-            rest = [getattr(first, _LONGEST, None)]
+            rest = [longest_of(first)]
         return first, *rest
     if not isinstance(result, Tensor):
         return result
     made = result.to(device, non_blocking=True)
     if result.dtype == torch.int32 and result.dim() == 1 and len(result) > 1:
-        setattr(made, _LONGEST, int((result[1:] - result[:-1]).max()))
+        know_longest(made, int((result[1:] - result[:-1]).max()))
     return made
+
+
+def know_longest(starts: Tensor, longest: int) -> None:
+    """Notes how long the longest segment is, for whoever meets ``starts`` again."""
+    setattr(starts, _LONGEST, longest)
+
+
+def longest_of(starts: Any) -> int | None:
+    """What `know_longest` has noted, if it has."""
+    if torch.compiler.is_compiling():
+        return None
+    longest: int | None = getattr(starts, _LONGEST, None)
+    return longest
 
 
 def _longest(theirs: types.FunctionType) -> Callable[..., Any]:
     """``get_max_seqlen``, which reads nothing back where the longest is known."""
 
     def get_max_seqlen(cu_seqlens: Any, config: Any, kwargs: Any = None, **more: Any) -> Any:
-        longest = getattr(cu_seqlens, _LONGEST, None)
+        longest = longest_of(cu_seqlens)
         if longest is None or (kwargs and kwargs.get(more.get("kwarg_name", "max_seqlen"))):
             return theirs(cu_seqlens, config, kwargs=kwargs, **more)
         return longest

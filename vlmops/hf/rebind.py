@@ -23,7 +23,8 @@ from torch import nn
 _DECORATORS = {"torch.utils._contextlib", "transformers.modeling_rope_utils"}
 _ORIGINAL = "_vlmops_original_class"
 _ABSORBS = "_vlmops_absorbs"
-_OPS = "_vlmops_ops"
+OPS = "_vlmops_ops"
+"""Attribute of our classes: the ops for which they were made."""
 _REPLACES = "_vlmops_replaces"
 _subclasses: dict[tuple[type, Hashable], type] = {}
 
@@ -80,7 +81,7 @@ def subclass(
     if cached is None:
         made: dict[str, Any] = {method: make_forward(str(len(_subclasses)))}
         made[_ABSORBS] = (*vars(original).get(_ABSORBS, ()), *absorbs)
-        made[_OPS] = vars(original).get(_OPS, frozenset()) | {_op_of(key)}
+        made[OPS] = vars(original).get(OPS, frozenset()) | {_op_of(key)}
         cached = _subclasses[original, key] = derived(original, **made, **more)
     return cached
 
@@ -91,7 +92,7 @@ def _op_of(key: Hashable) -> Hashable:
 
 def ops_of(instance: Any) -> frozenset[Hashable]:
     """The ops for which a module's class was made; none if the class is not one of ours."""
-    ops: frozenset[Hashable] = vars(type(instance)).get(_OPS, frozenset())
+    ops: frozenset[Hashable] = vars(type(instance)).get(OPS, frozenset())
     return ops
 
 
@@ -155,7 +156,7 @@ def derived(original: type, **body: Any) -> type:
         "__deepcopy__": _deepcopy,
         _ORIGINAL: vars(original).get(_ORIGINAL, original),
         _ABSORBS: vars(original).get(_ABSORBS, ()),
-        _OPS: vars(original).get(_OPS, frozenset()),
+        OPS: vars(original).get(OPS, frozenset()),
         _REPLACES: (*vars(original).get(_REPLACES, ()), *methods),
     }
     return type(original.__name__, (original,), common | body)

@@ -25,6 +25,7 @@ from vlmops import dispatch
 from vlmops.hf import attentions, grids, plain, rehearsal, rotary
 from vlmops.hf.attentions import Kind
 from vlmops.hf.rebind import (
+    OPS,
     changed,
     innermost,
     ops_of,
@@ -109,6 +110,11 @@ def find(model: nn.Module) -> Iterator[Place | Refused | AlreadyPatched]:
         place = Place(_common(group.paths), type(module).__name__, len(group.modules), details)
         if all(_OP in ops_of(part) for part in details.parts):
             yield AlreadyPatched(place)
+            continue
+        selected = _selected(module)
+        if selected not in attentions.SELECTED:
+            stands = " and ".join(attentions.SELECTED)
+            yield LeftAlone(place, f"{selected} is selected, and the op stands for {stands}")
             continue
         if group.grids is not None and (reason := _changed(group.grids)) is not None:
             details = dataclasses.replace(details, grids=None)
@@ -252,9 +258,6 @@ def _refusal(details: _Details) -> str | None:
     for dtype in sorted({t.dtype for t in tensors if t.is_floating_point()}, key=str):
         if dtype == torch.float64:
             return f"no kernel for {dtype}"
-    selected = _selected(modules[0])
-    if selected not in attentions.SELECTED:
-        return f"{selected} is selected, and the op stands for {' and '.join(attentions.SELECTED)}"
     studied = _study(modules[0])
     if isinstance(studied, str):
         return studied
@@ -423,7 +426,7 @@ def _ready(tower: Any, below: tuple[str, ...]) -> bool:
         module = tower
         for name in path.split("."):
             module = getattr(module, name, None)
-        if _OP not in getattr(type(module), "_vlmops_ops", ()) or "forward" in module.__dict__:
+        if _OP not in getattr(type(module), OPS, ()) or "forward" in module.__dict__:
             return False
     return True
 
