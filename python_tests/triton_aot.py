@@ -29,6 +29,7 @@ from vlmops.ops import (
     hd_transform_triton,
     mlp_projector_triton,
     mrope_triton,
+    packed_attention_triton,
     patch_embed_triton,
     pixel_shuffle_triton,
 )
@@ -311,12 +312,114 @@ def pixel_shuffle_keys():
     }
 
 
+def attended(lengths, heads, dim, dtype=torch.bfloat16, kv_heads=None, batched=False, **options):
+    """The arguments of the op, packed or a batch; only dtypes, shapes and strides matter."""
+    counts = heads, *[kv_heads or heads] * 2
+    rows = torch.empty(sum(lengths), sum(counts) * dim, dtype=dtype)
+    split = rows.split([n * dim for n in counts], -1)
+    q, k, v = (t.unflatten(-1, (-1, dim)) for t in split)
+    if batched:
+        q, k, v = (t.unflatten(0, (len(lengths), -1)) for t in (q, k, v))
+    else:
+        ends = torch.tensor(lengths).cumsum(0, dtype=torch.int32)
+        options["cu_seqlens"] = torch.cat([ends.new_zeros(1), ends])
+    return q, k, v, *packed_attention_triton.Options(**options)
+
+
+def packed_attention_calls():
+    run, fp32 = packed_attention_triton, torch.float32
+    qwen, clip = ([64] * 16, 16, 80), ([577] * 5, 16, 64)
+    padding = torch.zeros(6432, dtype=torch.bool)
+    decode = {"kv_heads": 2, "batched": True}
+
+    def budget(kernel, registers, wide, *args, staged=True, **inputs):
+        args = attended(*args, **inputs)
+        call = functools.partial(run.forward, *args)
+        if kernel != "forward_kernel":
+            q, rows = args[0], args[0].shape[:-2].numel()
+            statistics = torch.empty(2, q.shape[-2], rows)
+            call = functools.partial(run.backward, q, *args[:3], q, statistics, *args[3:])
+        return Budget(run, kernel, call, registers, wide, staged and inputs.get("dtype") != fp32)
+
+    forward, of_kv, of_q = "forward_kernel", "backward_kv_kernel", "backward_q_kernel"
+    return {
+        "attention d80 bf16": budget(forward, 255, 0, [5476], 16, 80),
+        "attention d80 windows bf16": budget(forward, 255, 0, *qwen, max_seqlen=64),
+        "attention d72 bf16": budget(forward, 255, 0, [4096], 16, 72),
+        "attention d64 bf16": budget(forward, 255, 0, *clip, batched=True),
+        "attention d96 bf16": budget(forward, 255, 0, [4096], 16, 96),
+        "attention d128 causal bf16": budget(forward, 255, 0, [4096], 16, 128, causal=True),
+        "attention d256 bf16": budget(forward, 255, 0, [4096], 16, 256, staged=False),
+        "attention mllama bf16": budget(
+            forward, 255, 0, [6432], 16, 80, padding=padding),
+        "attention decode bf16": budget(forward, 255, 0, [1] * 16, 14, 64, **decode),
+        "attention d64 fp32": budget(forward, 255, 0, *clip, dtype=fp32),
+        "attention d64 windows bf16": budget(forward, 255, 0, [64] * 16, 16, 64, max_seqlen=64),
+        "attention d96 fp32": budget(forward, 255, 0, [4096], 16, 96, dtype=fp32),
+        "attention d80 fp32": budget(forward, 255, 0, *qwen, dtype=fp32),
+        "attention d128 fp32": budget(forward, 255, 0, [4096], 16, 128, dtype=fp32),
+        "attention d256 fp32": budget(forward, 255, 0, [4096], 16, 256, dtype=fp32),
+        "attention delta d80 bf16": budget(
+            "delta_kernel", 255, 0, [5476], 16, 80, staged=False),
+        "attention dkv d80 bf16": budget(of_kv, 255, 0, [5476], 16, 80),
+        "attention dkv d96 bf16": budget(of_kv, 255, 0, [4096], 16, 96),
+        "attention dkv d64 bf16": budget(of_kv, 255, 0, *clip, batched=True),
+        "attention dkv mllama bf16": budget(
+            of_kv, 255, 0, [6432], 16, 80, padding=padding, staged=False),
+        "attention dkv d128 causal bf16": budget(of_kv, 255, 0, [4096], 16, 128, causal=True),
+        "attention dkv d256 bf16": budget(of_kv, 255, 0, [4096], 16, 256),
+        "attention dkv d80 fp32": budget(of_kv, 255, 0, *qwen, dtype=fp32),
+        "attention dkv d128 fp32": budget(of_kv, 255, 0, [4096], 16, 128, dtype=fp32),
+        "attention dkv d256 fp32": budget(of_kv, 255, 0, [4096], 16, 256, dtype=fp32),
+        "attention dq d80 bf16": budget(of_q, 255, 0, [5476], 16, 80),
+        "attention dq d96 bf16": budget(of_q, 255, 0, [4096], 16, 96),
+        "attention dq d64 bf16": budget(of_q, 255, 0, *clip, batched=True),
+        "attention dq mllama bf16": budget(
+            of_q, 255, 0, [6432], 16, 80, padding=padding, staged=False),
+        "attention dq d128 causal bf16": budget(of_q, 255, 0, [4096], 16, 128, causal=True),
+        "attention dq d256 bf16": budget(of_q, 255, 0, [4096], 16, 256),
+        "attention dq d80 fp32": budget(of_q, 255, 0, *qwen, dtype=fp32),
+        "attention dq d128 fp32": budget(of_q, 255, 0, [4096], 16, 128, dtype=fp32),
+        "attention dq d256 fp32": budget(of_q, 255, 0, [4096], 16, 256, dtype=fp32),
+    }  # fmt: skip
+
+
+def packed_attention_keys():
+    """name -> number of compile keys over images, windows and batches."""
+    run, sizes = packed_attention_triton, [[700], [1025], [256, 1600], [4096] * 3]
+
+    def number(kernel, inputs, **options):
+        calls = []
+        for lengths in inputs:
+            args = attended(lengths, 16, 80, **options)
+            if kernel == "forward_kernel":
+                calls.append(functools.partial(run.forward, *args))
+            else:
+                q, *rest = args
+                statistics = torch.empty(2, q.shape[-2], q.shape[:-2].numel())
+                calls.append(
+                    functools.partial(run.backward, q, q, *rest[:2], q, statistics, *rest[2:])
+                )
+        return number_of_keys(run, kernel, calls)
+
+    kernels = ("forward_kernel", "delta_kernel", "backward_kv_kernel", "backward_q_kernel")
+    windows = [[64] * 3, [64] * 86, [64] * 81 + [16] * 17 + [4]]
+    return {
+        **{f"images, {kernel}": number(kernel, sizes) for kernel in kernels},
+        "windows": number("forward_kernel", windows, max_seqlen=64),
+        "windows of no length": number("forward_kernel", [[30] * 3, [17] * 86]),
+        "batch": number("forward_kernel", [[577], [577] * 5, [730] * 2], batched=True),
+        "batch, scale": number("forward_kernel", [[577], [730] * 2], batched=True, scale=0.5),
+    }
+
+
 def calls():
     """name -> `Budget`"""
     calls = (
         hd_transform_calls,
         mlp_projector_calls,
         mrope_calls,
+        packed_attention_calls,
         patch_embed_calls,
         pixel_shuffle_calls,
     )
