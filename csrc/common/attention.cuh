@@ -45,13 +45,14 @@ namespace vlmops::attention {
 constexpr int kChunk = 128;     // keys to a block, of segments with few rows
 constexpr int kFewRows = 64;    // that those have at most
 constexpr float kSlack = 8.0f;  // by which a logit may exceed the maximum, in base 2
-constexpr float kLog2E = 1.4426950408889634f;
+constexpr double kLog2E = 1.4426950408889634;
 constexpr float kNever = -__builtin_inff();  // the logit of a key that is not seen
 
 // What a launcher knows of Params beyond them.
 struct Plan {
   bool wide_q, wide_k, wide_v, wide_grad, wide_out;  // 16-byte accesses
-  float steepness;                                   // |scale| log2(e), not 0
+  float steep, steep_rest;                           // scale log2(e), and what that float lacks
+  float steepness;                                   // its size, and not 0
   uint32_t flip;  // of the signs of two elements of q, where scale is negative
   bool few;       // blocks are chunks of keys of segments with few rows
   int slots;      // rows of one part
@@ -238,30 +239,37 @@ template <int kDim>
 constexpr int kPitchOf = kDim + 8;  // elements of 16 bits
 
 // kRows rows from `first` on, what is outside as zeros. Threads side by side copy 16 bytes side by
-// side.
+// side. A copy of no bytes reads nothing, wherever it points.
 template <int kDim, int kRows, int kThreads, class T>
 __device__ __forceinline__ void copy_rows(T* tile, const Strip<const T>& from, int first, int count,
                                           int channels, bool wide) {
   constexpr int kPass = kRows < kThreads / 2 ? kRows : kThreads / 2;  // rows at a time
   constexpr int kLanes = kThreads / kPass, kPacks = kDim / 8 / kLanes;
   static_assert(kPacks * kLanes * 8 == kDim && kRows % kPass == 0);
-  const int lane = threadIdx.x % kLanes;
+  const int row = threadIdx.x / kLanes, channel = threadIdx.x % kLanes * 8;
 #pragma unroll
   for (int pass = 0; pass < kRows; pass += kPass) {
-    const int row = pass + static_cast<int>(threadIdx.x) / kLanes;
-    const int inside = first + row < count ? channels : 0;
-    const T* const src = inside == 0 ? from.data : from.at(first + row);
-    T* const to = tile + row * kPitchOf<kDim>;
+    const int r = first + pass + row;
+    const T* const src = (r < count ? from.at(r) : from.data) + channel;
+    T* const to = tile + (pass + row) * kPitchOf<kDim> + channel;
+    if (wide && channels == kDim) {
+      const int bytes = r < count ? 16 : 0;
+#pragma unroll
+      for (int i = 0; i < kPacks; ++i)
+        cp_async_16_or_zero(to + i * kLanes * 8, src + i * kLanes * 8, bytes);
+      continue;
+    }
+    const int inside = r < count ? channels - channel : 0;
     if (wide) {
 #pragma unroll
       for (int i = 0; i < kPacks; ++i) {
-        const int c = (i * kLanes + lane) * 8;
-        cp_async_16_or_zero(to + c, c < inside ? src + c : from.data, c < inside ? 16 : 0);
+        const int c = i * kLanes * 8;
+        cp_async_16_or_zero(to + c, src + c, c < inside ? 16 : 0);
       }
     } else {
 #pragma unroll 1
       for (int i = 0; i < kPacks; ++i) {
-        const int c = (i * kLanes + lane) * 8;
+        const int c = i * kLanes * 8;
         Pack<T, 8> pack;
 #pragma unroll
         for (int e = 0; e < 8; ++e) pack[e] = c < inside ? src[c + e] : from_float<T>(0.0f);
@@ -770,7 +778,7 @@ __device__ __forceinline__ void backward_queries(const Backward& b, const Plan& 
   const T* const q_own = shared + down * 16 * kPitch;
   const T* const grad_own = q_own + Tile::kOwn * kPitch;
   const int warp_row = first_row + down * 16;
-  const float steepness = p.scale * kLog2E;
+  const float steepness = plan.steep;
   const auto mosts = statistics(p, p.lse, segment, kv_head);
   const auto parts = statistics(p, p.part, segment, kv_head);
   const auto deltas = statistics(p, b.delta, segment, kv_head);
@@ -885,7 +893,7 @@ __device__ __forceinline__ void backward_keys(const Backward& b, const Plan& pla
   const T* const k_own = shared + down * 16 * kPitch;
   const T* const v_own = k_own + Tile::kOwn * kPitch;
   const int warp_key = first_key + down * 16;
-  const float steepness = p.scale * kLog2E;
+  const float steepness = plan.steep;
   float dk[1][Tile::kParts][4] = {}, dv[1][Tile::kParts][4] = {};
   int limit[2];  // the first row that sees a key, but for padding
   uint32_t hidden_key = 0;
@@ -1100,6 +1108,11 @@ __device__ __forceinline__ bool sees(const Params& p, const Hidden& hidden_rows,
   return hidden_rows.data == nullptr || !hidden_rows.at(row) || !hidden_keys.at(key);
 }
 
+// In base 2; two floats of scale log2(e), as the roundings of one would add up in a row.
+__device__ __forceinline__ float logit(const Plan& plan, float product) {
+  return fmaf(product, plan.steep, product * plan.steep_rest);
+}
+
 template <class Tile>
 __device__ __forceinline__ void forward_float(const Params& p, const Plan& plan) {
   VLMOPS_DYNAMIC_SHARED(float, shared);
@@ -1126,7 +1139,6 @@ __device__ __forceinline__ void forward_float(const Params& p, const Plan& plan)
                             max(end + Tile::kTile - 1, 0) / Tile::kTile};
   load_floats<Tile>(q_tile, queries_of<float>(p, p.q, segment, kv_head), first_row, rows, p.dim,
                     plan.wide_q);
-  const float steepness = p.scale * kLog2E;
   float y[2][Tile::kParts][4] = {}, most[2] = {kNever, kNever}, sum[2] = {};
   for (int tile = walk.next(0); tile < walk.end; tile = walk.next(tile + 1)) {
     const int first = tile * Tile::kTile;
@@ -1145,7 +1157,7 @@ __device__ __forceinline__ void forward_float(const Params& p, const Plan& plan)
         const int key = first + at.lane + 8 * j;
         const bool seen =
             row < rows && key < keys && sees(p, hidden_rows, hidden_keys, row, key, offset);
-        s[i][j] = seen ? s[i][j] * steepness : kNever;
+        s[i][j] = seen ? logit(plan, s[i][j]) : kNever;
         top = fmaxf(top, s[i][j]);
       }
 #pragma unroll
@@ -1222,7 +1234,6 @@ __device__ __forceinline__ void backward_queries_float(const Backward& b, const 
                     plan.wide_q);
   load_floats<Tile>(grad_tile, queries_of<float>(p, b.grad, segment, kv_head), first_row, rows,
                     p.dim, plan.wide_grad);
-  const float steepness = p.scale * kLog2E;
   float dq[2][Tile::kParts][4] = {}, shift[2], part[2], delta[2];
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
@@ -1248,7 +1259,7 @@ __device__ __forceinline__ void backward_queries_float(const Backward& b, const 
         const int key = first + at.lane + 8 * j;
         const bool seen =
             row < rows && key < keys && sees(p, hidden_rows, hidden_keys, row, key, offset);
-        const float x = seen ? exp2f(s[i][j] * steepness - shift[i]) * part[i] : 0.0f;
+        const float x = seen ? exp2f(logit(plan, s[i][j]) - shift[i]) * part[i] : 0.0f;
         ds[i][j] = x * (ds[i][j] - delta[i]);
       }
     }
@@ -1292,7 +1303,6 @@ __device__ __forceinline__ void backward_keys_float(const Backward& b, const Pla
                     plan.wide_k);
   load_floats<Tile>(v_tile, keys_of<float>(p, p.v, segment, kv_head), first_key, keys, p.dim,
                     plan.wide_v);
-  const float steepness = p.scale * kLog2E;
   float dk[2][Tile::kParts][4] = {}, dv[2][Tile::kParts][4] = {};
   const int first_seen = p.causal ? max(first_key - offset, 0) * group / Tile::kTile : 0;
   for (int tile = walk.next(first_seen); tile < walk.end; tile = walk.next(tile + 1)) {
@@ -1315,7 +1325,7 @@ __device__ __forceinline__ void backward_keys_float(const Backward& b, const Pla
         const int key = first_key + at.row + i;
         const bool seen =
             row < rows && key < keys && sees(p, hidden_rows, hidden_keys, row, key, offset);
-        s[i][j] = seen ? exp2f(s[i][j] * steepness - shift) * part : 0.0f;
+        s[i][j] = seen ? exp2f(logit(plan, s[i][j]) - shift) * part : 0.0f;
         ds[i][j] = s[i][j] * (ds[i][j] - delta);
       }
     }

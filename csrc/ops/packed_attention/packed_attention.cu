@@ -61,8 +61,11 @@ Plan plan_of(const Params& p) {
   plan.wide_k = wide(p.k, p.dtype);
   plan.wide_v = wide(p.v, p.dtype);
   plan.wide_out = aligned(p.out);
-  // Not 0, so that it times the logit of a key that is not seen is no NaN.
-  plan.steepness = std::max(std::fabs(p.scale) * attention::kLog2E, 1e-30f);
+  const double steep = (static_cast<double>(p.scale) + p.scale_rest) * attention::kLog2E;
+  plan.steep = static_cast<float>(steep);
+  plan.steep_rest = static_cast<float>(steep - plan.steep);
+  // Times the logit of a key that is not seen, 0 would be NaN.
+  plan.steepness = std::max(std::fabs(plan.steep), 1e-30f);
   plan.flip = p.scale < 0.0f ? 0x80008000u : 0u;
   return plan;
 }
