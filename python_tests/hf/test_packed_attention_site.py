@@ -50,6 +50,7 @@ UNLISTED_PLACES = {
 }
 AUDIO = {"qwen2_5_omni_thinker": {"model.audio_tower.layers.*.self_attn": 1}}
 OLDER = transformers.__version__.startswith("5.17.")
+UNUSED = {"phi4_multimodal": 1}  # layers behind the features
 MASKED = {"lfm2_vl"}  # its tower makes a mask always
 ROUTED = {"qwen3_vl_moe"}  # a rounding decides on experts
 EVERY = [*FAMILIES, *UNLISTED]
@@ -880,7 +881,8 @@ def test_gradients_agree(family):
     with CountOps() as ran:
         ours, our_grads = gradients(model, batch)
     count = calls(family, report)
-    assert (ran.counts[OP], ran.counts[BACKWARD]) == (count, count)
+    used = count - UNUSED.get(family, 0)
+    assert (ran.counts[OP], ran.counts[BACKWARD]) == (count, used)
     assert_agree(ours, logits, "logits")
     assert_gradients_agree(our_grads, grads)
 
@@ -898,7 +900,9 @@ def test_gradient_checkpointing(family, use_reentrant):
     model.train()  # no dropout in these models; checkpointing runs in training mode only
     with CountOps() as ran:
         ours, our_grads = gradients(model, batch, use_cache=False)
-    assert ran.counts[OP] == 2 * calls(family, report)
+    count = calls(family, report)
+    again = 0 if family == "mllama" else count - UNUSED.get(family, 0)  # its tower's never are
+    assert ran.counts[OP] == count + again
     assert_agree(ours, logits, "logits")
     assert_gradients_agree(our_grads, grads)
 

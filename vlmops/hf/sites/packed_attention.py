@@ -317,7 +317,7 @@ def worthwhile(
     Measured once for each shape and number of threads.
     """
     if device.type != "cpu":
-        return f"not measured on {device.type}: torch's own attention of all tokens to all stays"
+        return f"not measured on {device.type}: torch's own attention stays"
     queries, keys = (min(tokens, _MOST_TOKENS) for tokens in (queries, keys))
     key = queries, keys, heads, dtype, torch.get_num_threads()
     if key not in _measured:
