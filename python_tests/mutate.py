@@ -399,6 +399,34 @@ TRITON_MUTATIONS = {"hd_transform": {
     "strides of 16 bytes where there are none": (
         "_VECTOR if all(x % _VECTOR == 0 for s in used for x in s[:3]) else 1", "_VECTOR"),
     "let ids beyond 2^24 through": ("(ids < -MAX_ID) | (ids > MAX_ID)", "ids < -MAX_ID - 2**30"),
+}, "packed_attention": {
+    "unchanged": ("import math", "import math"),
+    "tiles of segments side by side": ("m = o // BLOCK + i <= i_tile", "m = o // BLOCK <= i_tile"),
+    "the first tile of each segment": ("n_next = n_tiles * BLOCK if EVEN else", "n_next ="),
+    "starts anywhere": (
+        "o_first = tl.minimum(tl.maximum(o_begin, 0), n_rows)", "o_first = o_begin"),
+    "forget sums of earlier keys": ("b_sum = b_sum * b_scale + tl.sum", "b_sum = tl.sum"),
+    "forward: last keys of all are seen": (
+        "        if not ALL:\n            m = m_key", "        if False:\n            m = m_key"),
+    "forward: causal from the first key": (
+        "o_last = o_row + (m - n)", "o_last = o_row"),
+    "padding sees padding": (
+        "m = m & ((b_hidden[:, None] == 0) | (b_h[None, :] == 0))", "m = m & True"),
+    "tiles of padding walk over all keys": (
+        "                i_first, i_end = _seen(p_padding, o_first, n, 1024)\n"
+        "                i_first = i_first // BN * BN\n                i_all = i_first\n", ""),
+    "the second part of the channels twice": (
+        "b_y_2 = _dot(b_p, b_v_2, b_y_2", "b_y_2 = _dot(b_p, b_v_2, 2.0 * b_y_2"),
+    "the first KV head for all": (
+        "i_kv = i_head // n_group\n    p_k", "i_kv = i_head * 0\n    p_k"),
+    "gradients of keys: the first head of a group": (
+        "for i_of_group in range(0, n_group)", "for i_of_group in range(0, 1)"),
+    "gradients of keys without scale": ("_store(p_dk, b_dk * scale", "_store(p_dk, b_dk"),
+    "gradients of queries: last keys of all are seen": (
+        "m_s = m_key[None, :]", "m_s = (o_key >= 0)[None, :]"),
+    "gradients without delta": ("(b_dp - b_delta[:, None])", "b_dp"),
+    "strides of 16 bytes where there are none": (
+        "_VECTOR if all(x % _VECTOR == 0 for s in strides for x in s) else 1", "_VECTOR"),
 }, "patch_embed": {
     "unchanged": ("import math", "import math"),
     "rows of a patch for columns": ("o_k // SW % SH)", "o_k % SH)"),
@@ -1100,6 +1128,9 @@ ATTENTION_MUTATIONS = {
         "if False:"),
     "prompts of decoders": (
         ATTENTIONS, '        and not (kind == "decode" and query.shape[2] != 1)\n', ""),
+    "what is slower in training": (
+        ATTENTIONS, '        and not (kind == "inference" and _is_differentiated(query, key, value))\n',
+        ""),
     "no numeric check of a step": (
         ATTENTION_SITE, 'return None if off <= _TOLERANCE else f"the numeric check failed: {name} '
         'differs', 'return None and f"{name} differs'),

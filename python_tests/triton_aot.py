@@ -351,7 +351,7 @@ def packed_attention_calls():
         "attention d128 causal bf16": budget(forward, 255, 0, [4096], 16, 128, causal=True),
         "attention d256 bf16": budget(forward, 255, 0, [4096], 16, 256, staged=False),
         "attention mllama bf16": budget(
-            forward, 255, 0, [6432], 16, 80, padding=padding),
+            forward, 255, 0, [6432], 16, 80, padding=padding, staged=False),
         "attention decode bf16": budget(forward, 255, 0, [1] * 16, 14, 64, **decode),
         "attention d64 fp32": budget(forward, 255, 0, *clip, dtype=fp32),
         "attention d64 windows bf16": budget(forward, 255, 0, [64] * 16, 16, 64, max_seqlen=64),

@@ -537,14 +537,14 @@ def split(dim: int) -> tuple[int, int]:
     return (first, rest) if first >= 16 and first + rest < whole else (whole, 0)
 
 
-def forward_tile(dtype: torch.dtype, dim: int, longest: int) -> Tile:
+def forward_tile(dtype: torch.dtype, dim: int, longest: int, padding: bool) -> Tile:
     """Small ones for short segments; else what registers and shared memory hold. PREDICTED."""
     width, exact = sum(split(dim)), dtype == torch.float32
     if exact:
         tile = Tile(64, 32, 8, 1) if width <= 96 else Tile(32, 32, 8, 1)
         tile = tile if width <= 128 else Tile(16, 16, 8, 1)
     elif width <= 128:
-        tile = Tile(128, 64 if width <= 64 else 32, 8, 3)
+        tile = Tile(128, 64 if width <= 64 else 32, 8, 1 if padding else 3)
     else:
         tile = Tile(64, 32, 8, 1)
     rows = 16 if longest <= 16 else 64
@@ -561,7 +561,9 @@ def backward_kv_tile(dtype: torch.dtype, dim: int, padding: bool) -> Tile:
     if dtype == torch.float32:
         tile = Tile(32, 32, 4, 1) if width <= 96 else Tile(16, 32, 4, 1)
         return tile if width <= 128 else Tile(16, 16, 4, 1)
-    return Tile(32 if width <= 128 else 16, 64, 8, 1 if padding else 2)
+    if width <= 64:
+        return Tile(32, 32, 4, 2)
+    return Tile(32 if width <= 80 and not padding else 16, 64, 8, 1 if padding else 2)
 
 
 def backward_q_tile(dtype: torch.dtype, dim: int, padding: bool) -> Tile:
@@ -687,7 +689,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor
     statistics = q.new_empty(2, call.heads, call.rows, dtype=torch.float32)
     if out.numel() == 0:
         return out, statistics
-    tile = forward_tile(call.dtype, call.dim, call.typical())
+    tile = forward_tile(call.dtype, call.dim, call.typical(), call.padding is not None)
     tiles, of_each = call.tiles(False, tile.rows)
     _launch(
         forward_kernel,
