@@ -1129,8 +1129,7 @@ ATTENTION_MUTATIONS = {
     "prompts of decoders": (
         ATTENTIONS, '        and not (kind == "decode" and query.shape[2] != 1)\n', ""),
     "what is slower in training": (
-        ATTENTIONS, '        and not (kind == "inference" and _is_differentiated(query, key, value))\n',
-        ""),
+        ATTENTIONS, 'kind == "inference" and _is_differentiated(query, key, value)', "False"),
     "no numeric check of a step": (
         ATTENTION_SITE, 'return None if off <= _TOLERANCE else f"the numeric check failed: {name} '
         'differs', 'return None and f"{name} differs'),

@@ -748,16 +748,34 @@ def test_what_is_slower_is_left_alone(monkeypatch):
     assert vlmops.patch(tower, ops=["packed_attention"]).counts["packed_attention"] == 2
 
 
+def test_what_is_slower_in_training_serves_inference(monkeypatch):
+    monkeypatch.setattr(site, "worthwhile", lambda *args: "it is slow" if args[-1] else None)
+    tower, pixels = dense("CLIPVision"), torch.randn(2, 3, 16, 16)
+    report = vlmops.patch(tower)
+    assert "where nothing is differentiated; there it is slow" in str(report)
+    counts = []
+    for trained in (True, False):
+        with torch.set_grad_enabled(trained), CountOps() as ran:
+            tower(pixels)
+        counts.append(ran.counts[OP])
+    tower.requires_grad_(False)
+    with CountOps() as ran:
+        tower(pixels)
+    assert [*counts, ran.counts[OP]] == [0, 2, 2]
+
+
 def test_measurements_run_and_are_kept(monkeypatch):
     monkeypatch.undo()
     monkeypatch.setattr(site, "_measured", {})
     heads, cpu = site.Heads(4, 2, 24), torch.device("cpu")
     given = 1, 64, heads, torch.float32
-    site.worthwhile(*given, cpu)
-    (share,) = site._measured.values()
-    assert share > 0
+    for trained in (False, True):
+        site.worthwhile(*given, cpu, trained)
+    assert len(site._measured) == 2
+    assert min(site._measured.values()) > 0
     monkeypatch.setattr(site, "_share", lambda *_: 1 / 0)
-    site.worthwhile(*given, cpu)
+    for trained in (False, True):
+        site.worthwhile(*given, cpu, trained)
     assert "not measured on meta" in site.worthwhile(*given, torch.device("meta"))
 
 

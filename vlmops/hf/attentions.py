@@ -19,9 +19,10 @@ from vlmops.hf import plain
 from vlmops.hf.grids import know_longest, longest_of
 from vlmops.ops.packed_attention import packed_attention
 
-Kind = Literal["segments", "images", "padding", "dense", "decode"]
+Kind = Literal["segments", "images", "padding", "dense", "inference", "decode"]
 """Who attends: tokens within segments that the forward is given; within images, where a mask was;
-all to all but padding to padding; all to all; a token that is generated to all before it."""
+all to all but padding to padding; all to all, and the same where nothing is differentiated; a token
+that is generated to all before it."""
 
 SELECTED = ("eager", "sdpa")
 """The implementations that the op stands for."""
@@ -130,9 +131,9 @@ def _dense(
 ) -> tuple[Tensor, Tensor | None]:
     """``[B, H, S, D]``, without a mask or with what travels in place of one; else ``theirs``."""
     carried = attention_mask is not None and (
-        attention_mask.dtype == (torch.bool if kind == "padding" else torch.int32)
+        kind in ("images", "padding")
+        and attention_mask.dtype == (torch.bool if kind == "padding" else torch.int32)
         and attention_mask.dim() == (2 if kind == "padding" else 1)
-        and kind not in ("dense", "decode")
     )
     sdpa = theirs.__module__ == _SDPA
     causal = bool(sdpa and attention_mask is None and _is_causal(module, query, kwargs))
@@ -140,6 +141,7 @@ def _dense(
         known
         and (attention_mask is None or carried)
         and not (kind == "decode" and query.shape[2] != 1)
+        and not (kind == "inference" and _is_differentiated(query, key, value))
         and not (causal and query.shape[2] != key.shape[2])
         and not (carried and kind == "images" and query.shape[0] != 1)
         and (sdpa or not _weights_wanted(module, kwargs))
@@ -189,6 +191,10 @@ def _is_causal(module: Any, query: Tensor, kwargs: dict[str, Any]) -> bool:
     given = kwargs.get("is_causal")
     causal = getattr(module, "is_causal", True) if given is None else given
     return query.shape[2] > 1 and bool(causal)
+
+
+def _is_differentiated(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
 def _starts(starts: Tensor) -> bool:

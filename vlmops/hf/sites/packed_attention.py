@@ -127,7 +127,14 @@ def find(model: nn.Module) -> Iterator[Place | Refused | AlreadyPatched]:
         if group.kind == "decode":
             place = dataclasses.replace(place, note=DECODES)
         reason = _left_alone(module, group.kind)
-        yield place if reason is None else LeftAlone(place, reason)
+        if reason is not None:
+            yield LeftAlone(place, reason)
+            continue
+        if group.kind == "dense" and (reason := _left_alone(module, group.kind, trained=True)):
+            details = dataclasses.replace(details, kind="inference")
+            note = f"where nothing is differentiated; there {reason}"
+            place = dataclasses.replace(place, details=details, note=note)
+        yield place
 
 
 def _groups(model: nn.Module) -> list[_Group]:
@@ -272,8 +279,8 @@ def _refusal(details: _Details) -> str | None:
 # Whether it gains.
 
 
-def _left_alone(module: Any, kind: Kind) -> str | None:
-    """Why a module that can be patched would gain nothing."""
+def _left_alone(module: Any, kind: Kind, trained: bool = False) -> str | None:
+    """Why a module that can be patched would gain nothing, forward or with its derivative."""
     if kind not in ("dense", "decode"):
         return None
     tokens = _KEYS if kind == "decode" else _tokens(getattr(module, "config", None))
@@ -285,7 +292,7 @@ def _left_alone(module: Any, kind: Kind) -> str | None:
     if weight is None:
         return "its weights do not say what it computes in: not measured"
     queries = 1 if kind == "decode" else tokens
-    return worthwhile(queries, tokens, studied, weight.dtype, weight.device)
+    return worthwhile(queries, tokens, studied, weight.dtype, weight.device, trained)
 
 
 def _tokens(config: Any) -> int | None:
@@ -310,41 +317,55 @@ _measured: dict[Hashable, float] = {}
 
 
 def worthwhile(
-    queries: int, keys: int, heads: Heads, dtype: torch.dtype, device: torch.device
+    queries: int,
+    keys: int,
+    heads: Heads,
+    dtype: torch.dtype,
+    device: torch.device,
+    trained: bool = False,
 ) -> str | None:
     """Why torch's own attention is as fast where all queries see all keys; or None.
 
-    Measured once for each shape and number of threads.
+    Measured once for each shape and number of threads, on a few of the heads.
     """
     if device.type != "cpu":
         return f"not measured on {device.type}: torch's own attention stays"
     queries, keys = (min(tokens, _MOST_TOKENS) for tokens in (queries, keys))
-    key = queries, keys, heads, dtype, torch.get_num_threads()
+    threads = torch.get_num_threads()
+    if queries > 1:
+        few = min(heads.kv_heads, max(2, threads))
+        heads = Heads(few * (heads.heads // heads.kv_heads), few, heads.dim)
+    key = queries, keys, heads, dtype, threads, trained
     if key not in _measured:
-        with _disable_current_modes(), torch.no_grad():
-            _measured[key] = _share(queries, keys, heads, dtype)
+        with _disable_current_modes(), torch.inference_mode(False), torch.set_grad_enabled(trained):
+            _measured[key] = _share(queries, keys, heads, dtype, trained)
     share = _measured[key]
     if share < _CLEARLY:
         return None
     return f"measured: torch's own attention takes {1 / share:.2f} of the op's time"
 
 
-def _share(queries: int, keys: int, heads: Heads, dtype: torch.dtype) -> float:
+def _share(queries: int, keys: int, heads: Heads, dtype: torch.dtype, trained: bool) -> float:
     draw = torch.Generator().manual_seed(0)
     counts = heads.heads, heads.kv_heads, heads.kv_heads
     rows = queries, keys, keys
     shapes = [(n, h, heads.dim) for n, h in zip(rows, counts, strict=True)]
     q, k, v = (torch.randn(1, *s, generator=draw).to(dtype) for s in shapes)
+    grad = torch.randn_like(q)
+    for tensor in (q, k, v):
+        tensor.requires_grad_(trained)
 
     def theirs() -> Tensor:
         heads_first = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         return functional.scaled_dot_product_attention(
             *heads_first, enable_gqa=counts[0] != counts[1]
-        )
+        ).transpose(1, 2)
 
     def seconds(function: Callable[[], Tensor]) -> float:
         start = time.perf_counter()
-        function()
+        out = function()
+        if trained:
+            torch.autograd.grad(out, (q, k, v), grad)
         return time.perf_counter() - start
 
     functions = theirs, lambda: packed_attention(q, k, v)
