@@ -413,8 +413,9 @@ TRITON_MUTATIONS = {"hd_transform": {
     "padding sees padding": (
         "m = m & ((b_hidden[:, None] == 0) | (b_h[None, :] == 0))", "m = m & True"),
     "tiles of padding walk over all keys": (
-        "                i_first, i_end = _seen(p_padding, o_first, n, 1024)\n"
-        "                i_first = i_first // BN * BN\n                i_all = i_first\n", ""),
+        "_seen(p_padding, o_first, n, 1024)\n                i_first = i_first // BN * BN\n"
+        "                i_all",
+        "n * 0, n\n                i_first = i_first // BN * BN\n                i_all"),
     "the second part of the channels twice": (
         "b_y_2 = _dot(b_p, b_v_2, b_y_2", "b_y_2 = _dot(b_p, b_v_2, 2.0 * b_y_2"),
     "the first KV head for all": (
@@ -534,6 +535,68 @@ TRITON_MUTATIONS = {"hd_transform": {
 # name -> (file below csrc/, text, replacement); run on the emulator
 CUDA_MUTATIONS = {
     "unchanged": ("common/types.h", "#pragma once", "#pragma once"),
+    "attention: no barrier between tiles": (
+        "common/attention.cuh", "__syncthreads();  // tile has come, and the other buffer is free",
+        ""),
+    "attention: no barrier before what is shared becomes the result": (
+        "common/attention.cuh", "__syncthreads();  // shared memory is y's now",
+        ""),
+    "attention: no barrier before keys become their gradients": (
+        "common/attention.cuh", "__syncthreads();  // the keys' place is their gradients' now",
+        ""),
+    "attention: tiles are not waited for": (
+        "common/attention.cuh", "cp_async_wait<0>();\n    __syncthreads();  // tile has come",
+        "__syncthreads();  // tile has come"),
+    "attention: a key beyond the last": (
+        "common/attention.cuh", "first + column >= limit[i][e / 2]",
+        "first + column > limit[i][e / 2]"),
+    "attention: a result of another maximum": (
+        "common/attention.cuh", "y[i][j][2 * half + 1] *= scale;",
+        ""),
+    "attention: a sum of another maximum": ("common/attention.cuh", "sum[i][half] *= scale;", ""),
+    "attention: no sum for backward": (
+        "common/attention.cuh", "*parts.at(row) = inverse[i][half];",
+        "*parts.at(row) = 1.0f;"),
+    "attention: sums of chunks as they are": (
+        "common/attention.cuh", "power_of_2(stats[i * step].x - most) * stats[i * step].y",
+        "stats[i * step].y"),
+    "attention: without the last chunk": (
+        "common/attention.cuh", "(segment.keys + kChunk - 1) / kChunk",
+        "segment.keys / kChunk"),
+    "attention: one head of a group": (
+        "common/attention.cuh", "i * row + (r - i * group) * head",
+        "i * row"),
+    "attention: no delta": (
+        "common/attention.cuh", "x * (ds[0][j][e] - delta[e / 2])",
+        "x * ds[0][j][e]"),
+    "attention: no delta (keys)": (
+        "common/attention.cuh", "s[0][j][e] * (ds[0][j][e] - of[e % 2])",
+        "s[0][j][e] * ds[0][j][e]"),
+    "attention: the first query sees the first key": (
+        "common/attention.cuh", "offset = keys - rows / group",
+        "offset = 0"),
+    "attention: rows for queries": (
+        "common/attention.cuh", "min(keys, q.query(row) + offset + 1)",
+        "min(keys, row + offset + 1)"),
+    "attention: without the first rows that see a key": (
+        "common/attention.cuh", "max(first_key - offset, 0) * group / Tile::kOther",
+        "max(first_key - offset, 0) * group / Tile::kOther + (p.causal && first_key > offset)"),
+    "attention: padding hides from all": (
+        "common/attention.cuh", "hidden_row >> (2 * i + e / 2) & hidden_key >> column & 1",
+        "hidden_key >> column & 1"),
+    "attention: tiles of padding are left out for all": (
+        "common/attention.cuh", "if (!skips) return tile;",
+        "if (hidden.data == nullptr) return tile;"),
+    "attention: a segment of the first 32 steps": (
+        "common/attention.cuh", "first += last * step;",
+        "first = last * step;"),
+    "attention: a negative scale as its size": ("common/attention.cuh", "a[e] ^= plan.flip;", ""),
+    "attention: gradients of keys without the scale": (
+        "common/attention.cuh", "dk_tile + corner, dk, [&](int, int) { return p.scale; }",
+        "dk_tile + corner, dk, [&](int, int) { return 1.0f; }"),
+    "attention: packs of what is not aligned": (
+        "ops/packed_attention/packed_attention.cu", "of.row * bytes % 16 == 0",
+        "of.row * bytes % 2 == 0"),
     "crops: columns of a block for rows": (
         "ops/hd_transform/hd_transform.cuh", "part / p.factor, part % p.factor)",
         "part % p.factor, part / p.factor)"),
