@@ -423,8 +423,6 @@ TRITON_MUTATIONS = {"hd_transform": {
     "gradients of keys: the first head of a group": (
         "for i_of_group in range(0, n_group)", "for i_of_group in range(0, 1)"),
     "gradients of keys without scale": ("_store(p_dk, b_dk * scale", "_store(p_dk, b_dk"),
-    "gradients of queries: last keys of all are seen": (
-        "m_s = m_key[None, :]", "m_s = (o_key >= 0)[None, :]"),
     "gradients without delta": ("(b_dp - b_delta[:, None])", "b_dp"),
     "strides of 16 bytes where there are none": (
         "_VECTOR if all(x % _VECTOR == 0 for s in strides for x in s) else 1", "_VECTOR"),
