@@ -630,7 +630,11 @@ def test_hooks_of_transformers_matter_only_while_they_collect_weights():
             with CountOps() as ran:
                 tower(pixels, **ask)
             counts.append(ran.counts[OP])
-    assert counts == [0, 2, 2]
+        tower.config.output_attentions = True  # and no argument says so
+        with CountOps() as ran:
+            assert len(tower(pixels).attentions) == 2
+        counts.append(ran.counts[OP])
+    assert counts == [0, 2, 2, 0]
 
 
 @pytest.mark.parametrize(
