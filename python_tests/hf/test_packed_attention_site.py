@@ -269,6 +269,12 @@ def test_grids_that_change_are_read_again():
     assert len(grids._results) == grids._KEPT
 
 
+def test_helpers_keep_results_apart():
+    made = [grids._hosted(lambda grid_thw, kwargs=None, n=n: grid_thw + n) for n in (1, 2)]
+    grid = torch.tensor([[1, 4, 6]])
+    assert [int(helper(grid)[0, 0]) for helper in made] == [2, 3]
+
+
 def test_grids_of_inference_mode():
     """Which have no version."""
     theirs = transformers.models.qwen2_vl.modeling_qwen2_vl.get_vision_position_ids
