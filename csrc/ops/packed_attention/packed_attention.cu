@@ -117,7 +117,7 @@ int run_16_bit(const Params& p, const Plan& plan, void* stream) {
     return run_rows<ForwardTile<T, 80, 2, 64, true>, ForwardTile<T, 80, 1, 64, true>>(p, plan,
                                                                                       stream);
   if (p.dim <= 96)
-    return run_rows<ForwardTile<T, 96, 2, 64, false>, ForwardTile<T, 96, 1, 64, true>>(p, plan,
+    return run_rows<ForwardTile<T, 96, 2, 32, false>, ForwardTile<T, 96, 1, 32, true>>(p, plan,
                                                                                        stream);
   if (p.dim <= 128)
     return run_rows<ForwardTile<T, 128, 2, 32, false>, ForwardTile<T, 128, 1, 32, true>>(p, plan,
