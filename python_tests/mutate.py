@@ -1157,6 +1157,9 @@ ATTENTION_MUTATIONS = {
     "masks ignored": (ATTENTIONS, "        and (attention_mask is None or carried)\n", ""),
     "heads of any width": (ATTENTIONS, "dim % 8 or not 0 < dim <= MAX_DIM or ", ""),
     "values of any dtype": (ATTENTIONS, "== key.dtype == value.dtype", "== key.dtype"),
+    "autocast ignored": (
+        ATTENTIONS, "return query.to(dtype), key.to(dtype), value.to(dtype)",
+        "return query, key, value"),
     "keys of any shape": (ATTENTIONS, " or dim != key.shape[-1]:", ":"),
     "float64": (ATTENTIONS, 'return plain.runs("packed_attention", (query, key, value))',
                 "return True"),
@@ -1217,10 +1220,7 @@ ATTENTION_MUTATIONS = {
     "results of inference": (GRIDS, "torch.inference_mode(False), ", ""),
     "all results are kept": (GRIDS, "while len(_results) > _KEPT:", "while False:"),
     "results made again": (GRIDS, "        if result is None:\n", "        if True:\n"),
-    "the longest is not known": (GRIDS, "rest = [longest_of(first)]", "pass"),
-    "the longest of windows": (GRIDS, "        return longest\n", "        return None\n"),
-    "the longest that was given": (
-        GRIDS, ' or (kwargs and kwargs.get(more.get("kwarg_name", "max_seqlen"))):', ":"),
+    "the longest of images": (ATTENTIONS, "know_longest(starts, max(lengths))", "pass"),
     "another longest": (GRIDS, "(result[1:] - result[:-1]).max()", "(result[1:]).max()"),
 }  # fmt: skip
 SITES = {

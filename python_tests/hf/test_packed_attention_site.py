@@ -212,9 +212,10 @@ def test_towers_read_grids_once(family):
     assert counts == [1, 1, 1]
 
 
-def test_the_longest_segment_reaches_the_op():
+@pytest.mark.parametrize(("family", "expected"), [("qwen2_5_vl", [16, 32]), ("mistral3", [32, 32])])
+def test_the_longest_segment_reaches_the_op(family, expected):
     """Of a window here, of an image there."""
-    model, batch = build("qwen2_5_vl"), batch_of("qwen2_5_vl", "several_images")
+    model, batch = build(family), batch_of(family, "several_images")
     vlmops.patch(model)
     with torch.no_grad(), CountOps() as ran:
         features(model, batch)
@@ -223,7 +224,7 @@ def test_the_longest_segment_reaches_the_op():
         for func, args, _ in ran.calls
         if func._schema.name == OP
     ]
-    assert [given for given, _ in longest] == [found for _, found in longest] == [16, 32]
+    assert [given for given, _ in longest] == [found for _, found in longest] == expected
 
 
 GRIDS = [[[1, 4, 6]], [[3, 4, 8], [1, 2, 2]], [[2, 6, 4], [2, 6, 4], [1, 12, 8]]]
@@ -248,11 +249,8 @@ def test_what_towers_make_of_grids(grid):
         given = {"position_ids": 1, "window_index": 2, "cu_window_seqlens": 3}
         assert made[name](grid, *args, kwargs=dict(given)) == theirs(grid, *args, kwargs=given)
     _, windows = made["get_vision_window_index"](grid, *calls["get_vision_window_index"])
-    longest = made["get_max_seqlen"](windows, None)
-    assert longest == int((windows[1:] - windows[:-1]).max())
-    assert made["get_max_seqlen"](windows, None, kwargs={"max_seqlen": 99}) == 99
-    config = transformers.Qwen2VLConfig()
-    assert made["get_max_seqlen"](windows.clone(), config) is None
+    assert grids.longest_of(windows) == int((windows[1:] - windows[:-1]).max())
+    assert grids.longest_of(windows.clone()) is None
 
 
 def test_grids_that_change_are_read_again():
@@ -963,6 +961,19 @@ def test_what_is_selected_reads_unchanged(family):
     vlmops.patch(model)
     run(model, batch_of(family, "several_images"))
     assert {m.config._attn_implementation for m in attention_modules(model)} == {"sdpa"}
+
+
+@ways
+def test_autocast_and_inference_mode(family):
+    model, batch = build(family), batch_of(family, "several_images")
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        theirs = run(model, batch).logits
+        report = vlmops.patch(model)
+        with CountOps() as ran:
+            ours = run(model, batch).logits
+    assert ran.counts[OP] == calls(family, report)
+    assert ours.dtype == theirs.dtype
+    assert (ours - theirs).abs().max() < 0.05 * theirs.abs().max()
 
 
 @everywhere

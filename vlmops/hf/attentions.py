@@ -106,10 +106,10 @@ def _segments(
         known
         and attention_mask is None
         and query.shape[0] == 1
-        and _servable(query, key, value, kwargs)
+        and _servable(*(cast := _cast(query, key, value)), kwargs)
         and _starts(starts)
     ):
-        return _packed(query, key, value, starts, kwargs), None
+        return _packed(*cast, starts, kwargs), None
     rest = {name: value for name, value in kwargs.items() if name not in _VARLEN}
     lengths = (starts[1:] - starts[:-1]).tolist()
     parts = zip(*(t.split(lengths, dim=2) for t in (query, key, value)), strict=True)
@@ -145,11 +145,11 @@ def _dense(
         and not (causal and query.shape[2] != key.shape[2])
         and not (carried and kind == "images" and query.shape[0] != 1)
         and (sdpa or not _weights_wanted(module, kwargs))
-        and _servable(query, key, value, kwargs)
+        and _servable(*(cast := _cast(query, key, value)), kwargs)
     ):
         if kind == "images" and attention_mask is not None:
-            return _packed(query, key, value, attention_mask, kwargs), None
-        q, k, v = (t.transpose(1, 2) for t in (query, key, value))  # [B, S, H, D]
+            return _packed(*cast, attention_mask, kwargs), None
+        q, k, v = (t.transpose(1, 2) for t in cast)  # [B, S, H, D]
         scale = kwargs.get("scaling")
         if attention_mask is None:
             return packed_attention(q, k, v, scale=scale, causal=causal), None
@@ -201,6 +201,15 @@ def _starts(starts: Tensor) -> bool:
     return starts.dim() == 1 and starts.dtype in (torch.int32, torch.int64)
 
 
+def _cast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """As autocast casts what its products are given, torch's fused attention among them."""
+    device = query.device.type
+    if not torch.is_autocast_enabled(device) or torch.float64 in (query.dtype, key.dtype):
+        return query, key, value
+    dtype = torch.get_autocast_dtype(device)
+    return query.to(dtype), key.to(dtype), value.to(dtype)
+
+
 def _servable(query: Tensor, key: Tensor, value: Tensor, kwargs: dict[str, Any]) -> bool:
     """Whether the op gives what the model's own attention gives for these, without a mask."""
     dim = query.shape[-1]
@@ -211,9 +220,6 @@ def _servable(query: Tensor, key: Tensor, value: Tensor, kwargs: dict[str, Any])
     if key.shape[1] == 0 or query.shape[1] % key.shape[1] or key.shape[0] != query.shape[0]:
         return False
     if kwargs.get("dropout") or any(kwargs.get(name) is not None for name in _OTHER_MATHS):
-        return False
-    device = query.device.type
-    if torch.is_autocast_enabled(device) and query.dtype != torch.get_autocast_dtype(device):
         return False
     return plain.runs("packed_attention", (query, key, value))
 

@@ -39,9 +39,7 @@ def helpers(forward: Any) -> dict[str, Any]:
         parameters = list(inspect.signature(function).parameters)
         if function.__module__ == _HOME and parameters[0] == "grid_thw" and "kwargs" in parameters:
             found[name] = _hosted(function)
-        elif name == "get_max_seqlen" and parameters[:2] == ["cu_seqlens", "config"]:
-            found[name] = _longest(function)
-    return found if any(name != "get_max_seqlen" for name in found) else {}
+    return found
 
 
 def _hosted(theirs: types.FunctionType) -> Callable[..., Any]:
@@ -108,10 +106,7 @@ def _on_host(grid: Tensor) -> tuple[Tensor, tuple[int, ...]]:
 def _there(result: Any, device: Any) -> Any:
     """On the device; starts of segments know the longest."""
     if isinstance(result, tuple):
-        first, *rest = (_there(part, device) for part in result)
-        if rest == [None]:  # the longest, which transformers reads for flash attention alone
-            rest = [longest_of(first)]
-        return first, *rest
+        return tuple(_there(part, device) for part in result)
     if not isinstance(result, Tensor):
         return result
     made = result.to(device, non_blocking=True)
@@ -131,15 +126,3 @@ def longest_of(starts: Any) -> int | None:
         return None
     longest: int | None = getattr(starts, _LONGEST, None)
     return longest
-
-
-def _longest(theirs: types.FunctionType) -> Callable[..., Any]:
-    """``get_max_seqlen``, which reads nothing back where the longest is known."""
-
-    def get_max_seqlen(cu_seqlens: Any, config: Any, kwargs: Any = None, **more: Any) -> Any:
-        longest = longest_of(cu_seqlens)
-        if longest is None or (kwargs and kwargs.get(more.get("kwarg_name", "max_seqlen"))):
-            return theirs(cu_seqlens, config, kwargs=kwargs, **more)
-        return longest
-
-    return get_max_seqlen
