@@ -357,7 +357,9 @@ def test_double_backward(subject):
         )
 
     exact = second(subject.spec.reference, torch.Tensor.double)
-    assert_correct(second(subject.spec.function), exact, second(subject.eager))
+    # Not the yardstick: fused ones have no second derivative.
+    eager = subject.spec.eager_for(subject.args)
+    assert_correct(second(subject.spec.function), exact, second(eager))
 
 
 @subjects(ONE_DTYPE, cases=2)

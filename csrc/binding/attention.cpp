@@ -62,7 +62,8 @@ class Jobs {
            const int32_t* q_rows, const int32_t* k_rows) {
     bool wanted = empty_;
     for (int64_t at = begin; at < end || wanted; at += most_, wanted = false) {
-      Job job{segment, q, k, at, k.count - q.count, q_rows == nullptr ? nullptr : q_rows + at, k_rows};
+      Job job{segment, q, k, at, k.count - q.count, q_rows == nullptr ? nullptr : q_rows + at,
+              k_rows};
       job.q.count = std::min(most_, end - at);
       jobs_.push_back(job);
     }
@@ -75,6 +76,8 @@ class Jobs {
   std::vector<Job> jobs_;
   std::vector<int64_t> first_;
 };
+
+int64_t most_of(const Params& p) { return std::max<int64_t>(1, kJobRows / p.group()); }
 
 // f(i, scratch) for i < count, by as many threads as torch has; who is free takes the next `batch`.
 template <class F>
@@ -97,35 +100,38 @@ void share(int64_t count, int64_t batch, size_t floats, const F& f) {
 }  // namespace
 
 void forward_on_cpu(const Params& p) {
-  const CpuKernels& kernels = cpu_kernels();
-  const int64_t most = std::max<int64_t>(1, kJobRows / p.group());
+  const CpuKernels& kernels = *cpu_kernels().attention;
+  const int64_t most = most_of(p);
   const Jobs jobs(p, most, false);
   // A unit is one head of a job. Heads of one job lie side by side.
   const int64_t heads = p.kv_heads, units = static_cast<int64_t>(jobs.all().size()) * heads;
-  const int64_t batch = std::clamp<int64_t>(units / (8 * torch::stable::get_num_threads()), 1, heads);
-  share(units, batch, kernels.attention_scratch(p, most), [&](int64_t i, int64_t end, float* scratch) {
+  const int64_t batch =
+      std::clamp<int64_t>(units / (8 * torch::stable::get_num_threads()), 1, heads);
+  share(units, batch, kernels.scratch(p, most, 1), [&](int64_t i, int64_t end, float* scratch) {
     while (i < end) {
       const int64_t job = i / heads, stop = std::min(end, (job + 1) * heads);
-      kernels.attention_forward(p, jobs.all()[static_cast<size_t>(job)],
-                                static_cast<int>(i - job * heads),
-                                static_cast<int>(stop - job * heads), scratch);
+      kernels.forward(p, jobs.all()[static_cast<size_t>(job)], static_cast<int>(i - job * heads),
+                      static_cast<int>(stop - job * heads), scratch);
       i = stop;
     }
   });
 }
 
 void backward_on_cpu(const Backward& b) {
-  const CpuKernels& kernels = cpu_kernels();
-  const Jobs jobs(b.p, std::max<int64_t>(1, b.p.rows), true);
-  int64_t longest = 0;
-  for (const Job& job : jobs.all()) longest = std::max(longest, job.q.count);
+  const CpuKernels& kernels = *cpu_kernels().attention;
+  const Jobs jobs(b.p, most_of(b.p), true);  // as in forward: sums are cut alike
+  int64_t longest = 0, most = 0;
+  for (int64_t s = 0; s < b.p.segments; ++s) {
+    longest = std::max(longest, range_of(b.p.q_starts, b.p.rows, s).count);
+    most = std::max(most, jobs.first(s + 1) - jobs.first(s));
+  }
   const int64_t heads = b.p.kv_heads, units = b.p.segments * heads;
-  const size_t floats = kernels.attention_backward_scratch(b.p, longest);
+  const size_t floats = kernels.backward_scratch(b.p, longest, most);
   share(units, 1, floats, [&](int64_t i, int64_t end, float* scratch) {
     for (; i < end; ++i) {
       const int64_t s = i / heads, first = jobs.first(s);
-      kernels.attention_backward(b, jobs.all().data() + first, jobs.first(s + 1) - first,
-                                 static_cast<int>(i % heads), scratch);
+      kernels.backward(b, jobs.all().data() + first, jobs.first(s + 1) - first,
+                       static_cast<int>(i % heads), scratch);
     }
   });
 }

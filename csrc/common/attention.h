@@ -27,11 +27,15 @@ struct Starts {
 // head h. A query without keys gets zeros.
 struct Params {
   Heads q, k, v;
-  void* out;   // [rows, H, D], contiguous
-  float* lse;  // [H, rows]: ln of the sum of e^logit over a query's keys; -inf without keys
+  void* out;  // [rows, H, D], contiguous
+  // [H, rows], what backward asks for. On the CPU a query's largest |scale| q k^T / scale, and 1 /
+  // the sum of e^(logit - largest) over its keys, 0 without keys: the one number that they make,
+  // lse, would cost float32 half of its digits. On a GPU lse = ln of the sum of e^logit; part is
+  // not used.
+  float *lse, *part;
   DType dtype;
   int heads, kv_heads, dim;
-  float scale;
+  float scale, scale_rest;  // what it lacks of the double that was given
   // Query i of n sees the keys up to i + m - n of m.
   bool causal;
   // [rows], or null; of segments whose queries are its keys. A query that is padding sees the keys
@@ -47,9 +51,9 @@ struct Params {
 // Upstream and gradients, beside what forward was given and returned.
 struct Backward {
   Params p;
-  Heads grad;              // of out
-  float* delta;            // [H, rows], scratch: the sum over D of grad * out
-  void *dq, *dk, *dv;      // contiguous [rows or keys, heads, D]; null where nobody asks
+  Heads grad;          // of out
+  float* delta;        // [H, rows], scratch: the sum over D of grad * out
+  void *dq, *dk, *dv;  // contiguous [rows or keys, heads, D]; null where nobody asks
 };
 
 struct Range {
@@ -86,12 +90,19 @@ struct Job {
 // Queries of a job, so that K and V are packed once for several panels of rows.
 constexpr int64_t kJobRows = 256;
 
-// Floats of scratch, on a boundary of 64 bytes, for jobs of at most `rows` queries.
-using CpuScratch = size_t (*)(const Params&, int64_t rows);
+// Floats of scratch, on a boundary of 64 bytes, for `rows` queries in so many jobs.
+using CpuScratch = size_t (*)(const Params&, int64_t rows, int64_t jobs);
 // KV heads [begin, end) of a job.
 using CpuForward = void (*)(const Params&, const Job&, int begin, int end, float* scratch);
 // One KV head; the jobs are all those of one segment, the first of them with all its keys.
 using CpuBackward = void (*)(const Backward&, const Job* jobs, int64_t count, int head,
                              float* scratch);
+
+struct CpuKernels {
+  CpuScratch scratch;
+  CpuForward forward;
+  CpuScratch backward_scratch;
+  CpuBackward backward;
+};
 
 }  // namespace vlmops::attention

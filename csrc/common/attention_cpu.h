@@ -1,52 +1,809 @@
-// STAND-IN: a naive loop, replaced by the real kernels shortly.
+// Attention on a CPU, forward and backward. Internal linkage only, as in simd.h.
+//
+// Lanes are queries. kPanelRows rows (queries times the heads that share a KV head) make a panel;
+// their q lies transposed, [D, kPanelRows], and with K and V row by row
+//
+//   S^T [n, rows] = K [n, D] Q^T [D, rows]      a tile: J keys, V vectors of rows
+//   P^T           = 2^(S^T c - m c)             c = scale log2(e); m: a row's largest S so far
+//   O^T [D, rows] = alpha O^T + V^T P^T         a tile: J channels, V vectors of rows
+//
+// are products of a vector of rows with one number that all rows share: no sum ever crosses lanes,
+// D is a loop of any length, and maximum, sum and rescaling are vertical. J V = 24 accumulators
+// with AVX-512, 12 with 16 registers; a step reads V vectors and J numbers for J V products.
+// Keys come in blocks of kKeyBlock, for all panels of a job before the next block: a block's K and
+// V, converted to float32 where they are not, stay in L1 and L2. A row's arithmetic has one order,
+// whatever else is in its panel.
+//
+// What a segment of n queries and m keys costs: 4 n m D FLOPs a head; moved are q, k, v and out,
+// once. The floor is the machine's best float32 product.
 #pragma once
+
 #include "common/attention.h"
 #include "common/exp.h"
 #include "common/rows.h"
+
 namespace vlmops::attention {
 namespace {
-inline float at_(const void* d, DType t, int64_t i) {
-  switch (t) {
-    case DType::kFloat32: return static_cast<const float*>(d)[i];
-    case DType::kBFloat16: return load<1>(static_cast<const bfloat16*>(d) + i)[0];
-    default: return load<1>(static_cast<const float16*>(d) + i)[0];
-  }
+
+#if defined(__AVX512F__)
+constexpr int kMostVectors = 4, kAccumulators = 24;
+#else
+constexpr int kMostVectors = 2, kAccumulators = 12;
+#endif
+constexpr int kPanelRows = kMostVectors * kFloats;
+constexpr int kKeyBlock = 64;
+constexpr double kLog2E = 0x1.71547652b82fep0;
+constexpr float kInfinity = __builtin_inff();
+
+using Floats = Vec<float, kFloats>;
+using Ints = Vec<int32_t, kFloats>;
+
+// ---- Vectors ----
+
+// 2^(x + rest), to 1 unit in the last place, for a small rest and x <= 128; 0 below 2^-126.
+VLMOPS_INLINE Floats exp2(Floats x, Floats rest) {
+  constexpr float kRound = 0x1.8p23f;  // added, it leaves the nearest integer in the low bits
+  const auto none = x < -126.0f;
+  x += rest;
+  const Floats shifted = x + kRound;
+  const Floats r = x - (shifted - kRound);
+  Floats y = r * 0x1.41fbbcp-13f + 0x1.5f3e54p-10f;
+  y = y * r + 0x1.3b2d4cp-7f;
+  y = y * r + 0x1.c6aee8p-5f;
+  y = y * r + 0x1.ebfbdcp-3f;
+  y = y * r + 0x1.62e43p-1f;
+  y = y * r + 1.0f;
+  const Floats power = bit_cast<Floats>(bit_cast<Ints>(y) + (bit_cast<Ints>(shifted) << 23));
+  return none ? Floats{} : power;
 }
-inline void put_(void* d, DType t, int64_t i, float v) {
-  const Vec<float, 1> x = {v};
-  switch (t) {
-    case DType::kFloat32: static_cast<float*>(d)[i] = v; break;
-    case DType::kBFloat16: store<1>(static_cast<bfloat16*>(d) + i, x); break;
-    default: store<1>(static_cast<float16*>(d) + i, x);
+
+template <int Step>
+VLMOPS_INLINE void exchange(Floats (&x)[kFloats]) {
+  Ints low, high;
+  for (int e = 0; e < kFloats; ++e) {
+    low[e] = e & Step ? kFloats + e - Step : e;
+    high[e] = e & Step ? kFloats + e : e + Step;
   }
-}
-inline size_t scratch(const Params& p, int64_t) { return static_cast<size_t>(p.keys + p.dim + 64); }
-inline size_t backward_scratch(const Params& p, int64_t) { return static_cast<size_t>(3 * p.keys * p.dim + p.dim + 64); }
-inline int64_t row_(const int32_t* rows, int64_t i) { return rows == nullptr ? i : rows[i]; }
-inline void forward(const Params& p, const Job& j, int begin, int end, float* s) {
-  const int G = p.group();
-  for (int h = begin * G; h < end * G; ++h) for (int64_t i = 0; i < j.q.count; ++i) {
-    const int64_t qi = j.q_rows ? j.q_rows[i] : j.position + i;
-    int64_t m = j.k.count;
-    if (p.causal) { const int64_t lim = j.position + i + j.visible + 1; m = lim < 0 ? 0 : lim < m ? lim : m; }
-    float top = -__builtin_inff();
-    for (int64_t n = 0; n < m; ++n) {
-      float acc = 0;
-      for (int d = 0; d < p.dim; ++d) acc += at_(p.q.data, p.dtype, offset_of(p.q_starts, p.q, j.segment, j.q.first) + qi * p.q.row + h * p.q.head + d) * at_(p.k.data, p.dtype, offset_of(p.k_starts, p.k, j.segment, j.k.first) + row_(j.k_rows, n) * p.k.row + h / G * p.k.head + d);
-      s[n] = acc * p.scale; top = s[n] > top ? s[n] : top;
+#pragma GCC unroll 16
+  for (int i = 0; i < kFloats; ++i) {
+    if (i & Step) continue;
+    const Floats a = x[i], b = x[i + Step];
+#if defined(__clang__)
+    for (int e = 0; e < kFloats; ++e) {
+      x[i][e] = e & Step ? b[e - Step] : a[e];
+      x[i + Step][e] = e & Step ? b[e] : a[e + Step];
     }
-    float sum = 0; float* o = s + p.keys;
-    for (int d = 0; d < p.dim; ++d) o[d] = 0;
-    for (int64_t n = 0; n < m; ++n) {
-      const float e = exp<1>(Vec<float, 1>{s[n] - top})[0]; sum += e;
-      const int64_t voff = offset_of(p.k_starts, p.v, j.segment, j.k.first);
-      for (int d = 0; d < p.dim; ++d) o[d] += e * at_(p.v.data, p.dtype, voff + row_(j.k_rows, n) * p.v.row + h / G * p.v.head + d);
-    }
-    const int64_t r = j.q.first + qi;
-    for (int d = 0; d < p.dim; ++d) put_(p.out, p.dtype, (r * p.heads + h) * p.dim + d, sum > 0 ? o[d] / sum : 0.0f);
-    p.lse[h * p.rows + r] = top + __builtin_logf(sum);
+#else
+    x[i] = __builtin_shuffle(a, b, low);
+    x[i + Step] = __builtin_shuffle(a, b, high);
+#endif
+  }
+  if constexpr (Step > 1) exchange<Step / 2>(x);
+}
+
+// x[i][j] <-> x[j][i]
+VLMOPS_INLINE void transpose(Floats (&x)[kFloats]) { exchange<kFloats / 2>(x); }
+
+// The first n lanes, n a multiple of 8 or all; zeros in the others.
+template <class T>
+VLMOPS_INLINE Floats load_lanes(const T* p, int n) {
+  if (n >= kFloats) return load<kFloats>(p);
+#if defined(__AVX512F__)
+  struct Halves {
+    Vec<float, 8> low, high;
+  };
+  return bit_cast<Floats>(Halves{load<8>(p), {}});
+#else
+  return Floats{};  // D is a multiple of 8: there are none
+#endif
+}
+
+template <class T>
+VLMOPS_INLINE void store_lanes(T* p, Floats x, int n) {
+  if (n >= kFloats) return store<kFloats>(p, x);
+#if defined(__AVX512F__)
+  struct Halves {
+    Vec<float, 8> low, high;
+  };
+  store<8>(p, bit_cast<Halves>(x).low);
+#endif
+}
+
+// f(Lanes<n>()) for 1 <= n <= Most.
+template <int Most, class F>
+VLMOPS_INLINE void with_number(int n, const F& f) {
+  if constexpr (Most == 1) {
+    f(Lanes<1>());
+  } else {
+    if (n == Most) return f(Lanes<Most>());
+    with_number<Most - 1>(n, f);
   }
 }
-inline void backward(const Backward&, const Job*, int64_t, int, float*) { __builtin_trap(); }
+
+// f(Lanes<J>(), first) for tiles of nearly equal J <= Most that make up `count`.
+template <int Most, class F>
+VLMOPS_INLINE void by_tiles(int count, const F& f) {
+  int parts = (count + Most - 1) / Most;
+  for (int first = 0; parts > 0; --parts) {
+    const int size = (count - first + parts - 1) / parts;
+    with_number<Most>(size, [&](auto tile) VLMOPS_INLINED { f(tile, first); });
+    first += size;
+  }
+}
+
+// ---- Tiles ----
+
+constexpr int most_of(int vectors) {
+  return kAccumulators / vectors > 12 ? 12 : kAccumulators / vectors;
+}
+
+// Rows of D numbers.
+struct Rows {
+  const float* data;
+  int64_t stride;
+};
+
+// each(j, v, sum) of the J x V vectors that a tile of a product has: sum over i < depth of a number
+// of a, for j, times vector v of row i of x.
+template <int V, int J, class Number, class Each>
+VLMOPS_INLINE void product(const float* x, int64_t stride, int depth, const Number& number,
+                           const Each& each) {
+  Floats sums[J][V] = {};
+  for (int i = 0; i < depth; ++i, x += stride) {
+    Floats row[V];
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) row[v] = load<kFloats>(x + v * kFloats);
+#pragma GCC unroll 12
+    for (int j = 0; j < J; ++j) {
+      const float by = number(j, i);
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) sums[j][v] += row[v] * by;
+    }
+  }
+#pragma GCC unroll 12
+  for (int j = 0; j < J; ++j) {
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) each(j, v, sums[j][v]);
+  }
+}
+
+// a's rows from a.data on, number i of each with row i of x.
+template <int V, int J, class Each>
+VLMOPS_INLINE void rows_product(const Rows& a, const float* x, int64_t stride, int depth,
+                                const Each& each) {
+  const float* row[J];
+  for (int j = 0; j < J; ++j) row[j] = a.data + j * a.stride;
+  product<V, J>(x, stride, depth, [&](int j, int i) VLMOPS_INLINED { return row[j][i]; }, each);
+}
+
+// a's columns from a.data on.
+template <int V, int J, class Each>
+VLMOPS_INLINE void columns_product(const Rows& a, const float* x, int64_t stride, int depth,
+                                   const Each& each) {
+  const float* row = a.data;
+  product<V, J>(
+      x, stride, depth,
+      [&](int j, int) VLMOPS_INLINED {
+        const float by = row[j];
+        if (j == J - 1) row += a.stride;
+        return by;
+      },
+      each);
+}
+
+// ---- Where rows lie ----
+
+// One KV head of a job. Row r of it is head r % group of query r / group.
+struct HeadOf {
+  const Params& p;
+  const Job& job;
+  int kv_head;
+
+  int64_t rows() const { return job.q.count * p.group(); }
+  int64_t query(int64_t r) const {  // in its segment
+    const int64_t i = p.group() == 1 ? r : r / p.group();
+    return job.q_rows == nullptr ? job.position + i : job.q_rows[i];
+  }
+  int head(int64_t r) const {
+    return kv_head * p.group() + static_cast<int>(p.group() == 1 ? 0 : r % p.group());
+  }
+  int64_t key(int64_t n) const { return job.k_rows == nullptr ? n : job.k_rows[n]; }
+  // The last key that row r sees.
+  int64_t limit(int64_t r) const { return p.causal ? query(r) + job.visible : job.k.count - 1; }
+};
+
+template <class T>
+VLMOPS_INLINE const T* base_of(const Heads& of, const Starts& starts, const HeadOf& h,
+                               const Range& range) {
+  return static_cast<const T*>(of.data) + offset_of(starts, of, h.job.segment, range.first);
+}
+
+// Rows [first, first + rows) of q, or of what has its strides, transposed and times `factor`: to
+// [D, kPanelRows]. Lanes beyond the rows repeat the last.
+template <class T>
+inline void pack_queries(const Heads& of, const HeadOf& h, int64_t first, int rows, float factor,
+                         float* to) {
+  const T* const base = base_of<T>(of, h.p.q_starts, h, h.job.q);
+  for (int v = 0; v * kFloats < rows; ++v) {
+    const T* row[kFloats];
+    for (int i = 0; i < kFloats; ++i) {
+      const int at = v * kFloats + i;
+      const int64_t r = first + (at < rows ? at : rows - 1);
+      row[i] = base + h.query(r) * of.row + h.head(r) * of.head;
+    }
+    for (int d = 0; d < h.p.dim; d += kFloats) {
+      Floats x[kFloats];
+      const int lanes = h.p.dim - d;
+#pragma GCC unroll 16
+      for (int i = 0; i < kFloats; ++i) x[i] = load_lanes(row[i] + d, lanes) * factor;
+      transpose(x);
+#pragma GCC unroll 16
+      for (int i = 0; i < kFloats; ++i) {
+        if (i < lanes) store<kFloats>(to + (d + i) * kPanelRows + v * kFloats, x[i]);
+      }
+    }
+  }
+}
+
+// Keys [first, first + count) of k or v as float32 rows: where they lie, or packed into `to`.
+template <class T>
+inline Rows keys_of(const Heads& of, const HeadOf& h, int64_t first, int count, bool pack,
+                    float* to) {
+  const T* const base = base_of<T>(of, h.p.k_starts, h, h.job.k) + h.kv_head * of.head;
+  if constexpr (sizeof(T) == 4) {
+    if (!pack && h.job.k_rows == nullptr) return {base + first * of.row, of.row};
+  }
+  for (int n = 0; n < count; ++n) {
+    const T* const row = base + h.key(first + n) * of.row;
+    for (int d = 0; d < h.p.dim; d += kFloats)
+      store_lanes(to + n * h.p.dim + d, load_lanes(row + d, h.p.dim - d), h.p.dim - d);
+  }
+  return {to, h.p.dim};
+}
+
+// ---- Forward ----
+
+// q takes the scale's sign, so that a row's largest product is its largest logit, S c.
+inline float sign_of(const Params& p) { return p.scale < 0.0f ? -1.0f : 1.0f; }
+
+// c in two parts: rounded, its error would grow with the logits.
+struct Base2 {
+  float c, rest;
+
+  explicit Base2(const Params& p) {
+    const double of_both = sign_of(p) * (static_cast<double>(p.scale) + p.scale_rest) * kLog2E;
+    c = static_cast<float>(of_both);
+    rest = static_cast<float>(of_both - c);
+    if (c == 0.0f) c = 0x1p-126f;  // 0 times what is hidden, -inf, would be NaN
+  }
+
+  // Of products that lie `off` below the largest.
+  VLMOPS_INLINE Floats weight(Floats off) const { return exp2(off * c, off * rest); }
+};
+
+// f(begin, end) for the parts of a sum over `depth` products. Long sums are cut, one of 256 has
+// twice the error that four of 64 have; sums for few rows, which libraries add up in lanes, are cut
+// finely.
+template <int V, class F>
+VLMOPS_INLINE void by_parts(int depth, const F& f) {
+  constexpr int kMost = kFloats == 4 ? 8 : V == kMostVectors ? 96 : V == 1 ? 16 : 32;
+  const int parts = (depth + kMost - 1) / kMost;
+  for (int part = 0; part < parts; ++part) f(depth * part / parts, depth * (part + 1) / parts);
+}
+
+// s[j][rows] of J keys, and each(v, vector) of it.
+template <int V, int J, class Each>
+VLMOPS_INLINE void scores(const Rows& k, const float* q, int dim, float* s, const Each& each) {
+  by_parts<V>(dim, [&](int d, int end) VLMOPS_INLINED {
+    rows_product<V, J>({k.data + d, k.stride}, q + d * kPanelRows, kPanelRows, end - d,
+                       [&](int j, int v, Floats sum) VLMOPS_INLINED {
+                         float* const at = s + j * kPanelRows + v * kFloats;
+                         if (d != 0) sum += load<kFloats>(at);
+                         store<kFloats>(at, sum);
+                         if (end == dim) each(v, sum);
+                       });
+  });
+}
+
+struct Panel {
+  const float* q;  // [D, kPanelRows]
+  float* o;        // [D, kPanelRows]
+  int vectors, rows;
+  int64_t first;          // row
+  int64_t least, most;    // of the last keys that its rows see
+  float* top;             // [kPanelRows], a row's largest S so far
+  float* sum;             // [kPanelRows]
+  const int32_t* limits;  // [kPanelRows], the last key that each row sees
+};
+
+// Floats of a panel in scratch.
+inline int64_t panel_floats(const Params& p) { return (2 * p.dim + 3) * kPanelRows; }
+
+inline size_t scratch(const Params& p, int64_t rows, int64_t) {
+  const int64_t panels = (rows * p.group() + kPanelRows - 1) / kPanelRows;
+  return static_cast<size_t>(panels * panel_floats(p) + kKeyBlock * (kPanelRows + 2 * p.dim));
+}
+
+// Asks for rows that are read next, a few with each tile: caches do not foresee rows that lie
+// apart.
+struct Ahead {
+  struct Of {
+    const char* row;
+    int64_t stride;  // bytes
+  };
+  Of of[3];
+  int count = 0;  // of them
+  int rows = 0;   // that are left
+  int at_once = 0;
+  int64_t bytes = 0;
+
+  VLMOPS_INLINE void step() {
+    for (int n = 0; n < at_once && rows > 0; ++n, --rows) {
+      for (int i = 0; i < count; ++i) {
+        for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(of[i].row + b);
+        of[i].row += of[i].stride;
+      }
+    }
+  }
+};
+
+// Keys [first, first + count) of a panel: s [count, kPanelRows] is scratch.
+template <int V>
+inline void attend(const Panel& panel, const Rows& k, const Rows& v, int dim, int64_t first,
+                   int count, const Base2& base, float* s, Ahead& ahead) {
+  Floats top[V], old[V], sum[V], alpha[V];
+  for (int u = 0; u < V; ++u) top[u] = old[u] = load<kFloats>(panel.top + u * kFloats);
+  const bool masked = first + count - 1 > panel.least;
+  by_tiles<most_of(V)>(count, [&](auto tile, int n) VLMOPS_INLINED {
+    ahead.step();
+    constexpr int J = decltype(tile)::value;
+    scores<V, J>({k.data + n * k.stride, k.stride}, panel.q, dim, s + n * kPanelRows,
+                 [&](int u, Floats x) VLMOPS_INLINED {
+                   if (!masked) top[u] = x > top[u] ? x : top[u];
+                 });
+  });
+  if (masked) {
+    for (int n = 0; n < count; ++n) {
+      for (int u = 0; u < V; ++u) {
+        float* const at = s + n * kPanelRows + u * kFloats;
+        const Ints limit = *reinterpret_cast<const Ints*>(panel.limits + u * kFloats);
+        const Floats x =
+            limit >= static_cast<int32_t>(first + n) ? load<kFloats>(at) : Floats{} - kInfinity;
+        store<kFloats>(at, x);
+        top[u] = x > top[u] ? x : top[u];
+      }
+    }
+  }
+  for (int u = 0; u < V; ++u) {
+    store<kFloats>(panel.top + u * kFloats, top[u]);
+    // Where nothing was seen yet there is nothing to rescale.
+    const Floats from = top[u] == -kInfinity ? Floats{} : top[u];
+    alpha[u] = base.weight(old[u] - from);
+    sum[u] = load<kFloats>(panel.sum + u * kFloats) * alpha[u];
+    top[u] = from;
+  }
+  for (int n = 0; n < count; ++n) {
+    for (int u = 0; u < V; ++u) {
+      float* const at = s + n * kPanelRows + u * kFloats;
+      const Floats e = base.weight(load<kFloats>(at) - top[u]);
+      store<kFloats>(at, e);
+      sum[u] += e;
+    }
+  }
+  for (int u = 0; u < V; ++u) store<kFloats>(panel.sum + u * kFloats, sum[u]);
+  by_tiles<most_of(V)>(dim, [&](auto tile, int d) VLMOPS_INLINED {
+    ahead.step();
+    constexpr int J = decltype(tile)::value;
+    by_parts<V>(count, [&](int n, int end) VLMOPS_INLINED {
+      columns_product<V, J>({v.data + n * v.stride + d, v.stride}, s + n * kPanelRows, kPanelRows,
+                            end - n, [&](int j, int u, Floats x) VLMOPS_INLINED {
+                              float* const at = panel.o + (d + j) * kPanelRows + u * kFloats;
+                              if (n != 0) {
+                                x += load<kFloats>(at);
+                              } else if (first != 0) {
+                                x += load<kFloats>(at) * alpha[u];
+                              }
+                              store<kFloats>(at, x);
+                            });
+    });
+  });
+}
+
+// Where the rows of a vector lie in [rows, heads, D].
+struct Places {
+  int64_t of[kFloats];
+  int count;
+
+  Places(const HeadOf& h, int64_t first, int rows) : count(rows < kFloats ? rows : kFloats) {
+    for (int i = 0; i < count; ++i)
+      of[i] = ((h.job.q.first + h.query(first + i)) * h.p.heads + h.head(first + i)) * h.p.dim;
+  }
+};
+
+// A vector of rows times `factor`, from [D, kPanelRows] to their places.
+template <class T>
+inline void unpack(const float* from, Floats factor, const Places& places, int dim, T* to) {
+  for (int d = 0; d < dim; d += kFloats) {
+    Floats x[kFloats];
+    const int lanes = dim - d;
+#pragma GCC unroll 16
+    for (int i = 0; i < kFloats; ++i)
+      x[i] = i < lanes ? load<kFloats>(from + (d + i) * kPanelRows) * factor : Floats{};
+    transpose(x);
+    for (int i = 0; i < places.count; ++i) store_lanes(to + places.of[i] + d, x[i], lanes);
+  }
+}
+
+// o / sum and lse of a panel, to where they belong.
+template <class T>
+inline void finish(const Panel& panel, const HeadOf& h) {
+  const Params& p = h.p;
+  for (int u = 0; u < panel.vectors; ++u) {
+    const int64_t first = panel.first + u * kFloats;
+    const Places places(h, first, panel.rows - u * kFloats);
+    const Floats sum = load<kFloats>(panel.sum + u * kFloats);
+    const Floats top = load<kFloats>(panel.top + u * kFloats);
+    const auto blind = sum == 0.0f;
+    const Floats part = blind ? Floats{} : 1.0f / sum;
+    unpack(panel.o + u * kFloats, part, places, p.dim, static_cast<T*>(p.out));
+    for (int i = 0; i < places.count; ++i) {
+      const int64_t at = h.head(first + i) * p.rows + h.job.q.first + h.query(first + i);
+      p.lse[at] = blind[i] ? 0.0f : top[i];
+      p.part[at] = part[i];
+    }
+  }
+}
+
+template <class T>
+VLMOPS_INLINE void ask_for(Ahead& ahead, const Heads& of, const T* row) {
+  ahead.of[ahead.count++] = {reinterpret_cast<const char*>(row),
+                             of.row * static_cast<int64_t>(sizeof(T))};
+}
+
+template <class T>
+inline void forward_head(const HeadOf& h, bool another, float* scratch) {
+  const Params& p = h.p;
+  const int64_t rows = h.rows(), keys = h.job.k.count;
+  const int panels = static_cast<int>((rows + kPanelRows - 1) / kPanelRows);
+  float* const of_panels = scratch;
+  float* const s = of_panels + panels * panel_floats(p);
+  float* const packed_k = s + kKeyBlock * kPanelRows;
+  float* const packed_v = packed_k + kKeyBlock * p.dim;
+  const Base2 base(p);
+  const auto panel_of = [&](int i) {
+    float* const at = of_panels + i * panel_floats(p);
+    Panel panel;
+    panel.q = at;
+    panel.o = at + p.dim * kPanelRows;
+    panel.top = panel.o + p.dim * kPanelRows;
+    panel.sum = panel.top + kPanelRows;
+    panel.limits = reinterpret_cast<const int32_t*>(panel.sum + kPanelRows);
+    panel.first = static_cast<int64_t>(i) * kPanelRows;
+    panel.rows =
+        static_cast<int>(rows - panel.first < kPanelRows ? rows - panel.first : kPanelRows);
+    panel.vectors = (panel.rows + kFloats - 1) / kFloats;
+    panel.least = h.limit(panel.first);
+    panel.most = h.limit(panel.first + panel.rows - 1);
+    return panel;
+  };
+  for (int i = 0; i < panels; ++i) {
+    const Panel panel = panel_of(i);
+    pack_queries<T>(p.q, h, panel.first, panel.rows, sign_of(p), const_cast<float*>(panel.q));
+    auto* const limits = const_cast<int32_t*>(panel.limits);
+    for (int r = 0; r < kPanelRows; ++r) {
+      panel.top[r] = -kInfinity;
+      panel.sum[r] = 0.0f;
+      limits[r] = static_cast<int32_t>(h.limit(panel.first + (r < panel.rows ? r : 0)));
+    }
+  }
+  const int64_t last = panel_of(panels - 1).most + 1, end = last < keys ? last : keys;
+  for (int64_t first = 0; first < end; first += kKeyBlock) {
+    const int count = static_cast<int>(end - first < kKeyBlock ? end - first : kKeyBlock);
+    const Rows k = keys_of<T>(p.k, h, first, count, panels > 1, packed_k);
+    const Rows v = keys_of<T>(p.v, h, first, count, panels > 1, packed_v);
+    Ahead ahead;
+    if (h.job.k_rows == nullptr) {
+      if (first + count < end) {
+        ask_for(ahead, p.k,
+                base_of<T>(p.k, p.k_starts, h, h.job.k) + h.kv_head * p.k.head +
+                    (first + count) * p.k.row);
+        ask_for(ahead, p.v,
+                base_of<T>(p.v, p.k_starts, h, h.job.k) + h.kv_head * p.v.head +
+                    (first + count) * p.v.row);
+        ahead.rows =
+            static_cast<int>(end - first - count < kKeyBlock ? end - first - count : kKeyBlock);
+      } else if (another && h.job.q_rows == nullptr) {
+        ask_for(ahead, p.k, base_of<T>(p.k, p.k_starts, h, h.job.k) + (h.kv_head + 1) * p.k.head);
+        ask_for(ahead, p.v, base_of<T>(p.v, p.k_starts, h, h.job.k) + (h.kv_head + 1) * p.v.head);
+        if (p.group() == 1)
+          ask_for(ahead, p.q,
+                  base_of<T>(p.q, p.q_starts, h, h.job.q) + (h.kv_head + 1) * p.q.head +
+                      h.job.position * p.q.row);
+        ahead.rows = static_cast<int>(keys < kKeyBlock ? keys : kKeyBlock);
+      }
+      ahead.bytes = p.dim * static_cast<int64_t>(sizeof(T));
+      const int steps = panels * (kKeyBlock / 6 + p.dim / 6);
+      ahead.at_once = (ahead.rows + steps - 1) / steps;
+    }
+    for (int i = 0; i < panels; ++i) {
+      const Panel panel = panel_of(i);
+      if (panel.most < first) continue;
+      const int seen =
+          static_cast<int>(panel.most + 1 - first < count ? panel.most + 1 - first : count);
+      with_number<kMostVectors>(panel.vectors, [&](auto vectors) {
+        attend<decltype(vectors)::value>(panel, k, v, p.dim, first, seen, base, s, ahead);
+      });
+    }
+  }
+  for (int i = 0; i < panels; ++i) {
+    const Panel panel = panel_of(i);
+    if (panel.most < 0 || keys == 0) {  // no key was seen
+      for (int64_t n = 0; n < p.dim * kPanelRows; ++n) panel.o[n] = 0.0f;
+    }
+    finish<T>(panel, h);
+  }
+}
+
+inline void forward(const Params& p, const Job& job, int begin, int end, float* scratch) {
+  for (int head = begin; head < end; ++head) {
+    with_type(p.dtype, [&](auto* type) {
+      forward_head<Pointee<decltype(type)>>({p, job, head}, head + 1 < end, scratch);
+    });
+  }
+}
+
+// ---- Backward ----
+//
+// With P of lse and dP = V dO^T, both [keys, rows] as in forward, and delta = rowsum(dO O):
+//
+//   dS = P (dP - delta)    dV = P dO    dK = scale dS Q    dQ^T = scale K^T dS
+//
+// A block of keys meets all rows of its segment, a panel at a time, and is done: five products. dK
+// and dV have D in their lanes, and read q and dO row by row; dQ^T is kept for all rows.
+
+inline int64_t padded(int64_t n) { return (n + kFloats - 1) / kFloats * kFloats; }
+
+// What is kept of rows, all of a segment's.
+struct Taken {
+  int64_t rows;               // padded, of the segment's jobs one after the other
+  int dim, width;             // D, and D padded
+  float *q, *grad;            // a panel: [D, kPanelRows]
+  float* dq;                  // the same
+  float *q_rows, *grad_rows;  // [rows, width], zeros beyond D
+  float *top, *part, *delta;  // [rows]
+
+  static int64_t floats(int64_t rows, int dim) { return rows * (3 * dim + 2 * padded(dim) + 3); }
+  Taken(float* at, int64_t rows, int dim)
+      : rows(rows), dim(dim), width(static_cast<int>(padded(dim))) {
+    const auto next = [&](int64_t count) {
+      float* const here = at;
+      at += count;
+      return here;
+    };
+    q = next(rows * dim);
+    grad = next(rows * dim);
+    dq = next(rows * dim);
+    q_rows = next(rows * width);
+    grad_rows = next(rows * width);
+    top = next(rows);
+    part = next(rows);
+    delta = next(rows);
+  }
+};
+
+inline int64_t panels_of(int64_t rows) { return (rows + kPanelRows - 1) / kPanelRows; }
+
+inline size_t backward_scratch(const Params& p, int64_t rows, int64_t jobs) {
+  const int64_t taken = (panels_of(rows * p.group()) + jobs) * kPanelRows;
+  return static_cast<size_t>(Taken::floats(taken, p.dim) +
+                             kKeyBlock * (2 * kPanelRows + 2 * p.dim + 2 * padded(p.dim)));
+}
+
+// Rows [first, first + count) of a job to those of `t` from `at` on, a multiple of kPanelRows.
+template <class T>
+inline void take(const Backward& b, const HeadOf& h, int64_t first, int count, int64_t at,
+                 const Taken& t) {
+  const Params& p = h.p;
+  pack_queries<T>(p.q, h, first, count, sign_of(p), t.q + at * t.dim);
+  float* const gradient = t.grad + at * t.dim;
+  float* const result = t.dq + at * t.dim;
+  pack_queries<T>(b.grad, h, first, count, 1.0f, gradient);
+  pack_queries<T>({p.out, p.q_starts.length * p.heads * p.dim, p.heads * p.dim, p.dim}, h, first,
+                  count, 1.0f, result);
+  // In the order of dP: of one key that has all the weight, dP - delta is 0.
+  with_number<kMostVectors>((count + kFloats - 1) / kFloats, [&](auto vectors) {
+    constexpr int V = decltype(vectors)::value;
+    for (int u = 0; u < V; ++u) {
+      Floats delta = {};
+      by_parts<V>(t.dim, [&](int d, int end) {
+        Floats sum = {};
+        for (; d < end; ++d)
+          sum += load<kFloats>(gradient + d * kPanelRows + u * kFloats) *
+                 load<kFloats>(result + d * kPanelRows + u * kFloats);
+        delta += sum;
+      });
+      store<kFloats>(t.delta + at + u * kFloats, delta);
+    }
+  });
+  for (int64_t i = 0; i < static_cast<int64_t>(t.dim) * kPanelRows; ++i) result[i] = 0.0f;
+  const T* const q = base_of<T>(p.q, p.q_starts, h, h.job.q);
+  const T* const grad = base_of<T>(b.grad, p.q_starts, h, h.job.q);
+  for (int i = 0; i < count; ++i) {
+    const int64_t query = h.query(first + i), row = h.job.q.first + query;
+    const int head = h.head(first + i);
+    const T* const of_q = q + query * p.q.row + head * p.q.head;
+    const T* const of_grad = grad + query * b.grad.row + head * b.grad.head;
+    for (int d = 0; d < t.dim; d += kFloats) {
+      const int lanes = t.dim - d;
+      store<kFloats>(t.grad_rows + (at + i) * t.width + d, load_lanes(of_grad + d, lanes));
+      store<kFloats>(t.q_rows + (at + i) * t.width + d, load_lanes(of_q + d, lanes));
+    }
+    t.top[at + i] = p.lse[head * p.rows + row];
+    t.part[at + i] = p.part[head * p.rows + row];
+  }
+  for (int i = count; i < kPanelRows; ++i) t.top[at + i] = t.part[at + i] = 0.0f;
+}
+
+// Keys [first, first + count) and a panel of `rows` rows, `at` in t: adds to dk, dv [count, width]
+// and dq. p, ds [count, kPanelRows]: scratch.
+struct Block {
+  Rows k, v;
+  int64_t first;
+  int count;
+  float *p, *ds, *dk, *dv;
+};
+
+constexpr int kMostSummed = kFloats == 4 ? 8 : 32;  // rows
+
+template <int V>
+inline void pull_back(const Backward& b, const HeadOf& h, const Block& block, const Taken& t,
+                      int64_t row, int rows, int64_t at) {
+  const Params& p = h.p;
+  const bool needs_ds = b.dq != nullptr || b.dk != nullptr;
+  const auto of_rows = [&](const Rows& a, const float* x, float* to) VLMOPS_INLINED {
+    by_tiles<most_of(V)>(block.count, [&](auto tile, int n) VLMOPS_INLINED {
+      constexpr int J = decltype(tile)::value;
+      scores<V, J>({a.data + n * a.stride, a.stride}, x + at * t.dim, t.dim, to + n * kPanelRows,
+                   [](int, Floats) VLMOPS_INLINED {});
+    });
+  };
+  of_rows(block.k, t.q, block.p);
+  if (needs_ds) of_rows(block.v, t.grad, block.ds);
+  const Base2 base(p);
+  const bool padded = p.padding != nullptr && h.job.k_rows != nullptr;
+  int32_t limits[kPanelRows];
+  const bool masked = p.causal && block.first + block.count - 1 > h.limit(row);
+  if (masked) {
+    for (int r = 0; r < V * kFloats; ++r)
+      limits[r] = static_cast<int32_t>(h.limit(row + (r < rows ? r : rows - 1)));
+  }
+  for (int n = 0; n < block.count; ++n) {
+    const int64_t key = block.first + n;
+    const bool hidden = padded && p.padding[h.job.k.first + key];
+    for (int u = 0; u < V; ++u) {
+      float* const of_p = block.p + n * kPanelRows + u * kFloats;
+      float* const of_ds = block.ds + n * kPanelRows + u * kFloats;
+      Floats e = base.weight(load<kFloats>(of_p) - load<kFloats>(t.top + at + u * kFloats)) *
+                 load<kFloats>(t.part + at + u * kFloats);
+      if (masked) {
+        const Ints limit = *reinterpret_cast<const Ints*>(limits + u * kFloats);
+        e = limit >= static_cast<int32_t>(key) ? e : Floats{};
+      }
+      if (hidden) e = Floats{};
+      store<kFloats>(of_p, e);
+      if (needs_ds)
+        store<kFloats>(of_ds,
+                       e * (load<kFloats>(of_ds) - load<kFloats>(t.delta + at + u * kFloats)));
+    }
+  }
+  const auto of_keys = [&](const float* a, const float* x, float* to) {
+    by_tiles<kMostVectors>(t.width / kFloats, [&](auto vectors, int v) VLMOPS_INLINED {
+      constexpr int W = decltype(vectors)::value;
+      by_tiles<most_of(W)>(block.count, [&](auto tile, int n) VLMOPS_INLINED {
+        constexpr int J = decltype(tile)::value;
+        for (int r = 0; r < rows; r += kMostSummed) {
+          const int count = rows - r < kMostSummed ? rows - r : kMostSummed;
+          rows_product<W, J>({a + n * kPanelRows + r, kPanelRows},
+                             x + (at + r) * t.width + v * kFloats, t.width, count,
+                             [&](int j, int u, Floats sum) VLMOPS_INLINED {
+                               float* const here = to + (n + j) * t.width + (v + u) * kFloats;
+                               store<kFloats>(here, load<kFloats>(here) + sum);
+                             });
+        }
+      });
+    });
+  };
+  if (b.dv != nullptr) of_keys(block.p, t.grad_rows, block.dv);
+  if (b.dk != nullptr) of_keys(block.ds, t.q_rows, block.dk);
+  if (b.dq == nullptr) return;
+  by_tiles<most_of(V)>(t.dim, [&](auto tile, int d) VLMOPS_INLINED {
+    constexpr int J = decltype(tile)::value;
+    by_parts<V>(block.count, [&](int n, int end) VLMOPS_INLINED {
+      columns_product<V, J>(
+          {block.k.data + n * block.k.stride + d, block.k.stride}, block.ds + n * kPanelRows,
+          kPanelRows, end - n, [&](int j, int u, Floats sum) VLMOPS_INLINED {
+            float* const here = t.dq + at * t.dim + (d + j) * kPanelRows + u * kFloats;
+            store<kFloats>(here, load<kFloats>(here) + sum);
+          });
+    });
+  });
+}
+
+// Of keys, [count, width] times `factor`, to rows of one head.
+template <class T>
+inline void put_keys(const float* from, float factor, const HeadOf& h, int64_t first, int count,
+                     void* to) {
+  if (to == nullptr) return;
+  const Params& p = h.p;
+  for (int n = 0; n < count; ++n) {
+    T* const row =
+        static_cast<T*>(to) + ((h.job.k.first + first + n) * p.kv_heads + h.kv_head) * p.dim;
+    for (int d = 0; d < p.dim; d += kFloats) {
+      store_lanes(row + d, load<kFloats>(from + n * padded(p.dim) + d) * factor, p.dim - d);
+    }
+  }
+}
+
+template <class T>
+inline void backward_head(const Backward& b, const Job* jobs, int64_t count, int head,
+                          float* scratch) {
+  const Params& p = b.p;
+  int64_t rows = 0;
+  for (int64_t i = 0; i < count; ++i) rows += panels_of(jobs[i].q.count * p.group()) * kPanelRows;
+  const Taken t(scratch, rows, p.dim);
+  // f(job's head, first row, rows, where they are in t) of each panel.
+  const auto panels = [&](const auto& f) {
+    int64_t at = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      const HeadOf h{p, jobs[i], head};
+      for (int64_t row = 0; row < h.rows(); row += kPanelRows, at += kPanelRows) {
+        const int64_t left = h.rows() - row;
+        f(h, row, static_cast<int>(left < kPanelRows ? left : kPanelRows), at);
+      }
+    }
+  };
+  panels([&](const HeadOf& h, int64_t row, int n, int64_t at) { take<T>(b, h, row, n, at, t); });
+  Block block{};
+  block.p = scratch + Taken::floats(rows, p.dim);
+  block.ds = block.p + kKeyBlock * kPanelRows;
+  float* const k = block.ds + kKeyBlock * kPanelRows;
+  float* const v = k + kKeyBlock * p.dim;
+  block.dk = v + kKeyBlock * p.dim;
+  block.dv = block.dk + kKeyBlock * t.width;
+  const HeadOf all{p, jobs[0], head};  // its keys are all of the segment, one after another
+  for (block.first = 0; block.first < all.job.k.count; block.first += kKeyBlock) {
+    const int64_t left = all.job.k.count - block.first;
+    block.count = static_cast<int>(left < kKeyBlock ? left : kKeyBlock);
+    block.k = keys_of<T>(p.k, all, block.first, block.count, true, k);
+    block.v = keys_of<T>(p.v, all, block.first, block.count, true, v);
+    for (int64_t i = 0; i < kKeyBlock * 2 * static_cast<int64_t>(t.width); ++i) block.dk[i] = 0.0f;
+    bool seen = p.padding == nullptr;  // by queries that are padding
+    for (int n = 0; n < block.count && !seen; ++n)
+      seen = !p.padding[all.job.k.first + block.first + n];
+    panels([&](const HeadOf& h, int64_t row, int n, int64_t at) {
+      if (h.limit(row + n - 1) < block.first && p.causal) return;
+      if (h.job.k_rows != nullptr && !seen) return;
+      with_number<kMostVectors>((n + kFloats - 1) / kFloats, [&](auto vectors) {
+        pull_back<decltype(vectors)::value>(b, h, block, t, row, n, at);
+      });
+    });
+    put_keys<T>(block.dk, p.scale, all, block.first, block.count, b.dk);
+    put_keys<T>(block.dv, 1.0f, all, block.first, block.count, b.dv);
+  }
+  if (b.dq == nullptr) return;
+  panels([&](const HeadOf& h, int64_t row, int n, int64_t at) {
+    for (int u = 0; u * kFloats < n; ++u) {
+      unpack(t.dq + at * t.dim + u * kFloats, Floats{} + p.scale,
+             Places(h, row + u * kFloats, n - u * kFloats), p.dim, static_cast<T*>(b.dq));
+    }
+  });
+}
+
+inline void backward(const Backward& b, const Job* jobs, int64_t count, int head, float* scratch) {
+  with_type(b.p.dtype, [&](auto* type) {
+    backward_head<Pointee<decltype(type)>>(b, jobs, count, head, scratch);
+  });
+}
+
 }  // namespace
 }  // namespace vlmops::attention

@@ -1,7 +1,6 @@
 // Compiled once per instruction set with -DVLMOPS_ISA=portable|avx2|avx512 and the matching -march.
 #include "common/cpu_kernels.h"
 
-#include "common/attention_cpu.h"
 #include "ops/hd_transform/hd_transform_cpu.h"
 #include "ops/mlp_projector/mlp_projector_cpu.h"
 #include "ops/mrope/mrope_cpu.h"
@@ -15,28 +14,30 @@
 
 namespace vlmops {
 
+namespace attention {
 extern const CpuKernels VLMOPS_CONCAT(kernels_, VLMOPS_ISA);
-const CpuKernels VLMOPS_CONCAT(kernels_, VLMOPS_ISA) = {VLMOPS_STRING(VLMOPS_ISA),
-                                                        &attention::scratch,
-                                                        &attention::forward,
-                                                        &attention::backward_scratch,
-                                                        &attention::backward,
-                                                        &mrope::run,
-                                                        &mrope::run_backward,
-                                                        &patch_embed::pack,
-                                                        &patch_embed::finish,
-                                                        &patch_embed::write_prefix,
-                                                        &patch_embed::unpack,
-                                                        &patch_embed::column_sums,
-                                                        &pixel_shuffle::forward,
-                                                        &pixel_shuffle::inverse,
-                                                        &pixel_shuffle::norm_backward,
-                                                        &mlp_projector::norm,
-                                                        &mlp_projector::norm_backward,
-                                                        &mlp_projector::activate,
-                                                        &mlp_projector::activate_backward,
-                                                        &hd_transform::forward,
-                                                        &hd_transform::backward,
-                                                        &hd_transform::sums};
+}
+
+extern const CpuKernels VLMOPS_CONCAT(kernels_, VLMOPS_ISA);
+const CpuKernels VLMOPS_CONCAT(kernels_, VLMOPS_ISA) = {
+    VLMOPS_STRING(VLMOPS_ISA),
+    &attention::VLMOPS_CONCAT(kernels_, VLMOPS_ISA),
+    &mrope::run,
+    &mrope::run_backward,
+    &patch_embed::pack,
+    &patch_embed::finish,
+    &patch_embed::write_prefix,
+    &patch_embed::unpack,
+    &patch_embed::column_sums,
+    &pixel_shuffle::forward,
+    &pixel_shuffle::inverse,
+    &pixel_shuffle::norm_backward,
+    &mlp_projector::norm,
+    &mlp_projector::norm_backward,
+    &mlp_projector::activate,
+    &mlp_projector::activate_backward,
+    &hd_transform::forward,
+    &hd_transform::backward,
+    &hd_transform::sums};
 
 }  // namespace vlmops

@@ -1,7 +1,6 @@
 // The CPU kernels of every op, one table per instruction set; chosen at run time.
 #pragma once
 
-#include "common/attention.h"
 #include "ops/hd_transform/hd_transform.h"
 #include "ops/mlp_projector/mlp_projector.h"
 #include "ops/mrope/mrope.h"
@@ -10,12 +9,13 @@
 
 namespace vlmops {
 
+namespace attention {
+struct CpuKernels;  // common/attention.h
+}
+
 struct CpuKernels {
   const char* isa;
-  attention::CpuScratch attention_scratch;
-  attention::CpuForward attention_forward;
-  attention::CpuScratch attention_backward_scratch;
-  attention::CpuBackward attention_backward;
+  const attention::CpuKernels* attention;
   mrope::CpuKernel mrope;
   mrope::CpuNormBackward mrope_norm_backward;
   patch_embed::CpuPack patch_embed_pack;

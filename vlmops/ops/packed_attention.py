@@ -4,9 +4,9 @@ Segments are the images, frames or windows of a vision tower, the rows of a batc
 whose tokens look at each other only. For query i and head h of a segment, with KV head
 h' = h / (H / H_kv)::
 
-    p_ij   = exp(scale q_ih . k_jh' - lse_ih)     over the keys j that i sees
-    lse_ih = ln sum_j exp(scale q_ih . k_jh')
-    y_ih   = sum_j p_ij v_jh'
+    s_ij = log2(e) scale q_ih . k_jh'               over the keys j that i sees
+    m_i  = max_j s_ij,    l_i = sum_j 2^(s_ij - m_i)
+    y_ih = sum_j 2^(s_ij - m_i) v_jh' / l_i
 
 =========================  =========================================================================
 who                        arguments
@@ -22,8 +22,8 @@ decoders                   ``[B, 1, H, D]`` over ``[B, S, H_kv, D]``, or causal
 =========================  =========================================================================
 
 Logits, their maximum, sums and y are accumulated in float32, one block of keys after another; of
-size N x N nothing is stored. Saved for backward are q, k, v, y and lse, ``[H, N]`` in float32. What
-comes of a segment does not depend on the others.
+size N x N nothing is stored. Saved for backward are q, k, v, y, and m and 1 / l, ``[2, H, N]`` in
+float32. What comes of a segment does not depend on the others.
 
 Sources: Dao et al., FlashAttention (arXiv 2205.14135) and FlashAttention-2 (arXiv 2307.08691);
 Milakov and Gimelshein, Online normalizer calculation for softmax (arXiv 1805.02867).
@@ -31,12 +31,14 @@ Milakov and Gimelshein, Online normalizer calculation for softmax (arXiv 1805.02
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 from torch.autograd import forward_ad
 
 from vlmops import _library, dispatch
@@ -160,19 +162,13 @@ def reference(
     """
     shape, group = q.shape, q.shape[-2] // max(k.shape[-2], 1)
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
-    starts, starts_k = _starts(q, cu_seqlens), _starts(k, cu_seqlens_k, cu_seqlens)
+    starts = (_cu_seqlens(q, cu_seqlens), _cu_seqlens(k, cu_seqlens_k, cu_seqlens))
     hidden = None if padding is None else padding.flatten()
     q, k, v = (t.double().flatten(0, -3) for t in (q, k, v))
-    made = [q[:0]]
-    for i in range(len(starts) - 1):
-        rows, keys = slice(*starts[i : i + 2]), slice(*starts_k[i : i + 2])
+    made = [q[:0] + 0.0 * (k[:0].sum() + v[:0].sum())]  # all three, where there are no segments
+    for rows, keys, seen in _segments(q, k, *starts, hidden, causal):
         one_k, one_v = (t[keys].repeat_interleave(group, 1) for t in (k, v))
         logits = torch.einsum("ihd,jhd->hij", q[rows], one_k) * scale
-        seen = torch.ones(logits.shape[1:], dtype=torch.bool, device=q.device)
-        if causal:
-            seen = seen.tril(seen.shape[1] - seen.shape[0])
-        if hidden is not None:
-            seen = seen & ~(hidden[rows, None] & hidden[None, keys])
         logits = logits.masked_fill(~seen, -math.inf)
         # Rows without a key: zeros, in derivatives too.
         blind = ~seen.any(1, keepdim=True)
@@ -181,12 +177,36 @@ def reference(
     return torch.cat(made).view(shape)
 
 
-def _starts(x: Tensor, *given: Tensor | None) -> list[int]:
-    """The first of what is given, on the host; else those of the rows of a batch."""
+def _cu_seqlens(x: Tensor, *given: Tensor | None) -> Tensor:
+    """The first of what is given; else that of the rows of a batch."""
     for starts in given:
         if starts is not None:
-            return [int(n) for n in starts]
-    return [i * x.shape[1] for i in range(x.shape[0] + 1)]
+            return starts.to(x.device)
+    return torch.arange(x.shape[0] + 1, device=x.device) * x.shape[1]
+
+
+def _segments(
+    q: Tensor, k: Tensor, of_q: Tensor, of_k: Tensor, hidden: Tensor | None, causal: bool
+) -> Iterator[tuple[slice, slice, Tensor]]:
+    """Queries, keys, and which of them see which; all at once where nobody knows the numbers."""
+    places = []
+    for starts, x in ((of_q, q), (of_k, k)):
+        at = torch.arange(x.shape[0], device=x.device)
+        segment = torch.searchsorted(starts[1:].contiguous(), at, right=True)
+        # Of a segment's last: query i of n is opposite key i + m - n of m.
+        places.append((segment, at - starts[segment + 1]))
+    (row_segment, row), (key_segment, key) = places
+    parts = [(slice(None), slice(None))]
+    if len(of_q) > 1 and not is_fake(of_q):
+        bounds = [itertools.pairwise(starts.tolist()) for starts in (of_q, of_k)]
+        parts = [(slice(*i), slice(*j)) for i, j in zip(*bounds, strict=True)]
+    for rows, keys in parts:
+        seen = row_segment[rows, None] == key_segment[None, keys]
+        if causal:
+            seen = seen & (key[None, keys] <= row[rows, None])
+        if hidden is not None:
+            seen = seen & ~(hidden[rows, None] & hidden[None, keys])
+        yield rows, keys, seen
 
 
 def _plain(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> Tensor:
@@ -224,21 +244,21 @@ class _PackedAttention(torch.autograd.Function):
         ctx: Any, ops: _Ops, q: Tensor, k: Tensor, v: Tensor, *args: Any
     ) -> tuple[Tensor, Tensor]:
         o = Options(*args)
-        out, lse = _call(ops.forward, q, k, v, *o)
+        out, statistics = _call(ops.forward, q, k, v, *o)
         ctx.ops, ctx.numbers = ops, o[3:]
-        ctx.save_for_backward(q, k, v, out, lse, *o[:3])
-        ctx.mark_non_differentiable(lse)
+        ctx.save_for_backward(q, k, v, out, statistics, *o[:3])
+        ctx.mark_non_differentiable(statistics)
         ctx.set_materialize_grads(False)
-        return out, lse
+        return out, statistics
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
         nothing = (None,) * len(Options._fields)
         if grad is None:
             return None, None, None, None, *nothing
-        q, k, v, out, lse, *tensors = ctx.saved_tensors
+        q, k, v, out, statistics, *tensors = ctx.saved_tensors
         needs = ctx.needs_input_grad[1:4]
-        grads = _backward(ctx.ops, grad, q, k, v, out, lse, *tensors, *ctx.numbers, *needs)
+        grads = _backward(ctx.ops, grad, q, k, v, out, statistics, *tensors, *ctx.numbers, *needs)
         return None, *(g if need else None for g, need in zip(grads, needs, strict=True)), *nothing
 
 
@@ -248,19 +268,19 @@ def _call(op: Any, *args: Any) -> tuple[Tensor, Tensor]:
     return result
 
 
-def _with_lse(out: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-    """For derivatives without a kernel, where nobody reads lse."""
+def _with_nothing(out: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+    """For derivatives without a kernel, where nobody reads statistics."""
     return out, out.new_zeros(0, dtype=torch.float32)
 
 
 def _forward(ops: _Ops, q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     """Skips autograd's Python layer when no derivative can be asked for."""
     if forward_ad._current_level >= 0:
-        return _with_lse(_plain(q, k, v, *args), q)
+        return _with_nothing(_plain(q, k, v, *args), q)
     recorded = wants_grad(q, k, v)
     if torch._C._functorch.maybe_current_level() is not None:
         if recorded:
-            return _with_lse(_plain(q, k, v, *args), q)
+            return _with_nothing(_plain(q, k, v, *args), q)
         result: tuple[Tensor, Tensor] = ops.forward(q, k, v, *args)
         return result
     if not recorded:
@@ -282,13 +302,13 @@ def _backward(
     k: Tensor,
     v: Tensor,
     out: Tensor,
-    lse: Tensor,
+    statistics: Tensor,
     *args: Any,
 ) -> Sequence[Tensor]:
     """The gradients of the three; an empty tensor for one that nobody needs."""
     if not wants_grad(grad, q, k, v):
         with torch._C._AutoDispatchBelowAutograd():
-            result: tuple[Tensor, ...] = ops.backward(grad, q, k, v, out, lse, *args)
+            result: tuple[Tensor, ...] = ops.backward(grad, q, k, v, out, statistics, *args)
         return result
     options, needs = _all_needs(args)
     inputs = [t if t.requires_grad else t.detach().requires_grad_() for t in (q, k, v)]
@@ -304,11 +324,11 @@ def _fake(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     same_device("packed_attention", "q", q, k=k, v=v, padding=Options(*args).padding)
     rows = math.prod(q.shape[:-2])
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    return out, q.new_empty(q.shape[-2], rows, dtype=torch.float32)
+    return out, q.new_empty(2, q.shape[-2], rows, dtype=torch.float32)
 
 
 def _fake_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *args: Any
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, statistics: Tensor, *args: Any
 ) -> tuple[Tensor, ...]:
     options, needs = _all_needs(args)
     same_device("packed_attention", "q", q, k=k, v=v, grad=grad, padding=options.padding)

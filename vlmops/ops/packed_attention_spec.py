@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from vlmops.ops.packed_attention import _starts, packed_attention, reference
+from vlmops.ops.packed_attention import _cu_seqlens, packed_attention, reference
 from vlmops.ops.spec import Arguments, BadCall, BenchCase, Case, Spec
 
 
@@ -161,6 +161,15 @@ def eager_for(args: Arguments) -> Callable[..., tuple[Tensor]]:
     return _per_segment(_eager)
 
 
+def yardstick_for(args: Arguments) -> Callable[..., tuple[Tensor]]:
+    """The same; in float32 torch's fused attention, which is what models run unless told otherwise.
+
+    Any fused backward takes rowsum(grad * out) for the sum over keys that the plain one takes of
+    its own products, and so has an error where one key has most of the weight that it has not.
+    """
+    return _per_segment(_sdpa if args["q"].dtype == torch.float32 else _eager)
+
+
 def _eager(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """``[H, n, D]``; mask: True where a query sees a key."""
     logits = torch.matmul(q, k.transpose(-1, -2)) * scale
@@ -173,9 +182,9 @@ def _eager(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    return functional.scaled_dot_product_attention(
-        q[None], k[None], v[None], attn_mask=mask, scale=scale
-    )[0]
+    q, k, v = (t[None] if t.stride(-1) == 1 else t.contiguous()[None] for t in (q, k, v))
+    out = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)[0]
+    return out if mask is None else out.masked_fill(~mask.any(-1, keepdim=True), 0.0)
 
 
 def _per_segment(attend: Callable[..., Tensor]) -> Callable[..., tuple[Tensor]]:
@@ -185,14 +194,14 @@ def _per_segment(attend: Callable[..., Tensor]) -> Callable[..., tuple[Tensor]]:
             group = shape[-2] // args["k"].shape[-2]
         scale = args["scale"]
         scale = 1.0 / math.sqrt(shape[-1]) if scale is None else scale
-        starts = _starts(q, args["cu_seqlens"])
-        starts_k = _starts(args["k"], args["cu_seqlens_k"], args["cu_seqlens"])
+        starts = _cu_seqlens(q, args["cu_seqlens"]).tolist()
+        starts_k = _cu_seqlens(args["k"], args["cu_seqlens_k"], args["cu_seqlens"]).tolist()
         hidden = args["padding"]
         hidden = None if hidden is None else hidden.flatten()
         q, k, v = (args[n].flatten(0, -3).transpose(0, 1) for n in "qkv")  # [H, N, D]
         if group > 1:
             k, v = (t.repeat_interleave(group, 0) for t in (k, v))
-        made = [q[:, :0]]
+        made = [q[:, :0] + 0.0 * (k[:, :0].sum() + v[:, :0].sum())]
         for i in range(len(starts) - 1):
             rows, keys = slice(*starts[i : i + 2]), slice(*starts_k[i : i + 2])
             mask = None
@@ -240,7 +249,7 @@ def _sdpa_folded(**args: Any) -> tuple[Tensor]:
 
 
 def _lengths(x: Tensor, *given: Tensor | None) -> list[int]:
-    starts = _starts(x, *given)
+    starts = _cu_seqlens(x, *given).tolist()
     return [b - a for a, b in itertools.pairwise(starts)]
 
 
@@ -386,4 +395,5 @@ SPEC = Spec(
     errors=ERRORS,
     schema_arguments=_schema_arguments,
     peers=peers,
+    yardstick_for=yardstick_for,
 )  # fmt: skip

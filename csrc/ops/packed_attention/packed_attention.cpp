@@ -96,7 +96,7 @@ void check_starts(const Argument& starts, int64_t rows, const char* of, int64_t 
 // Everything but what is computed.
 struct Call {
   Params p;
-  Tensor q, k, v;               // readable
+  Tensor q, k, v;                // readable
   MaybeTensor starts, starts_k;  // where q is
   MaybeTensor padding;
 };
@@ -118,8 +118,9 @@ Call call_of(const Options& o, const Tensor& q, const Tensor& k, const Tensor& v
   p.dtype = of_q.floating();
   const bool packed = o.cu_seqlens.has_value();
   if (rank != (packed ? 3 : 4))
-    fail(o.op, "q", "expected ", packed ? "[N, H, D] with cu_seqlens" : "[B, S, H, D] without cu_seqlens",
-         ", got shape ", describe(q.sizes()));
+    fail(o.op, "q", "expected ",
+         packed ? "[N, H, D] with cu_seqlens" : "[B, S, H, D] without cu_seqlens", ", got shape ",
+         describe(q.sizes()));
   check_heads(of_k, of_q);
   check_heads(of_v, of_q);
   of_v.shape(k.sizes(), "that of k");
@@ -135,6 +136,7 @@ Call call_of(const Options& o, const Tensor& q, const Tensor& k, const Tensor& v
   const double scale = o.scale.value_or(1.0 / std::sqrt(static_cast<double>(dim)));
   if (!std::isfinite(scale)) fail(o.op, "scale", "expected a finite number, got ", scale);
   p.scale = static_cast<float>(scale);
+  p.scale_rest = static_cast<float>(scale - p.scale);
   p.causal = o.causal;
   if (o.max_seqlen < 0) fail(o.op, "max_seqlen", "expected 0 or more, got ", o.max_seqlen);
   p.longest = packed ? o.max_seqlen : q.size(1);
@@ -158,8 +160,8 @@ Call call_of(const Options& o, const Tensor& q, const Tensor& k, const Tensor& v
     check_starts(starts, p.keys, "k", 0);
     if (!starts.tensor.is_cpu()) starts.device_like(of_q);
     if (starts.tensor.size(0) != p.segments + 1)
-      fail(o.op, starts.name, "expected ", p.segments + 1, " integers, as cu_seqlens has, got shape ",
-           describe(starts.tensor.sizes()));
+      fail(o.op, starts.name, "expected ", p.segments + 1,
+           " integers, as cu_seqlens has, got shape ", describe(starts.tensor.sizes()));
   } else if (packed && p.keys != p.rows) {
     fail(o.op, "k", "expected the ", p.rows, " rows of q ", describe(q.sizes()),
          " where there is no cu_seqlens_k, got shape ", describe(k.sizes()));
@@ -219,47 +221,71 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tenso
   Call call = call_of(o, q, k, v);
   Params& p = call.p;
   Tensor out = torch::stable::new_empty(q, Sizes(q.sizes().begin(), q.sizes().end()));
-  Tensor lse = torch::stable::new_empty(q, Sizes{p.heads, p.rows}, ScalarType::Float);
-  if (out.numel() == 0) return {out, lse};
+  Tensor statistics = torch::stable::new_empty(q, Sizes{2, p.heads, p.rows}, ScalarType::Float);
+  if (out.numel() == 0) return {out, statistics};
   p.out = out.mutable_data_ptr();
-  p.lse = static_cast<float*>(lse.mutable_data_ptr());
+  p.lse = static_cast<float*>(statistics.mutable_data_ptr());
+  p.part = p.lse + p.heads * p.rows;
   const Launch launch(o.op, q);
   if (launch.kernels == nullptr) {
     attention::forward_on_cpu(p);
-    return {out, lse};
+    return {out, statistics};
   }
   allow_reads(launch, call);
   launch.writes(out, "the result");
-  launch.writes(lse, "lse");
+  launch.writes(statistics, "statistics");
   const Tensor scratch =
       scratch_for(launch, q, launch.kernels->packed_attention_forward_scratch(p));
   launch.run(&CudaKernels::packed_attention_forward, p, scratch.mutable_data_ptr());
-  return {out, lse};
+  return {out, statistics};
 }
 
-std::tuple<Tensor, Tensor, Tensor> backward(
-    const Tensor& grad, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
-    const Tensor& lse, const MaybeTensor& cu_seqlens, const MaybeTensor& cu_seqlens_k,
-    const MaybeTensor& padding, std::optional<double> scale, bool causal, int64_t max_seqlen,
-    bool needs_q, bool needs_k, bool needs_v) {
-  const Options o{"packed_attention_backward", cu_seqlens, cu_seqlens_k, padding, scale, causal,
-                  max_seqlen};
+// Of backward's tensors beside q, k and v.
+void check_saved(const char* op, const Params& p, const Tensor& q, const MaybeTensor& grad,
+                 const MaybeTensor& out, const MaybeTensor& statistics) {
+  const Argument of_q{op, "q", q};
+  const auto like_q = [&](const char* name, const MaybeTensor& given) {
+    if (!given.has_value()) return;
+    const Argument x{op, name, *given};
+    x.device_like(of_q);
+    x.shape(q.sizes(), "that of q");
+    if (given->scalar_type() != q.scalar_type())
+      fail(op, name, "expected dtype ", describe(q.scalar_type()), ", that of q, got ",
+           describe(given->scalar_type()));
+  };
+  like_q("grad", grad);
+  like_q("out", out);
+  if (!statistics.has_value()) return;
+  const Argument x{op, "statistics", *statistics};
+  x.device_like(of_q);
+  x.shape(Sizes{2, p.heads, p.rows}, "[2, H, N]");
+  if (statistics->scalar_type() != ScalarType::Float)
+    fail(op, "statistics", "expected dtype float32, got ", describe(statistics->scalar_type()));
+}
+
+// What forward and backward raise of arguments that do not fit.
+void check(const Tensor& q, const Tensor& k, const Tensor& v, const MaybeTensor& cu_seqlens,
+           const MaybeTensor& cu_seqlens_k, const MaybeTensor& padding, std::optional<double> scale,
+           bool causal, int64_t max_seqlen, const MaybeTensor& grad, const MaybeTensor& out,
+           const MaybeTensor& statistics) {
+  const char* const op = grad.has_value() ? "packed_attention_backward" : "packed_attention";
+  const Options o{op, cu_seqlens, cu_seqlens_k, padding, scale, causal, max_seqlen};
+  check_saved(op, call_of(o, q, k, v).p, q, grad, out, statistics);
+}
+
+std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& q, const Tensor& k,
+                                            const Tensor& v, const Tensor& out,
+                                            const Tensor& statistics, const MaybeTensor& cu_seqlens,
+                                            const MaybeTensor& cu_seqlens_k,
+                                            const MaybeTensor& padding, std::optional<double> scale,
+                                            bool causal, int64_t max_seqlen, bool needs_q,
+                                            bool needs_k, bool needs_v) {
+  const Options o{
+      "packed_attention_backward", cu_seqlens, cu_seqlens_k, padding, scale, causal, max_seqlen};
   Call call = call_of(o, q, k, v);
   attention::Backward b{};
   b.p = call.p;
-  const Argument of_q{o.op, "q", q}, of_out{o.op, "out", out}, upstream{o.op, "grad", grad};
-  const Argument of_lse{o.op, "lse", lse};
-  for (const Argument& like_q : {of_out, upstream}) {
-    like_q.device_like(of_q);
-    like_q.shape(q.sizes(), "that of q");
-    if (like_q.tensor.scalar_type() != q.scalar_type())
-      fail(o.op, like_q.name, "expected dtype ", describe(q.scalar_type()), ", that of q, got ",
-           describe(like_q.tensor.scalar_type()));
-  }
-  of_lse.device_like(of_q);
-  of_lse.shape(Sizes{b.p.heads, b.p.rows}, "[H, N]");
-  if (lse.scalar_type() != ScalarType::Float)
-    fail(o.op, "lse", "expected dtype float32, got ", describe(lse.scalar_type()));
+  check_saved(o.op, b.p, q, grad, out, statistics);
   const auto made = [&](const Tensor& like, bool needed) {
     return torch::stable::new_empty(
         like, needed ? Sizes(like.sizes().begin(), like.sizes().end()) : Sizes{0});
@@ -267,10 +293,11 @@ std::tuple<Tensor, Tensor, Tensor> backward(
   Tensor dq = made(q, needs_q), dk = made(k, needs_k), dv = made(v, needs_v);
   if (dq.numel() + dk.numel() + dv.numel() == 0) return {dq, dk, dv};
   const Tensor given = readable(grad), result = torch::stable::contiguous(out);
-  const Tensor sums = torch::stable::contiguous(lse);
+  const Tensor sums = torch::stable::contiguous(statistics);
   b.grad = heads_of(given);
   b.p.out = const_cast<void*>(result.const_data_ptr());
   b.p.lse = const_cast<float*>(static_cast<const float*>(sums.const_data_ptr()));
+  b.p.part = b.p.lse + b.p.heads * b.p.rows;
   const auto pointer = [](const Tensor& t) {
     return t.numel() == 0 ? nullptr : t.mutable_data_ptr();
   };
@@ -282,12 +309,12 @@ std::tuple<Tensor, Tensor, Tensor> backward(
     attention::backward_on_cpu(b);
     return {dq, dk, dv};
   }
-  const Tensor delta = torch::stable::new_empty(lse, Sizes{b.p.heads, b.p.rows});
+  const Tensor delta = torch::stable::new_empty(sums, Sizes{b.p.heads, b.p.rows});
   b.delta = static_cast<float*>(delta.mutable_data_ptr());
   allow_reads(launch, call);
   launch.reads(given, "grad");
   launch.reads(result, "out");
-  launch.reads(sums, "lse");
+  launch.reads(sums, "statistics");
   launch.writes(delta, "delta");
   launch.writes(dq, "the gradient of q");
   launch.writes(dk, "the gradient of k");
@@ -301,22 +328,26 @@ std::tuple<Tensor, Tensor, Tensor> backward(
 }  // namespace
 }  // namespace vlmops::packed_attention
 
-#define VLMOPS_PACKED_ATTENTION_OPTIONS                                                          \
+#define VLMOPS_PACKED_ATTENTION_OPTIONS                                                           \
   "Tensor? cu_seqlens=None, Tensor? cu_seqlens_k=None, Tensor? padding=None, float? scale=None, " \
   "bool causal=False, int max_seqlen=0"
 
 STABLE_TORCH_LIBRARY_FRAGMENT(vlmops, m) {
-  // The result, and lse [H, N]: float32, what backward asks for.
+  // The result, and of each query [2, H, N] what backward asks for, in float32: attention.h.
   m.def("packed_attention(Tensor q, Tensor k, Tensor v, " VLMOPS_PACKED_ATTENTION_OPTIONS
         ") -> (Tensor, Tensor)");
   // The gradients of q, k and v; those that nobody needs are empty.
-  m.def("packed_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, "
-        "Tensor lse, " VLMOPS_PACKED_ATTENTION_OPTIONS
-        ", bool needs_q=True, bool needs_k=True, bool needs_v=True) -> (Tensor, Tensor, Tensor)");
+  m.def("packed_attention_check(Tensor q, Tensor k, Tensor v, " VLMOPS_PACKED_ATTENTION_OPTIONS
+        ", Tensor? grad=None, Tensor? out=None, Tensor? statistics=None) -> ()");
+  m.def(
+      "packed_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, "
+      "Tensor statistics, " VLMOPS_PACKED_ATTENTION_OPTIONS
+      ", bool needs_q=True, bool needs_k=True, bool needs_v=True) -> (Tensor, Tensor, Tensor)");
 }
 
 #define VLMOPS_PACKED_ATTENTION_IMPL(m)                                          \
   m.impl("packed_attention", TORCH_BOX(&vlmops::packed_attention::forward));     \
+  m.impl("packed_attention_check", TORCH_BOX(&vlmops::packed_attention::check)); \
   m.impl("packed_attention_backward", TORCH_BOX(&vlmops::packed_attention::backward))
 
 STABLE_TORCH_LIBRARY_IMPL(vlmops, CPU, m) { VLMOPS_PACKED_ATTENTION_IMPL(m); }
