@@ -6,7 +6,14 @@ import importlib
 
 from vlmops.ops.spec import Spec
 
-__all__ = ["hd_transform", "mlp_projector", "mrope", "packed_attention", "patch_embed", "pixel_shuffle"]
+__all__ = [
+    "hd_transform",
+    "mlp_projector",
+    "mrope",
+    "packed_attention",
+    "patch_embed",
+    "pixel_shuffle",
+]
 
 
 def spec(op: str) -> Spec:

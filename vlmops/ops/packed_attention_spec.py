@@ -225,12 +225,15 @@ def _sdpa_batched(**args: Any) -> tuple[Tensor]:
     if args["padding"] is not None:
         hidden = args["padding"].view(len(lengths), -1)
         mask = ~(hidden[:, None, :, None] & hidden[:, None, None, :])
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     out = functional.scaled_dot_product_attention(
-        *(t.transpose(1, 2) for t in (q, k, v)),
+        q,
+        k,
+        v,
         attn_mask=mask,
         is_causal=args["causal"],
         scale=args["scale"],
-        enable_gqa=q.shape[2] != k.shape[2],
+        enable_gqa=q.shape[1] != k.shape[1],
     )
     return (out.transpose(1, 2).reshape(args["q"].shape),)
 
@@ -254,7 +257,7 @@ def _lengths(x: Tensor, *given: Tensor | None) -> list[int]:
 
 
 def peers(args: Arguments) -> dict[str, Callable[..., Any]]:
-    """torch's own fused attention, as models call it and as they could."""
+    """Fused attention of torch, as models call it and as they could."""
     q, k = args["q"], args["k"]
     equal = len(set(_lengths(q, args["cu_seqlens"]))) == 1 and args["cu_seqlens_k"] is None
     found: dict[str, Callable[..., Any]] = {}
@@ -351,7 +354,7 @@ def _flops(args: Arguments) -> float:
         pairs -= sum(int(h.sum()) ** 2 for h in hidden)
     if args["causal"]:
         pairs -= sum(n * (n - 1) // 2 for n in of_q)
-    return 4.0 * q.shape[-1] * q.shape[-2] * pairs
+    return float(4 * q.shape[-1] * q.shape[-2] * pairs)
 
 
 def _bench(name: str, *inputs: Any, **options: Any) -> BenchCase:
