@@ -1208,6 +1208,8 @@ ATTENTION_MUTATIONS = {
         ATTENTION_SITE, "if selected not in attentions.SELECTED:", "if False:"),
     "no numeric check": (ATTENTION_SITE, "if not off <= _TOLERANCE:", "if False:"),
     "what is slower": (ATTENTION_SITE, "if share < _CLEARLY:", "if True:"),
+    "what is small": (
+        ATTENTION_SITE, "if queries * keys * heads.heads * heads.dim < _SMALL:", "if False:"),
     "measured again": (ATTENTION_SITE, "if key not in _measured:", "if True:"),
     "patched beside nothing": (
         ATTENTION_SITE, 'frozenset({"mrope", "patch_embed"})', "frozenset()"),

@@ -745,7 +745,7 @@ def test_a_step_that_differs_is_refused(monkeypatch):
 
 def test_what_is_slower_is_left_alone(monkeypatch):
     monkeypatch.undo()
-    tower = dense("CLIPVision", hidden_size=96)
+    tower = dense("CLIPVision", image_size=64)
     monkeypatch.setattr(site, "_share", lambda *_: 2.0)
     monkeypatch.setattr(site, "_measured", {})
     report = vlmops.patch(tower, ops=["packed_attention"])
@@ -775,8 +775,8 @@ def test_what_is_slower_in_training_serves_inference(monkeypatch):
 def test_measurements_run_and_are_kept(monkeypatch):
     monkeypatch.undo()
     monkeypatch.setattr(site, "_measured", {})
-    heads, cpu = site.Heads(4, 2, 24), torch.device("cpu")
-    given = 1, 64, heads, torch.float32
+    heads, cpu = site.Heads(16, 2, 64), torch.device("cpu")
+    given = 1, 1024, heads, torch.float32
     for trained in (False, True):
         site.worthwhile(*given, cpu, trained)
     assert len(site._measured) == 2
@@ -784,6 +784,7 @@ def test_measurements_run_and_are_kept(monkeypatch):
     monkeypatch.setattr(site, "_share", lambda *_: 1 / 0)
     for trained in (False, True):
         site.worthwhile(*given, cpu, trained)
+    assert site.worthwhile(8, 16, heads, torch.float32, cpu) == "too small to gain"
     assert "not measured on meta" in site.worthwhile(*given, torch.device("meta"))
 
 

@@ -43,6 +43,7 @@ _BESIDE: frozenset[Hashable] = frozenset({"mrope", "patch_embed"})
 _TOLERANCE = 1e-4  # of values around 1, in float32: agreement is about 1e-6
 _CLEARLY = 0.95  # of the time of torch's own attention is what the op may take
 _MOST_TOKENS = 1024  # of a measurement
+_SMALL = 2**18  # multiplications; below, attention is all overhead
 _ROUNDS = 3
 _KEYS = 1024  # that the query of a decode step meets in a measurement
 DECODES = "where a token is generated that sees all before it"
@@ -331,6 +332,8 @@ def worthwhile(
     if device.type != "cpu":
         return f"not measured on {device.type}: torch's own attention stays"
     queries, keys = (min(tokens, _MOST_TOKENS) for tokens in (queries, keys))
+    if queries * keys * heads.heads * heads.dim < _SMALL:
+        return "too small to gain"
     threads = torch.get_num_threads()
     if queries > 1:
         few = min(heads.kv_heads, max(2, threads))
