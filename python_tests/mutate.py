@@ -588,13 +588,14 @@ CUDA_MUTATIONS = {
     "attention: a segment of the first 32 steps": (
         "common/attention.cuh", "first += last * step;",
         "first = last * step;"),
-    "attention: a negative scale as its size": ("common/attention.cuh", "a[e] ^= plan.flip;", ""),
+    "attention: a negative scale as its size": (
+        "common/attention.cuh", "a[e] ^= plan.flip;", "a[e] ^= 0;"),
     "attention: gradients of keys without the scale": (
         "common/attention.cuh", "dk_tile + corner, dk, [&](int, int) { return p.scale; }",
         "dk_tile + corner, dk, [&](int, int) { return 1.0f; }"),
     "attention: packs of what is not aligned": (
-        "ops/packed_attention/packed_attention.cu", "of.row * bytes % 16 == 0",
-        "of.row * bytes % 2 == 0"),
+        "ops/packed_attention/packed_attention.cu", "return aligned(of.data) && of.batch",
+        "return true || of.batch"),
     "crops: columns of a block for rows": (
         "ops/hd_transform/hd_transform.cuh", "part / p.factor, part % p.factor)",
         "part % p.factor, part / p.factor)"),
