@@ -460,8 +460,147 @@ VLMOPS_INLINE void ask_for(Ahead& ahead, const Heads& of, const T* row) {
                              of.row * static_cast<int64_t>(sizeof(T))};
 }
 
+// ---- Few rows: decoding ----
+//
+// A panel of one row would be mostly empty lanes. Here lanes are channels: K and V are read once,
+// as they lie, kFloats keys at a time whose products with a row are added up across lanes together.
+
+constexpr int kFewRows = 8;
+
+// Lane i: the sum of the lanes of x[i]. Pairs of vectors are folded into one until one is left.
+template <int Count = kFloats>
+VLMOPS_INLINE Floats sum_each(Floats (&x)[kFloats]) {
+  if constexpr (Count == 1) {
+    return x[0];
+  } else {
+    constexpr int kStep = Count / 2;
+    Ints low, high;
+    for (int e = 0; e < kFloats; ++e) {
+      low[e] = e & kStep ? kFloats + e - kStep : e;
+      high[e] = e & kStep ? kFloats + e : e + kStep;
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < kStep; ++i) {
+#if defined(__clang__)
+      Floats a, b;
+      for (int e = 0; e < kFloats; ++e) {
+        a[e] = e & kStep ? x[i + kStep][e - kStep] : x[i][e];
+        b[e] = e & kStep ? x[i + kStep][e] : x[i][e + kStep];
+      }
+      x[i] = a + b;
+#else
+      x[i] =
+          __builtin_shuffle(x[i], x[i + kStep], low) + __builtin_shuffle(x[i], x[i + kStep], high);
+#endif
+    }
+    return sum_each<kStep>(x);
+  }
+}
+
+template <class T>
+inline void forward_few(const HeadOf& h, float* scratch) {
+  const Params& p = h.p;
+  const int rows = static_cast<int>(h.rows());
+  const int64_t keys = h.job.k.count, width = (p.dim + kFloats - 1) / kFloats * kFloats;
+  const Base2 base(p);
+  float* const q = scratch;           // [rows, width]
+  float* const o = q + rows * width;  // [rows, width]
+  float* const s = o + rows * width;  // [rows, kKeyBlock]
+  float top[kFewRows], sum[kFewRows], alpha[kFewRows];
+  const T* const of_q = base_of<T>(p.q, p.q_starts, h, h.job.q);
+  const T* const of_k = base_of<T>(p.k, p.k_starts, h, h.job.k) + h.kv_head * p.k.head;
+  const T* const of_v = base_of<T>(p.v, p.k_starts, h, h.job.k) + h.kv_head * p.v.head;
+  for (int r = 0; r < rows; ++r) {
+    const T* const row = of_q + h.query(r) * p.q.row + h.head(r) * p.q.head;
+    for (int d = 0; d < p.dim; d += kFloats) {
+      store<kFloats>(q + r * width + d, load_lanes(row + d, p.dim - d) * sign_of(p));
+      store<kFloats>(o + r * width + d, Floats{});
+    }
+    top[r] = -kInfinity;
+    sum[r] = 0.0f;
+  }
+  const int64_t last = h.limit(rows - 1) + 1, end = last < keys ? last : keys;
+  for (int64_t first = 0; first < end; first += kKeyBlock) {
+    const int count = static_cast<int>(end - first < kKeyBlock ? end - first : kKeyBlock);
+    for (int n = 0; n < count; n += kFloats) {
+      const T* key[kFloats];
+      for (int i = 0; i < kFloats; ++i)
+        key[i] = of_k + h.key(first + (n + i < count ? n + i : count - 1)) * p.k.row;
+      for (int r = 0; r < rows; ++r) {
+        Floats x[kFloats] = {};
+        for (int d = 0; d < p.dim; d += kFloats) {
+          const Floats of_row = load<kFloats>(q + r * width + d);
+#pragma GCC unroll 16
+          for (int i = 0; i < kFloats; ++i) x[i] += of_row * load_lanes(key[i] + d, p.dim - d);
+        }
+        Floats logits = sum_each(x);
+        const int64_t seen = h.limit(r) - first - n;  // the last lane that r sees
+        if (seen < kFloats - 1 || n + kFloats > count) {
+          for (int i = 0; i < kFloats; ++i)
+            logits[i] = i > seen || n + i >= count ? -kInfinity : logits[i];
+        }
+        store<kFloats>(s + r * kKeyBlock + n, logits);
+      }
+    }
+    for (int r = 0; r < rows; ++r) {
+      float* const of_row = s + r * kKeyBlock;
+      float most = top[r];
+      for (int n = 0; n < count; n += kFloats) {
+        const Floats x = load<kFloats>(of_row + n);
+        for (int i = 0; i < kFloats; ++i) most = x[i] > most ? x[i] : most;
+      }
+      const float from = most == -kInfinity ? 0.0f : most;
+      alpha[r] = base.weight(Floats{} + (top[r] - from))[0];
+      top[r] = most;
+      Floats weights = {};
+      for (int n = 0; n < count; n += kFloats) {
+        const Floats e = base.weight(load<kFloats>(of_row + n) - from);
+        store<kFloats>(of_row + n, e);
+        weights += e;
+      }
+      sum[r] = sum[r] * alpha[r] + sum_lanes<kFloats>(weights);
+    }
+    by_tiles<4>(static_cast<int>(width) / kFloats, [&](auto vectors, int v) VLMOPS_INLINED {
+      constexpr int W = decltype(vectors)::value;
+      by_tiles<kAccumulators / 4>(rows, [&](auto tile, int r) VLMOPS_INLINED {
+        constexpr int J = decltype(tile)::value;
+        Floats sums[J][W] = {};
+        for (int n = 0; n < count; ++n) {
+          const T* const row = of_v + h.key(first + n) * p.v.row + v * kFloats;
+          Floats x[W];
+#pragma GCC unroll 4
+          for (int u = 0; u < W; ++u)
+            x[u] = load_lanes(row + u * kFloats, p.dim - (v + u) * kFloats);
+#pragma GCC unroll 6
+          for (int j = 0; j < J; ++j) {
+#pragma GCC unroll 4
+            for (int u = 0; u < W; ++u) sums[j][u] += x[u] * s[(r + j) * kKeyBlock + n];
+          }
+        }
+        for (int j = 0; j < J; ++j) {
+          for (int u = 0; u < W; ++u) {
+            float* const at = o + (r + j) * width + (v + u) * kFloats;
+            store<kFloats>(at, load<kFloats>(at) * alpha[r + j] + sums[j][u]);
+          }
+        }
+      });
+    });
+  }
+  for (int r = 0; r < rows; ++r) {
+    const int64_t row = h.job.q.first + h.query(r);
+    const float part = sum[r] == 0.0f ? 0.0f : 1.0f / sum[r];
+    T* const to = static_cast<T*>(p.out) + (row * p.heads + h.head(r)) * p.dim;
+    for (int d = 0; d < p.dim; d += kFloats)
+      store_lanes(to + d, load<kFloats>(o + r * width + d) * part, p.dim - d);
+    p.lse[h.head(r) * p.rows + row] = sum[r] == 0.0f ? 0.0f : top[r];
+    p.part[h.head(r) * p.rows + row] = part;
+  }
+}
+
 template <class T>
 inline void forward_head(const HeadOf& h, bool another, float* scratch) {
+  // Of few keys backward must find the very sums that forward had: one key has all the weight.
+  if (h.rows() <= kFewRows && h.job.k.count >= kKeyBlock) return forward_few<T>(h, scratch);
   const Params& p = h.p;
   const int64_t rows = h.rows(), keys = h.job.k.count;
   const int panels = static_cast<int>((rows + kPanelRows - 1) / kPanelRows);
