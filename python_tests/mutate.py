@@ -627,15 +627,8 @@ CUDA_MUTATIONS = {
         "ops/mlp_projector/mlp_projector.cuh",
         "tile.row : tile.last; row < tile.last; row += kSumWarps",
         "tile.row : tile.last; row < tile.last; row += 2 * kSumWarps"),
-    "projector: sums before all warps have written theirs": (
-        "ops/mlp_projector/mlp_projector.cuh", "own.v[e];\n  __syncthreads();", "own.v[e];"),
     "projector: sums written over before they are read": (
-        "ops/mlp_projector/mlp_projector.cuh",
-        "static_cast<float>(sum);\n    }\n  }\n  __syncthreads();",
-        "static_cast<float>(sum);\n    }\n  }"),
-    "projector: sums of half of the warps": (
-        "ops/mlp_projector/mlp_projector.cuh", "w < kSumWarps; ++w) sum +=",
-        "w < kSumWarps / 2; ++w) sum +="),
+        "ops/mlp_projector/mlp_projector.cuh", "  __syncthreads();  // shared is used again\n", ""),
     "projector: parts of any size have 32 rows": (
         "ops/mlp_projector/mlp_projector.cuh", "part_rows = gpu_part_rows(rows, width)",
         "part_rows = kPartRows"),
@@ -663,37 +656,29 @@ CUDA_MUTATIONS = {
     "projector: any width: every other element": (
         "ops/mlp_projector/mlp_projector.cuh", "i < p.width; i += kAnyThreads",
         "i < p.width; i += 2 * kAnyThreads"),
-    "projector: any width: rms with a mean": (
-        "ops/mlp_projector/mlp_projector.cuh", "    if (p.layer) {\n      each(",
-        "    if (true) {\n      each("),
     "projector: any width: rms with a mean in its gradient": (
         "ops/mlp_projector/mlp_projector.cuh", "p.layer ? sums[0] * per_element : 0.0f",
         "sums[0] * per_element"),
-    "projector: any width: no offset": (
-        "ops/mlp_projector/mlp_projector.cuh", "vector_of(p.weight).at(i) + p.offset",
-        "vector_of(p.weight).at(i)"),
-    "projector: statistics of the row before": (
-        "ops/mlp_projector/mlp_projector.cuh", "p.scales + row * kScales;",
-        "p.scales + (row > 0 ? row - 1 : 0) * kScales;"),
     "projector: no statistics where nobody needs x's gradient": (
         "ops/mlp_projector/mlp_projector.cuh",
-        "keep(p, blockIdx.x, by[0]);\n  if (p.grad_x == nullptr) return;",
-        "if (p.grad_x != nullptr) keep(p, blockIdx.x, by[0]);\n  if (p.grad_x == nullptr) return;"),
+        "keep(p.scales, blockIdx.x, by[0]);\n  if (p.grad_x == nullptr) return;",
+        "if (p.grad_x != nullptr) keep(p.scales, blockIdx.x, by[0]);\n"
+        "  if (p.grad_x == nullptr) return;"),
     "projector: x's gradient that nobody needs": (
         "ops/mlp_projector/mlp_projector.cuh",
-        "keep(p, blockIdx.x, by[0]);\n  if (p.grad_x == nullptr) return;",
-        "keep(p, blockIdx.x, by[0]);"),
+        "keep(p.scales, blockIdx.x, by[0]);\n  if (p.grad_x == nullptr) return;",
+        "keep(p.scales, blockIdx.x, by[0]);"),
     "projector: no gradient's mean lacks anything": (
-        "ops/mlp_projector/mlp_projector.cuh", "((y.v[e] - scale[0]) * scale[1] + scale[2])",
-        "((y.v[e] - scale[0]) * scale[1])"),
+        "ops/mlp_projector/mlp_projector.cuh", "by.normed(y.v[e]) * g.v[e]",
+        "(y.v[e] - by.mean) * by.scale * g.v[e]"),
     "projector: sums over rows: pairs in odd widths": (
         "ops/mlp_projector/mlp_projector.cuh", "V == 1 || width % V == 0", "true"),
     "projector: sums over rows: columns beyond the last are read": (
         "ops/mlp_projector/mlp_projector.cuh", "column + e < width ? to_float(from[e]) : 0.0f",
         "to_float(from[e])"),
     "projector: sums over rows: columns beyond the last are written": (
-        "ops/mlp_projector/mlp_projector.cuh", "if (warp >= V || column + warp >= width) return;",
-        "if (warp >= V || column >= width) return;"),
+        "ops/mlp_projector/mlp_projector.cuh", "if (column + e < width) out[",
+        "if (column < width) out["),
     "projector: sums over rows: the first slice for all": (
         "ops/mlp_projector/mlp_projector.cuh", "first = blockIdx.y * kSliceRows",
         "first = 0 * kSliceRows"),
@@ -704,9 +689,6 @@ CUDA_MUTATIONS = {
         "ops/mlp_projector/mlp_projector.cuh",
         "gridDim.y == 1 || first + kSliceRows > rows ? rows : first + kSliceRows",
         "gridDim.y == 1 ? rows : first + kSliceRows"),
-    "projector: sums over rows: half of the warps": (
-        "ops/mlp_projector/mlp_projector.cuh", "w < kSumWarps; ++w) total +=",
-        "w < kSumWarps / 2; ++w) total +="),
     "projector: sums over rows: partial sums of the bits of x": (
         "ops/mlp_projector/mlp_projector.cu", "by_dtype(DType::kFloat32, false, SumRows{rest",
         "by_dtype(p.dtype, false, SumRows{rest"),
@@ -749,27 +731,23 @@ CUDA_MUTATIONS = {
         "by[e * S / V].scale + by[e * S / V].shift"),
     "shuffle: statistics kept for one pixel of cyx": (
         "ops/pixel_shuffle/pixel_shuffle.cuh",
-        "(static_cast<int64_t>(blockIdx.x) * S + s) * kScales",
-        "static_cast<int64_t>(blockIdx.x) * S * kScales"),
-    "shuffle: what a mean lacks is not kept": (
-        "ops/pixel_shuffle/pixel_shuffle.cuh", "to[2] = by[s].shift;", "to[2] = 0.0f;"),
+        "static_cast<int64_t>(blockIdx.x) * S + s, by[s]",
+        "static_cast<int64_t>(blockIdx.x) * S, by[s]"),
     "shuffle: gradients of pixels that nobody needs": (
         "ops/pixel_shuffle/pixel_shuffle.cuh", "if (p.pixels_out == nullptr) return;", ""),
     "shuffle: the last row of a part": (
         "ops/pixel_shuffle/pixel_shuffle.cuh", "static_cast<int>(left) : plan.part_rows;",
         "static_cast<int>(left) : plan.part_rows - 1;"),
     "shuffle: places of a small part": (
-        "ops/pixel_shuffle/pixel_shuffle.cuh", "constexpr int kMostRows = 128 / S;",
-        "constexpr int kMostRows = 32 / S;"),
+        "ops/pixel_shuffle/pixel_shuffle.cuh", "kMostRows = kLargePart / S;",
+        "kMostRows = kSmallPart / S;"),
     "shuffle: places read before they are found": (
         "ops/pixel_shuffle/pixel_shuffle.cuh",
         "find_row<layout>(p, first + threadIdx.x);\n  __syncthreads();",
         "find_row<layout>(p, first + threadIdx.x);"),
     "shuffle: sums with another row's statistics": (
-        "ops/pixel_shuffle/pixel_shuffle.cuh", "scales + (first + i) * S * kScales",
-        "scales + i * S * kScales"),
-    "shuffle: sums of half of the warps": (
-        "ops/pixel_shuffle/pixel_shuffle.cuh", "w < kWarps; ++w", "w < kWarps / 2; ++w"),
+        "ops/pixel_shuffle/pixel_shuffle.cuh", "kept(scales, (first + i) * S + s)",
+        "kept(scales, i * S + s)"),
     "shuffle: parts overlap": (
         "ops/pixel_shuffle/pixel_shuffle.cuh", "partial + part * 2 * p.normed()",
         "partial + part * p.normed()"),
@@ -826,7 +804,7 @@ CUDA_MUTATIONS = {
         "common/norm.cuh", "warps * kWarpSize <= kNormThreads ?", "warps > 0 ?"),
     "norms: one buffer for two sums": ("common/norm.cuh", "turn_ ^= 1;", ""),
     "norms: sums before all warps have written theirs": (
-        "common/norm.cuh", "  __syncthreads();\n", ""),
+        "common/norm.cuh", "\n    __syncthreads();\n", "\n"),
     "norms: sums of warps that are not there": (
         "common/norm.cuh", "lane < warps ? mine[n * kWarpSize + lane] : 0.0f",
         "mine[n * kWarpSize + lane]"),
@@ -851,6 +829,19 @@ CUDA_MUTATIONS = {
     "norms: what a mean lacks is not in its gradient": (
         "common/norm.cuh", "sums[3 * S + s] * scale + sums[2 * S + s] * shift",
         "sums[3 * S + s] * scale"),
+    "norms: any length: rms with a mean": (
+        "common/norm.cuh", "  if (layer) {\n    for (", "  if (true) {\n    for ("),
+    "norms: any length: no offset": (
+        "common/norm.cuh", "element(v, k, 0.0f) + offset", "element(v, k, 0.0f)"),
+    "norms: statistics are kept for the row before": (
+        "common/norm.cuh", "float* const to = scales + row * kScales;",
+        "float* const to = scales + (row > 0 ? row - 1 : 0) * kScales;"),
+    "norms: what a mean lacks is not kept": (
+        "common/norm.cuh", "to[2] = by.shift;", "to[2] = 0.0f;"),
+    "norms: sums over rows before all warps have written theirs": (
+        "common/norm.cuh", "own[i];\n  __syncthreads();", "own[i];"),
+    "norms: sums over rows of half of the warps": (
+        "common/norm.cuh", "w < kWarps; ++w", "w < kWarps / 2; ++w"),
     "norms: an offset of both vectors is ignored": (
         "common/norm.cuh", "weight != nullptr && bias != nullptr && offset == 0.0f",
         "weight != nullptr && bias != nullptr"),

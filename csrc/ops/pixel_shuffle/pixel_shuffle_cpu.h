@@ -427,7 +427,7 @@ inline int64_t place_of(const Scratch& s, int64_t k) {
   return s.words ? Access<bfloat16, true>::place(k) : k;
 }
 
-inline float element(const Weight& w, int64_t i) {
+inline float element(const NormVector& w, int64_t i) {
   switch (w.dtype) {
     case DType::kFloat32:
       return one(static_cast<const float*>(w.data) + i * w.stride);
