@@ -951,8 +951,14 @@ PROJECTOR_MUTATIONS = {
     "no second activation": (
         PROJECTORS, "out_activation=chain.out_activation", "out_activation=None"),
     "gate and layer swapped": (
-        PROJECTORS, "gate_weight=None if gate is None else gate.weight",
-        "gate_weight=None if gate is None else fc1.weight"),
+        PROJECTORS, "(gate.weight, gate.bias)", "(fc1.weight, fc1.bias)"),
+    "halves of weights exchanged": (
+        PROJECTORS, "return halves[1 - chain.gated], halves[chain.gated]",
+        "return halves[chain.gated], halves[1 - chain.gated]"),
+    "halves that are added": (
+        PROJECTORS, "if _is_product(c.given, act.returned, halves[1 - gated])",
+        "if c.given.shape == act.returned.shape"),
+    "halves of any dimension": (PROJECTORS, "if chunks != 2 or dim not in", "if False and dim in"),
     "layers not absorbed": (
         PROJECTORS, "linears = tuple(path for chain in layout.chains for path in chain.linears)",
         "linears = ()"),

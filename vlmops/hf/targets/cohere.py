@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from vlmops.hf.targets import Expected, patches, shuffle
+from vlmops.hf.targets import Expected, patches, projector, shuffle
 
 
 def _rotating(config: Any) -> int:
@@ -15,6 +15,7 @@ EXPECTED = dict.fromkeys(
     (
         patches("model.vision_tower.embeddings"),
         shuffle("model.multi_modal_projector"),
+        projector("model.multi_modal_projector"),
         Expected("mrope", "model.language_model", _rotating),
     ),
 )
