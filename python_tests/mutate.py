@@ -977,6 +977,7 @@ PROJECTOR_MUTATIONS = {
         "return None"),
 }  # fmt: skip
 SHUFFLE_SITE = "vlmops.hf.sites.pixel_shuffle"
+HD_SITE = "vlmops.hf.sites.hd_transform"
 MOVERS, MERGERS = "vlmops.hf.shuffles", "vlmops.hf.mergers"
 SHUFFLE_MUTATIONS = {
     "unchanged": (SHUFFLE_SITE, "if key not in _checked:", "if key not in _checked:"),
@@ -1040,7 +1041,19 @@ SHUFFLE_MUTATIONS = {
     "padded pools": (MERGERS, "and module.padding in (0, (0, 0))", ""),
     "pools that overlap": (MERGERS, "and module.stride in (side, (side, side))", ""),
 }  # fmt: skip
+HD_MUTATIONS = {
+    "unchanged": (HD_SITE, "_SECONDS = 0.5", "_SECONDS = 0.5"),
+    "another activation": (HD_SITE, 'activation="gelu"', 'activation="gelu_tanh"'),
+    "layers that are watched": (HD_SITE, "return plain.bypassable(layer, nn.Linear)",
+                                "return True"),
+    "mixed dtypes": (HD_SITE, "and all(t.dtype == x.dtype for t in tensors)", ""),
+    "layers not absorbed": (HD_SITE, "absorbs = parts.first, parts.second", "absorbs = ()"),
+    "layers exchanged": (
+        HD_SITE, "weights = first.weight, first.bias, second.weight, second.bias",
+        "weights = first.weight, second.bias, second.weight, first.bias"),
+}  # fmt: skip
 SITES = {
+    "hd_transform": HD_MUTATIONS,
     "patch_embed": SITE_MUTATIONS,
     "pixel_shuffle": SHUFFLE_MUTATIONS,
     "mlp_projector": PROJECTOR_MUTATIONS,
