@@ -110,7 +110,7 @@ def test_phi4_projects_all_pictures_in_one_call():
         assert_agree(embedded(model, given)[0], expected, "embeddings")
     assert (len(seen), ran.counts["vlmops::mlp_projector"]) == (1, 0)
     hook.remove()
-    model.get_submodule(PATH).img_projection_down = layer.double()
+    model.get_submodule(PATH).img_projection_down = layer.bfloat16()
     with CountOps() as ran, pytest.raises(RuntimeError, match="mat1 and mat2"):
         embedded(model, given)
     assert ran.counts["vlmops::mlp_projector"] == 0
