@@ -1027,7 +1027,9 @@ SHUFFLE_MUTATIONS = {
     "what is not proved": (MERGERS, " and torch.equal(y, expected)", ""),
     "no comparison": (MERGERS, "or not torch.equal(got, expected):", "or False:"),
     "other sizes": (MERGERS, " or x.shape[1] != self.side**2 or", " or"),
-    "autocast": (MERGERS, " or torch.is_autocast_enabled(x.device.type):", ":"),
+    "autocast": (
+        MERGERS, "len(norm.weight) or torch.is_autocast_enabled(x.device.type):",
+        "len(norm.weight):"),
     "eps of a pooling": (MERGERS, "eps=self.eps,", "eps=1e-2,"),
     "offset of a pooling": (MERGERS, "norm_offset=self.offset,", ""),
     "pooling not compared": (MERGERS, "if error <= _TOLERANCE:", "if True:"),
@@ -1037,6 +1039,22 @@ SHUFFLE_MUTATIONS = {
     "pools that are watched": (
         MERGERS, "not plain.bypassable(pool, nn.AvgPool2d) or not is_pool(pool, self.factor)",
         "False"),
+    "pools of channels first": (MERGERS, "x.stride(1) != 1 or ", ""),
+    "pools smaller than a block": (MERGERS, "min(x.shape[2:]) < self.factor or ", ""),
+    "pools that have changed": (
+        MERGERS, "if not is_pool(module, self.factor) or torch", "if torch"),
+    "pools under autocast": (
+        MERGERS, "factor) or torch.is_autocast_enabled(x.device.type):", "factor):"),
+    "averages not compared": (MERGERS, "if not (got - exact).abs().max() <=",
+                              "if False and not (got - exact).abs().max() <="),
+    "sizes of averages not compared": (MERGERS, " or got.shape != exact.shape:", ":"),
+    "pools of classes of their own": (
+        MERGERS, "None if original_class(module) else plain.refusal(module, nn.AvgPool2d)",
+        "None"),
+    "the last pixels of a pool": (MERGERS, "// self.factor for side in", "// 2 for side in"),
+    "products of any width": (MERGERS, " and width // factor**2 in sizes", ""),
+    "whatever interpolates": (MERGERS, "and y.shape[1] < side**2:", ":"),
+    "blocks that are interpolated": (MERGERS, '"" if side % new == 0 else ', ""),
     "pools with a remainder": (MERGERS, "and not module.ceil_mode", ""),
     "padded pools": (MERGERS, "and module.padding in (0, (0, 0))", ""),
     "pools that overlap": (MERGERS, "and module.stride in (side, (side, side))", ""),

@@ -1,6 +1,6 @@
 """Ovis2, Aria and Janus: a tower of the family's own, a Llama or Qwen2."""
 
-from vlmops.hf.targets import patches, projector, text
+from vlmops.hf.targets import patches, projector, shuffle, text
 
 EXPECTED = {
     "aria": (
@@ -14,5 +14,9 @@ EXPECTED = {
         projector("model.generation_aligner"),
         text(),
     ),
-    "ovis2": (patches("model.vision_tower.transformer.embeddings"), text()),
+    "ovis2": (
+        patches("model.vision_tower.transformer.embeddings"),
+        shuffle("model.vision_tower", lambda config: int(config.vision_config.hidden_stride > 1)),
+        text(),
+    ),
 }
