@@ -857,9 +857,9 @@ def test_tokens_that_a_tower_merges_itself_are_left_alone(stride, reason):
 class Inside(nn.Module):
     """Merges in a forward that does more, for a layer of some width."""
 
-    def __init__(self, width):
+    def __init__(self, width, hidden_size=6):
         super().__init__()
-        self.config = types.SimpleNamespace(stride=2, hidden_size=6)
+        self.config = types.SimpleNamespace(stride=2, channels=6, hidden_size=hidden_size)
         self.proj = nn.Linear(width, 8)
 
     def forward(self, x):
@@ -889,6 +889,7 @@ class Resized(nn.Module):
     [
         (Inside(24), True),
         (Inside(28), False),  # of something else
+        (Inside(24, hidden_size=24), False),  # of one token, as attention's
         (Resized(0.5), True),
         (Resized(2.0), False),
     ],

@@ -280,7 +280,8 @@ def _merged_before_a_product(module: nn.Module) -> int | None:
         if name in names and isinstance(child, nn.Linear):
             width = child.in_features
             for factor in factors:
-                if width % factor**2 == 0 and width // factor**2 in sizes:
+                # Attention's heads may be as many as that, but its layers take single tokens.
+                if width not in sizes and any(size * factor**2 == width for size in sizes):
                     return factor
     return None
 
