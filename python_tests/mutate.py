@@ -218,6 +218,10 @@ MUTATIONS = {
     "shuffle: channels that are averaged lie side by side": (
         "ops/pixel_shuffle/pixel_shuffle_cpu.h", "sum += one(from.pixel[i] + k * stride)",
         "sum += one(from.pixel[i] + k)"),
+    "shuffle: sums for means": (
+        "ops/pixel_shuffle/pixel_shuffle_cpu.h", "for (auto& v : sum.v) v *= share;", ""),
+    "shuffle: means of four pixels of any block": (
+        "ops/pixel_shuffle/pixel_shuffle_cpu.h", "k = n == 4 ?", "k = n >= 4 ?"),
     "shuffle: sums for means' gradients": (
         "ops/pixel_shuffle/pixel_shuffle_cpu.h", "const auto v = load<kFloats>(x + k) * share;",
         "const auto v = load<kFloats>(x + k);"),
@@ -1052,7 +1056,9 @@ SHUFFLE_MUTATIONS = {
         MERGERS, "None if original_class(module) else plain.refusal(module, nn.AvgPool2d)",
         "None"),
     "the last pixels of a pool": (MERGERS, "// self.factor for side in", "// 2 for side in"),
-    "products of any width": (MERGERS, " and width // factor**2 in sizes", ""),
+    "products of any width": (
+        MERGERS, "any(size * factor**2 == width for size in sizes)", "True"),
+    "products of single tokens": (MERGERS, "width not in sizes and ", ""),
     "whatever interpolates": (MERGERS, "and y.shape[1] < side**2:", ":"),
     "blocks that are interpolated": (MERGERS, '"" if side % new == 0 else ', ""),
     "pools with a remainder": (MERGERS, "and not module.ceil_mode", ""),
