@@ -218,6 +218,10 @@ MUTATIONS = {
     "shuffle: channels that are averaged lie side by side": (
         "ops/pixel_shuffle/pixel_shuffle_cpu.h", "sum += one(from.pixel[i] + k * stride)",
         "sum += one(from.pixel[i] + k)"),
+    "shuffle: sums for means": (
+        "ops/pixel_shuffle/pixel_shuffle_cpu.h", "for (auto& v : sum.v) v *= share;", ""),
+    "shuffle: means of four pixels of any block": (
+        "ops/pixel_shuffle/pixel_shuffle_cpu.h", "k = n == 4 ?", "k = n >= 4 ?"),
     "shuffle: sums for means' gradients": (
         "ops/pixel_shuffle/pixel_shuffle_cpu.h", "const auto v = load<kFloats>(x + k) * share;",
         "const auto v = load<kFloats>(x + k);"),
@@ -717,15 +721,8 @@ CUDA_MUTATIONS = {
         "ops/mlp_projector/mlp_projector.cuh",
         "tile.row : tile.last; row < tile.last; row += kSumWarps",
         "tile.row : tile.last; row < tile.last; row += 2 * kSumWarps"),
-    "projector: sums before all warps have written theirs": (
-        "ops/mlp_projector/mlp_projector.cuh", "own.v[e];\n  __syncthreads();", "own.v[e];"),
     "projector: sums written over before they are read": (
-        "ops/mlp_projector/mlp_projector.cuh",
-        "static_cast<float>(sum);\n    }\n  }\n  __syncthreads();",
-        "static_cast<float>(sum);\n    }\n  }"),
-    "projector: sums of half of the warps": (
-        "ops/mlp_projector/mlp_projector.cuh", "w < kSumWarps; ++w) sum +=",
-        "w < kSumWarps / 2; ++w) sum +="),
+        "ops/mlp_projector/mlp_projector.cuh", "  __syncthreads();  // shared is used again\n", ""),
     "projector: parts of any size have 32 rows": (
         "ops/mlp_projector/mlp_projector.cuh", "part_rows = gpu_part_rows(rows, width)",
         "part_rows = kPartRows"),
@@ -753,37 +750,29 @@ CUDA_MUTATIONS = {
     "projector: any width: every other element": (
         "ops/mlp_projector/mlp_projector.cuh", "i < p.width; i += kAnyThreads",
         "i < p.width; i += 2 * kAnyThreads"),
-    "projector: any width: rms with a mean": (
-        "ops/mlp_projector/mlp_projector.cuh", "    if (p.layer) {\n      each(",
-        "    if (true) {\n      each("),
     "projector: any width: rms with a mean in its gradient": (
         "ops/mlp_projector/mlp_projector.cuh", "p.layer ? sums[0] * per_element : 0.0f",
         "sums[0] * per_element"),
-    "projector: any width: no offset": (
-        "ops/mlp_projector/mlp_projector.cuh", "vector_of(p.weight).at(i) + p.offset",
-        "vector_of(p.weight).at(i)"),
-    "projector: statistics of the row before": (
-        "ops/mlp_projector/mlp_projector.cuh", "p.scales + row * kScales;",
-        "p.scales + (row > 0 ? row - 1 : 0) * kScales;"),
     "projector: no statistics where nobody needs x's gradient": (
         "ops/mlp_projector/mlp_projector.cuh",
-        "keep(p, blockIdx.x, by[0]);\n  if (p.grad_x == nullptr) return;",
-        "if (p.grad_x != nullptr) keep(p, blockIdx.x, by[0]);\n  if (p.grad_x == nullptr) return;"),
+        "keep(p.scales, blockIdx.x, by[0]);\n  if (p.grad_x == nullptr) return;",
+        "if (p.grad_x != nullptr) keep(p.scales, blockIdx.x, by[0]);\n"
+        "  if (p.grad_x == nullptr) return;"),
     "projector: x's gradient that nobody needs": (
         "ops/mlp_projector/mlp_projector.cuh",
-        "keep(p, blockIdx.x, by[0]);\n  if (p.grad_x == nullptr) return;",
-        "keep(p, blockIdx.x, by[0]);"),
+        "keep(p.scales, blockIdx.x, by[0]);\n  if (p.grad_x == nullptr) return;",
+        "keep(p.scales, blockIdx.x, by[0]);"),
     "projector: no gradient's mean lacks anything": (
-        "ops/mlp_projector/mlp_projector.cuh", "((y.v[e] - scale[0]) * scale[1] + scale[2])",
-        "((y.v[e] - scale[0]) * scale[1])"),
+        "ops/mlp_projector/mlp_projector.cuh", "by.normed(y.v[e]) * g.v[e]",
+        "(y.v[e] - by.mean) * by.scale * g.v[e]"),
     "projector: sums over rows: pairs in odd widths": (
         "ops/mlp_projector/mlp_projector.cuh", "V == 1 || width % V == 0", "true"),
     "projector: sums over rows: columns beyond the last are read": (
         "ops/mlp_projector/mlp_projector.cuh", "column + e < width ? to_float(from[e]) : 0.0f",
         "to_float(from[e])"),
     "projector: sums over rows: columns beyond the last are written": (
-        "ops/mlp_projector/mlp_projector.cuh", "if (warp >= V || column + warp >= width) return;",
-        "if (warp >= V || column >= width) return;"),
+        "ops/mlp_projector/mlp_projector.cuh", "if (column + e < width) out[",
+        "if (column < width) out["),
     "projector: sums over rows: the first slice for all": (
         "ops/mlp_projector/mlp_projector.cuh", "first = blockIdx.y * kSliceRows",
         "first = 0 * kSliceRows"),
@@ -794,9 +783,6 @@ CUDA_MUTATIONS = {
         "ops/mlp_projector/mlp_projector.cuh",
         "gridDim.y == 1 || first + kSliceRows > rows ? rows : first + kSliceRows",
         "gridDim.y == 1 ? rows : first + kSliceRows"),
-    "projector: sums over rows: half of the warps": (
-        "ops/mlp_projector/mlp_projector.cuh", "w < kSumWarps; ++w) total +=",
-        "w < kSumWarps / 2; ++w) total +="),
     "projector: sums over rows: partial sums of the bits of x": (
         "ops/mlp_projector/mlp_projector.cu", "by_dtype(DType::kFloat32, false, SumRows{rest",
         "by_dtype(p.dtype, false, SumRows{rest"),
@@ -839,27 +825,23 @@ CUDA_MUTATIONS = {
         "by[e * S / V].scale + by[e * S / V].shift"),
     "shuffle: statistics kept for one pixel of cyx": (
         "ops/pixel_shuffle/pixel_shuffle.cuh",
-        "(static_cast<int64_t>(blockIdx.x) * S + s) * kScales",
-        "static_cast<int64_t>(blockIdx.x) * S * kScales"),
-    "shuffle: what a mean lacks is not kept": (
-        "ops/pixel_shuffle/pixel_shuffle.cuh", "to[2] = by[s].shift;", "to[2] = 0.0f;"),
+        "static_cast<int64_t>(blockIdx.x) * S + s, by[s]",
+        "static_cast<int64_t>(blockIdx.x) * S, by[s]"),
     "shuffle: gradients of pixels that nobody needs": (
         "ops/pixel_shuffle/pixel_shuffle.cuh", "if (p.pixels_out == nullptr) return;", ""),
     "shuffle: the last row of a part": (
         "ops/pixel_shuffle/pixel_shuffle.cuh", "static_cast<int>(left) : plan.part_rows;",
         "static_cast<int>(left) : plan.part_rows - 1;"),
     "shuffle: places of a small part": (
-        "ops/pixel_shuffle/pixel_shuffle.cuh", "constexpr int kMostRows = 128 / S;",
-        "constexpr int kMostRows = 32 / S;"),
+        "ops/pixel_shuffle/pixel_shuffle.cuh", "kMostRows = kLargePart / S;",
+        "kMostRows = kSmallPart / S;"),
     "shuffle: places read before they are found": (
         "ops/pixel_shuffle/pixel_shuffle.cuh",
         "find_row<layout>(p, first + threadIdx.x);\n  __syncthreads();",
         "find_row<layout>(p, first + threadIdx.x);"),
     "shuffle: sums with another row's statistics": (
-        "ops/pixel_shuffle/pixel_shuffle.cuh", "scales + (first + i) * S * kScales",
-        "scales + i * S * kScales"),
-    "shuffle: sums of half of the warps": (
-        "ops/pixel_shuffle/pixel_shuffle.cuh", "w < kWarps; ++w", "w < kWarps / 2; ++w"),
+        "ops/pixel_shuffle/pixel_shuffle.cuh", "kept(scales, (first + i) * S + s)",
+        "kept(scales, i * S + s)"),
     "shuffle: parts overlap": (
         "ops/pixel_shuffle/pixel_shuffle.cuh", "partial + part * 2 * p.normed()",
         "partial + part * p.normed()"),
@@ -916,7 +898,7 @@ CUDA_MUTATIONS = {
         "common/norm.cuh", "warps * kWarpSize <= kNormThreads ?", "warps > 0 ?"),
     "norms: one buffer for two sums": ("common/norm.cuh", "turn_ ^= 1;", ""),
     "norms: sums before all warps have written theirs": (
-        "common/norm.cuh", "  __syncthreads();\n", ""),
+        "common/norm.cuh", "\n    __syncthreads();\n", "\n"),
     "norms: sums of warps that are not there": (
         "common/norm.cuh", "lane < warps ? mine[n * kWarpSize + lane] : 0.0f",
         "mine[n * kWarpSize + lane]"),
@@ -941,6 +923,19 @@ CUDA_MUTATIONS = {
     "norms: what a mean lacks is not in its gradient": (
         "common/norm.cuh", "sums[3 * S + s] * scale + sums[2 * S + s] * shift",
         "sums[3 * S + s] * scale"),
+    "norms: any length: rms with a mean": (
+        "common/norm.cuh", "  if (layer) {\n    for (", "  if (true) {\n    for ("),
+    "norms: any length: no offset": (
+        "common/norm.cuh", "element(v, k, 0.0f) + offset", "element(v, k, 0.0f)"),
+    "norms: statistics are kept for the row before": (
+        "common/norm.cuh", "float* const to = scales + row * kScales;",
+        "float* const to = scales + (row > 0 ? row - 1 : 0) * kScales;"),
+    "norms: what a mean lacks is not kept": (
+        "common/norm.cuh", "to[2] = by.shift;", "to[2] = 0.0f;"),
+    "norms: sums over rows before all warps have written theirs": (
+        "common/norm.cuh", "own[i];\n  __syncthreads();", "own[i];"),
+    "norms: sums over rows of half of the warps": (
+        "common/norm.cuh", "w < kWarps; ++w", "w < kWarps / 2; ++w"),
     "norms: an offset of both vectors is ignored": (
         "common/norm.cuh", "weight != nullptr && bias != nullptr && offset == 0.0f",
         "weight != nullptr && bias != nullptr"),
@@ -1050,8 +1045,14 @@ PROJECTOR_MUTATIONS = {
     "no second activation": (
         PROJECTORS, "out_activation=chain.out_activation", "out_activation=None"),
     "gate and layer swapped": (
-        PROJECTORS, "gate_weight=None if gate is None else gate.weight",
-        "gate_weight=None if gate is None else fc1.weight"),
+        PROJECTORS, "(gate.weight, gate.bias)", "(fc1.weight, fc1.bias)"),
+    "halves of weights exchanged": (
+        PROJECTORS, "return halves[1 - chain.gated], halves[chain.gated]",
+        "return halves[chain.gated], halves[1 - chain.gated]"),
+    "halves that are added": (
+        PROJECTORS, "if _is_product(c.given, act.returned, halves[1 - gated])",
+        "if c.given.shape == act.returned.shape"),
+    "halves of any dimension": (PROJECTORS, "if chunks != 2 or dim not in", "if False and dim in"),
     "layers not absorbed": (
         PROJECTORS, "linears = tuple(path for chain in layout.chains for path in chain.linears)",
         "linears = ()"),
@@ -1070,6 +1071,7 @@ PROJECTOR_MUTATIONS = {
         "return None"),
 }  # fmt: skip
 SHUFFLE_SITE = "vlmops.hf.sites.pixel_shuffle"
+HD_SITE = "vlmops.hf.sites.hd_transform"
 MOVERS, MERGERS = "vlmops.hf.shuffles", "vlmops.hf.mergers"
 SHUFFLE_MUTATIONS = {
     "unchanged": (SHUFFLE_SITE, "if key not in _checked:", "if key not in _checked:"),
@@ -1119,7 +1121,9 @@ SHUFFLE_MUTATIONS = {
     "what is not proved": (MERGERS, " and torch.equal(y, expected)", ""),
     "no comparison": (MERGERS, "or not torch.equal(got, expected):", "or False:"),
     "other sizes": (MERGERS, " or x.shape[1] != self.side**2 or", " or"),
-    "autocast": (MERGERS, " or torch.is_autocast_enabled(x.device.type):", ":"),
+    "autocast": (
+        MERGERS, "len(norm.weight) or torch.is_autocast_enabled(x.device.type):",
+        "len(norm.weight):"),
     "eps of a pooling": (MERGERS, "eps=self.eps,", "eps=1e-2,"),
     "offset of a pooling": (MERGERS, "norm_offset=self.offset,", ""),
     "pooling not compared": (MERGERS, "if error <= _TOLERANCE:", "if True:"),
@@ -1129,6 +1133,24 @@ SHUFFLE_MUTATIONS = {
     "pools that are watched": (
         MERGERS, "not plain.bypassable(pool, nn.AvgPool2d) or not is_pool(pool, self.factor)",
         "False"),
+    "pools of channels first": (MERGERS, "x.stride(1) != 1 or ", ""),
+    "pools smaller than a block": (MERGERS, "min(x.shape[2:]) < self.factor or ", ""),
+    "pools that have changed": (
+        MERGERS, "if not is_pool(module, self.factor) or torch", "if torch"),
+    "pools under autocast": (
+        MERGERS, "factor) or torch.is_autocast_enabled(x.device.type):", "factor):"),
+    "averages not compared": (MERGERS, "if not (got - exact).abs().max() <=",
+                              "if False and not (got - exact).abs().max() <="),
+    "sizes of averages not compared": (MERGERS, " or got.shape != exact.shape:", ":"),
+    "pools of classes of their own": (
+        MERGERS, "None if original_class(module) else plain.refusal(module, nn.AvgPool2d)",
+        "None"),
+    "the last pixels of a pool": (MERGERS, "// self.factor for side in", "// 2 for side in"),
+    "products of any width": (
+        MERGERS, "any(size * factor**2 == width for size in sizes)", "True"),
+    "products of single tokens": (MERGERS, "width not in sizes and ", ""),
+    "whatever interpolates": (MERGERS, "and y.shape[1] < side**2:", ":"),
+    "blocks that are interpolated": (MERGERS, '"" if side % new == 0 else ', ""),
     "pools with a remainder": (MERGERS, "and not module.ceil_mode", ""),
     "padded pools": (MERGERS, "and module.padding in (0, (0, 0))", ""),
     "pools that overlap": (MERGERS, "and module.stride in (side, (side, side))", ""),
@@ -1226,7 +1248,19 @@ ATTENTION_MUTATIONS = {
     "the longest of images": (ATTENTIONS, "know_longest(starts, max(lengths))", "pass"),
     "another longest": (GRIDS, "(result[1:] - result[:-1]).max()", "(result[1:]).max()"),
 }  # fmt: skip
+HD_MUTATIONS = {
+    "unchanged": (HD_SITE, "_SECONDS = 0.5", "_SECONDS = 0.5"),
+    "another activation": (HD_SITE, 'activation="gelu"', 'activation="gelu_tanh"'),
+    "layers that are watched": (HD_SITE, "return plain.bypassable(layer, nn.Linear)",
+                                "return True"),
+    "mixed dtypes": (HD_SITE, "and all(t.dtype == x.dtype for t in tensors)", ""),
+    "layers not absorbed": (HD_SITE, "absorbs = parts.first, parts.second", "absorbs = ()"),
+    "layers exchanged": (
+        HD_SITE, "weights = first.weight, first.bias, second.weight, second.bias",
+        "weights = first.weight, second.bias, second.weight, first.bias"),
+}  # fmt: skip
 SITES = {
+    "hd_transform": HD_MUTATIONS,
     "packed_attention": ATTENTION_MUTATIONS,
     "patch_embed": SITE_MUTATIONS,
     "pixel_shuffle": SHUFFLE_MUTATIONS,

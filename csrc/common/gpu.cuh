@@ -165,6 +165,17 @@ namespace vlmops {
 constexpr int kWarpSize = 32;
 constexpr unsigned kFullWarp = 0xffffffffu;
 
+constexpr int kInvalidValue = 1;  // cudaErrorInvalidValue
+
+inline int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
+
+// Over the threads of a warp, for all of them.
+__device__ __forceinline__ float warp_sum(float x) {
+  for (int distance = kWarpSize / 2; distance > 0; distance /= 2)
+    x += __shfl_xor_sync(kFullWarp, x, distance);
+  return x;
+}
+
 template <int Bytes>
 struct PackWord;
 template <>

@@ -11,6 +11,7 @@
 #pragma once
 
 #include "common/gpu.cuh"
+#include "common/norm.h"
 
 namespace vlmops {
 
@@ -39,7 +40,7 @@ class BlockSum {
   __device__ __forceinline__ void operator()(float (&x)[N]) {
     static_assert(N <= kMostSums);
 #pragma unroll
-    for (int n = 0; n < N; ++n) x[n] = over_warp(x[n]);
+    for (int n = 0; n < N; ++n) x[n] = warp_sum(x[n]);
     const int warps = static_cast<int>(blockDim.x) / kWarpSize;
     if (warps == 1) return;
     const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
@@ -51,27 +52,33 @@ class BlockSum {
     }
     __syncthreads();
 #pragma unroll
-    for (int n = 0; n < N; ++n) x[n] = over_warp(lane < warps ? mine[n * kWarpSize + lane] : 0.0f);
+    for (int n = 0; n < N; ++n) x[n] = warp_sum(lane < warps ? mine[n * kWarpSize + lane] : 0.0f);
   }
 
   static constexpr int kFloats = 2 * kWarpSize * kMostSums;
 
  private:
-  static __device__ __forceinline__ float over_warp(float x) {
-#pragma unroll
-    for (int distance = kWarpSize / 2; distance > 0; distance /= 2)
-      x += __shfl_xor_sync(kFullWarp, x, distance);
-    return x;
-  }
-
   float* shared_;
   int turn_ = 0;
 };
 
-// With d the deviation from `mean`, d * scale + shift is x normed.
 struct Statistics {
   float mean, scale, shift;
+
+  __device__ __forceinline__ float normed(float x) const { return (x - mean) * scale + shift; }
 };
+
+__device__ __forceinline__ void keep(float* scales, int64_t row, const Statistics& by) {
+  float* const to = scales + row * kScales;
+  to[0] = by.mean;
+  to[1] = by.scale;
+  to[2] = by.shift;
+}
+
+__device__ __forceinline__ Statistics kept(const float* scales, int64_t row) {
+  const float* const from = scales + row * kScales;
+  return {from[0], from[1], from[2]};
+}
 
 // From sums over n of d and its square.
 __device__ __forceinline__ Statistics statistics_of(bool layer, float eps, float mean, float sum,
@@ -79,6 +86,26 @@ __device__ __forceinline__ Statistics statistics_of(bool layer, float eps, float
   const float rest = layer ? sum * per_element : 0.0f;
   const float scale = 1.0f / sqrtf(squares * per_element - rest * rest + eps);
   return {mean, scale, -rest * scale};
+}
+
+// Of n numbers load(k), by all threads of a block, which ask for each number twice.
+template <class Load>
+__device__ __forceinline__ Statistics statistics_of_each(int64_t n, const Load& load, bool layer,
+                                                         float eps, BlockSum& add_up) {
+  const float per_element = 1.0f / static_cast<float>(n);
+  float mean[1] = {}, sums[2] = {};
+  if (layer) {
+    for (int64_t k = threadIdx.x; k < n; k += blockDim.x) mean[0] += load(k);
+    add_up(mean);
+    mean[0] *= per_element;
+  }
+  for (int64_t k = threadIdx.x; k < n; k += blockDim.x) {
+    const float off = load(k) - mean[0];
+    sums[0] += off;
+    sums[1] += off * off;
+  }
+  add_up(sums);
+  return statistics_of(layer, eps, mean[0], sums[0], sums[1], per_element);
 }
 
 // A thread's part of a row: packs threadIdx.x, threadIdx.x + blockDim.x, ... of `packs`.
@@ -244,24 +271,40 @@ struct Affine {
   }
 };
 
-// A vector of the norm: its weight, or its bias.
-struct NormVector {
-  const void* data;  // null where there is none
-  DType dtype;
-  int64_t stride;
-
-  __device__ __forceinline__ float at(int64_t k) const {
-    switch (dtype) {
-      case DType::kFloat32:
-        return static_cast<const float*>(data)[k * stride];
-      case DType::kBFloat16:
-        return to_float(static_cast<const bfloat16*>(data)[k * stride]);
-      case DType::kFloat16:
-        return to_float(static_cast<const float16*>(data)[k * stride]);
-    }
-    return 0.0f;
+// Element k, or `missing` where there is no vector.
+__device__ __forceinline__ float element(const NormVector& v, int64_t k, float missing) {
+  if (v.data == nullptr) return missing;
+  const int64_t at = k * v.stride;
+  switch (v.dtype) {
+    case DType::kFloat32:
+      return static_cast<const float*>(v.data)[at];
+    case DType::kBFloat16:
+      return to_float(static_cast<const bfloat16*>(v.data)[at]);
+    case DType::kFloat16:
+      return to_float(static_cast<const float16*>(v.data)[at]);
   }
-};
+  return missing;
+}
+
+__device__ __forceinline__ float weight_at(const NormVector& v, float offset, int64_t k) {
+  return v.data == nullptr ? 1.0f : element(v, k, 0.0f) + offset;
+}
+
+// What the threads of a block sum over rows, N numbers each, added up over its kWarps warps:
+// f(i, sum) with the lane's sum of number i, by one thread each. shared: kWarps * N * kWarpSize.
+template <int kWarps, int N, class F>
+__device__ __forceinline__ void add_warps(const float (&own)[N], float* shared, const F& f) {
+  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+#pragma unroll
+  for (int i = 0; i < N; ++i) shared[(warp * N + i) * kWarpSize + lane] = own[i];
+  __syncthreads();
+  for (int i = warp; i < N; i += kWarps) {
+    double sum = 0.0;
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) sum += shared[(w * N + i) * kWarpSize + lane];
+    f(i, static_cast<float>(sum));
+  }
+}
 
 // Calls f of a null pointer to the one type that both vectors have, the row's own or float, and
 // none() where they have none.

@@ -12,6 +12,7 @@ from hf.tiny import IMAGE, build
 
 import vlmops
 from vlmops.hf.sites import hd_transform as site
+from vlmops.ops import linear as ways
 
 PATH = "model.embed_tokens_extend.image_embed"
 SIDE, CROP, CROPS = 2, 16, 7  # tokens and pixels on a side of a crop; crops of an image, padded
@@ -92,6 +93,39 @@ def test_phi4_is_the_same_and_reads_nothing_back(mask_dtype):
     # Two for what each mask fills, and those of sizes of tensors.
     assert ran.counts["aten::_local_scalar_dense"] >= 2 * len(GRIDS)
     assert ran.counts["aten::nonzero"] == 1
+
+
+def test_phi4_projects_all_pictures_in_one_call():
+    """Unless its layers are watched, or are more than that."""
+    model, given = build("phi4_multimodal"), batch()
+    expected, _ = embedded(model, given)
+    (row,) = vlmops.patch(model).rows
+    assert row.reason == "with sub_img_feature_extensor, img_projection_up, img_projection_down"
+    with CountOps() as ran:
+        assert_agree(embedded(model, given)[0], expected, "embeddings")
+    assert ran.counts["vlmops::mlp_projector"] == ran.counts["vlmops::mlp_projector_backward"] == 1
+    layer, seen = model.get_submodule(f"{PATH}.img_projection_down"), []
+    hook = layer.register_forward_hook(lambda *_: seen.append(1))
+    with CountOps() as ran:
+        assert_agree(embedded(model, given)[0], expected, "embeddings")
+    assert (len(seen), ran.counts["vlmops::mlp_projector"]) == (1, 0)
+    hook.remove()
+    model.get_submodule(PATH).img_projection_down = layer.bfloat16()
+    with CountOps() as ran, pytest.raises(RuntimeError, match="mat1 and mat2"):
+        embedded(model, given)
+    assert ran.counts["vlmops::mlp_projector"] == 0
+
+
+def test_phi4_linear_layers_are_not_counted_twice(monkeypatch):
+    monkeypatch.undo()  # all ops
+    always = (True,) * len(ways.FROM_ROWS)
+    monkeypatch.setattr(ways, "wins", lambda *_: always)
+    monkeypatch.setattr("vlmops.ops.linear_tuning.wins", lambda *_: always)
+    alone, both = (
+        vlmops.patch(build("phi4_multimodal"), ops=ops).counts["linear"]
+        for ops in (["linear"], ["hd_transform", "linear"])
+    )
+    assert alone == both + 2
 
 
 def test_phi4_in_bfloat16():

@@ -45,7 +45,9 @@ PLACES = {
     "lighton_ocr": "model.vision_projection.patch_merger",
     "lfm2_vl": "model.multi_modal_projector",
 }
-LEFT = {"phi4_multimodal": "model.embed_tokens_extend.image_embed.image_token_compression"}
+# Its tower's tokens lie side by side where patch_embed is patched too: see the test of its pool.
+POOLS = {"phi4_multimodal": "model.embed_tokens_extend.image_embed.image_token_compression"}
+LEFT = {"llava_onevision": "model"}  # bilinear, of videos
 EACH_IMAGE = {"lfm2_vl"}  # its model calls the method for each image
 served = pytest.mark.parametrize("family", PLACES)
 # What moves bits alone; Gemma-3's averages are rounded.
@@ -674,21 +676,243 @@ def test_pooling_projectors_that_do_more_are_refused():
 # Pools.
 
 
-def test_pools_over_tokens_are_left_alone():
+class Pooled(nn.Module):
+    """As LLaVA-NeXT-Video's has it: the pool sees tokens that lie in channels_last."""
+
+    def __init__(self, pool):
+        super().__init__()
+        self.pool = pool
+
+    def forward(self, x):
+        return self.pool(x.permute(0, 3, 1, 2)).flatten(2).transpose(1, 2).contiguous()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("factor", "shape"),
+    [(2, (2, 4, 6, 8)), (2, (1, 5, 7, 3)), (3, (2, 9, 4, 40)), (4, (1, 4, 4, 1))],
+)
+def test_pools_of_tokens_agree(factor, shape, dtype):
+    """Remainders included, which are dropped."""
+    theirs = Pooled(nn.AvgPool2d(factor))
+    model = nn.Sequential(copy.deepcopy(theirs))
+    (row,) = vlmops.patch(model).rows
+    assert (row.status, row.path) == ("patched", "0.pool")
+    assert row.reason == f"blocks of {factor} x {factor} (mean)"
+    x, found = torch.randn(shape).to(dtype), []
+    for module in (theirs, model[0]):
+        given = x.clone().requires_grad_()
+        with CountOps() as ran:
+            out = module(given)
+            upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(3)).to(dtype)
+            found.append((out, *torch.autograd.grad(out, given, upstream)))
+    assert (ran.counts[OP], ran.counts[BACKWARD]) == (1, 1)
+    for theirs, ours in zip(*found, strict=True):
+        assert (ours.dtype, ours.shape, ours.stride()) == (dtype, theirs.shape, theirs.stride())
+        if factor == 3:  # a third of a third is rounded
+            torch.testing.assert_close(ours, theirs, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+        else:
+            assert torch.equal(ours, theirs)
+
+
+def autocast(pool, x):
+    with torch.autocast("cpu", torch.bfloat16):
+        return pool(x)
+
+
+def channels_last(*shape):
+    return torch.randn(shape).to(memory_format=torch.channels_last)
+
+
+POOLED = {
+    "channels_first": lambda pool: pool(torch.randn(2, 8, 4, 4)),
+    "one_image": lambda pool: pool(torch.randn(8, 4, 4)),
+    "smaller_than_a_block": lambda pool: pool(channels_last(2, 8, 1, 4)),
+    "empty": lambda pool: pool(channels_last(0, 8, 4, 4)),
+    "autocast": lambda pool: autocast(pool, channels_last(2, 8, 4, 4)),
+    "float64": lambda pool: pool(channels_last(2, 8, 4, 4).double()),
+    "another_stride": lambda pool: setattr(pool, "stride", 1) or pool(channels_last(2, 8, 4, 4)),
+    "vmap": lambda pool: torch.func.vmap(pool)(torch.randn(2, 1, 8, 4, 4)),
+}
+
+
+@pytest.mark.parametrize("name", POOLED)
+def test_pools_of_anything_else_run_as_before(name):
+    model = nn.Sequential(Pooled(nn.AvgPool2d(2)))
+    assert vlmops.patch(model).counts == {"pixel_shuffle": 1}
+    with CountOps() as ran:
+        got = outcome(POOLED[name], model[0].pool)
+    assert ran.counts[OP] == 0
+    expected = outcome(POOLED[name], nn.AvgPool2d(2))
+    assert torch.equal(got, expected) if isinstance(got, torch.Tensor) else got == expected
+
+
+def test_pools_compile_to_one_graph():
+    model, graphs = nn.Sequential(Pooled(nn.AvgPool2d(2))), []
+    x = torch.randn(2, 4, 6, 5)
+    expected = model(x)
+    vlmops.patch(model)
+    torch._dynamo.reset()
+    keep = lambda graph, _: graphs.append(graph.code) or graph  # noqa: E731
+    assert torch.equal(torch.compile(model, fullgraph=True, backend=keep)(x), expected)
+    assert [code.count("vlmops.pixel_shuffle") for code in graphs] == [1]
+
+
+def test_pools_that_fail_the_check_are_refused(monkeypatch):
+    right = mergers.pixel_shuffle
+    for change, reason in (
+        (lambda y: y * 1.02, "averages of torch.float32 differ"),
+        (lambda y: y[..., 1:], "averages of torch.float32 are of another size"),
+    ):
+        monkeypatch.setattr(site, "_checked", {})
+        monkeypatch.setattr(
+            mergers, "pixel_shuffle", lambda *a, change=change, **k: change(right(*a, **k))
+        )
+        (row,) = vlmops.patch(nn.Sequential(Pooled(nn.AvgPool2d(2)))).rows
+        assert (row.status, row.reason) == ("refused", f"the numeric check failed: {reason}")
+
+
+class OwnPool(nn.AvgPool2d):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def test_pools_of_a_class_of_their_own_are_refused():
+    (row,) = vlmops.patch(nn.Sequential(Pooled(OwnPool(2)))).rows
+    assert (row.status, row.path) == ("refused", "0.pool")
+    assert "OwnPool is a subclass" in row.reason
+
+
+def test_hooks_of_a_pool_run():
+    model, seen = nn.Sequential(Pooled(nn.AvgPool2d(2))), []
+    vlmops.patch(model)
+    model[0].pool.register_forward_hook(lambda *_: seen.append(1))
+    with CountOps() as ran:
+        model(torch.randn(2, 4, 6, 5))
+    assert (len(seen), ran.counts[OP]) == (1, 1)
+
+
+@pytest.mark.parametrize("mode", ["average", "max"])
+def test_pools_of_videos(mode):
     """LLaVA-NeXT-Video's, and no other way of pooling."""
     vision = {**row_of("llava_next").vision, "image_size": 16}
-    for mode, expected in (("average", {"model.vision_resampler.pool": 1}), ("max", {})):
-        row = row_of("llava_next")
-        config = transformers.LlavaNextVideoConfig(
-            vision_config=dict(vision),
-            text_config={**config_of("llava_next").text_config.to_dict()},
-            spatial_pool_mode=mode,
-            **row.config,
-        )
-        model = transformers.LlavaNextVideoForConditionalGeneration(config)
-        report = vlmops.patch(model)
-        assert places(report, "left alone") == expected
-        assert places(report) == places(report, "refused") == {}
+    config = transformers.LlavaNextVideoConfig(
+        vision_config=dict(vision),
+        text_config={**config_of("llava_next").text_config.to_dict()},
+        spatial_pool_mode=mode,
+        **row_of("llava_next").config,
+    )
+    model = transformers.LlavaNextVideoForConditionalGeneration(config).eval()
+    x = torch.randn(3, 16, model.config.vision_config.hidden_size)
+    expected = model.model.vision_resampler(x)
+    found = places(vlmops.patch(model))
+    assert found == ({"model.vision_resampler.pool": 1} if mode == "average" else {})
+    with CountOps() as ran:
+        assert torch.equal(model.model.vision_resampler(x), expected)
+    assert ran.counts[OP] == len(found)
+
+
+def test_pools_of_crops(monkeypatch):
+    """Phi-4's, whose tower keeps the strides of its patches."""
+    monkeypatch.undo()  # all ops
+    monkeypatch.setattr(shuffles, "SMALL", 0)
+    model, batch = build("phi4_multimodal"), batch_of("phi4_multimodal", "several_images")
+    with torch.no_grad():
+        expected = run(model, batch).logits
+        for ops, count in ((["pixel_shuffle"], 0), (["patch_embed"], 1)):
+            vlmops.patch(model, ops=ops)
+            with CountOps() as ran:
+                assert_agree(run(model, batch).logits, expected, "logits")
+            assert (ran.counts[OP], ran.counts["aten::avg_pool2d"]) == (count, 1 - count)
+
+
+# What is left alone.
+
+
+def left_alone(model):
+    return {row.path: row.reason for row in vlmops.patch(model).rows if row.status == "left alone"}
+
+
+def on_meta(name, **config):
+    with torch.device("meta"):
+        config = getattr(transformers, f"{name}Config")(**config)
+        return getattr(transformers, f"{name}ForConditionalGeneration")(config)
+
+
+@pytest.mark.parametrize(
+    ("stride", "reason"),
+    [
+        (1, {}),
+        (2, {"model.vision_tower": "its merging of 2 x 2 takes no time beside the product that "
+                                   "follows"}),
+    ],
+)  # fmt: skip
+def test_tokens_that_a_tower_merges_itself_are_left_alone(stride, reason):
+    """Ovis2's."""
+    layers = {"num_hidden_layers": 1}
+    model = on_meta("Ovis2", vision_config={"hidden_stride": stride, **layers}, text_config=layers)
+    assert left_alone(model) == reason
+
+
+class Inside(nn.Module):
+    """Merges in a forward that does more, for a layer of some width."""
+
+    def __init__(self, width, hidden_size=6):
+        super().__init__()
+        self.config = types.SimpleNamespace(stride=2, channels=6, hidden_size=hidden_size)
+        self.proj = nn.Linear(width, 8)
+
+    def forward(self, x):
+        b, n, c = x.shape
+        f, side = self.config.stride, int(n**0.5) // self.config.stride
+        x = x.reshape(b, side, f, side, f, c).permute(0, 1, 3, 2, 4, 5)
+        return self.proj(x.reshape(b, side * side, -1)).exp()
+
+
+class Resized(nn.Module):
+    def __init__(self, scale):
+        super().__init__()
+        self.scale = scale
+
+    def forward(self, x):
+        return self.resize(x) * 2
+
+    def resize(self, x):
+        side = int(x.shape[1] ** 0.5)
+        x = x.transpose(1, 2).unflatten(2, (side, side))
+        x = nn.functional.interpolate(x, scale_factor=self.scale, mode="bilinear")
+        return x.flatten(2).transpose(1, 2)
+
+
+@pytest.mark.parametrize(
+    ("module", "found"),
+    [
+        (Inside(24), True),
+        (Inside(28), False),  # of something else
+        (Inside(24, hidden_size=24), False),  # of one token, as attention's
+        (Resized(0.5), True),
+        (Resized(2.0), False),
+    ],
+)
+def test_what_else_multiplies_or_interpolates(module, found):
+    assert bool(left_alone(nn.Sequential(module))) == found
+
+
+@pytest.mark.parametrize(
+    ("size", "reason"),
+    [
+        (378, "27 x 27 tokens to 14 x 14, which averages no blocks"),
+        (336, "24 x 24 tokens to 12 x 12"),
+    ],
+)
+def test_tokens_that_are_interpolated_are_left_alone(size, reason):
+    """LLaVA-OneVision's videos."""
+    model = on_meta(
+        "LlavaOnevision",
+        vision_config={**row_of("llava_onevision").vision, "image_size": size, "patch_size": 14},
+        text_config={"num_hidden_layers": 1, "model_type": "qwen2"},
+    )
+    assert left_alone(model) == {"model": f"apply_pooling interpolates {reason}"}
 
 
 @pytest.mark.parametrize(
@@ -717,7 +941,7 @@ def test_family_table_holds(family):
     """A site that rots with a new transformers turns this red; so does one that appears."""
     model = build(family)
     report = vlmops.patch(model)
-    path = PLACES.get(family)
+    path = (PLACES | POOLS).get(family)
     assert places(report) == ({path: 1} if path else {})
     left = LEFT.get(family)
     assert places(report, "left alone") == ({left: 1} if left else {})

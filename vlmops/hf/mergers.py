@@ -1,8 +1,9 @@
 """Modules that merge or average blocks of tokens, and multiply: what they do, read by running them.
 
-Two kinds, told by their parts. One has a linear layer and unfolds the tokens of each image in turn
-(Mistral-3): it is run with a spy in place of the layer. The other has a pool, a norm and a matrix
-(Gemma-3): it is run once, at its own size and with random values, and compared.
+Three kinds, told by their parts. One has a linear layer and unfolds the tokens of each image in
+turn (Mistral-3): it is run with a spy in place of the layer. One has a pool, a norm and a matrix
+(Gemma-3): it is run once, at its own size and with random values, and compared. The last is a pool
+by itself, that is given tokens (LLaVA-NeXT-Video, Phi-4).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from vlmops.hf import embeddings, plain
 from vlmops.hf.norms import rms_norm
 from vlmops.hf.rebind import original_class
-from vlmops.hf.shuffles import LARGEST, number
+from vlmops.hf.shuffles import LARGEST, TURNS, methods, number
 from vlmops.ops.pixel_shuffle import Order, pixel_shuffle, reference
 
 _CHANNELS = 3  # of a probe
@@ -210,6 +211,92 @@ class Pooling:
     def difference(self, _: Any) -> str | None:
         """None: it was compared when it was found."""
         return None
+
+
+@dataclasses.dataclass(frozen=True)
+class Pool:
+    """An `nn.AvgPool2d` that is given tokens."""
+
+    factor: int
+    absorbs: ClassVar[tuple[str, ...]] = ()
+
+    def __str__(self) -> str:
+        return f"blocks of {self.factor} x {self.factor} (mean)"
+
+    def refuses(self, module: Any) -> str | None:
+        """Why it may not be replaced."""
+        return None if original_class(module) else plain.refusal(module, nn.AvgPool2d)
+
+    def __call__(self, module: Any, x: Tensor) -> Tensor | None:
+        """The result, or None where the model's own code has to run."""
+        if x.dim() != 4 or x.stride(1) != 1 or min(x.shape[2:]) < self.factor or x.numel() == 0:
+            return None
+        if not is_pool(module, self.factor) or torch.is_autocast_enabled(x.device.type):
+            return None
+        h, w = (side // self.factor for side in x.shape[2:])
+        tokens = x.permute(0, 2, 3, 1)
+        y = pixel_shuffle(tokens, self.factor, reduction="mean", drop_remainder=True)
+        channels_last: Tensor = y.unflatten(1, (h, w)).permute(0, 3, 1, 2)
+        return channels_last
+
+    def difference(self, module: Any) -> str | None:
+        """What the replacement does otherwise, where sums are rounded once."""
+        f = self.factor
+        x = torch.randn(2, 4 * f + 1, 3 * f, 24, generator=torch.Generator().manual_seed(0))
+        for dtype in plain.DTYPES:
+            given = x.to(dtype).permute(0, 3, 1, 2)
+            got, exact = self(module, given), nn.AvgPool2d.forward(module, given.double())
+            if got is None or got.dtype != dtype or got.shape != exact.shape:
+                return f"the numeric check failed: averages of {dtype} are of another size"
+            if not (got - exact).abs().max() <= torch.finfo(dtype).eps * exact.abs().max():
+                return f"the numeric check failed: averages of {dtype} differ"
+        return None
+
+
+def left_alone(module: nn.Module) -> Iterator[str]:
+    """Why what a module does to tokens inside of functions that do more is not served."""
+    factor = _merged_before_a_product(module)
+    if factor is not None:
+        yield f"its merging of {factor} x {factor} takes no time beside the product that follows"
+    for name, function in methods(module):
+        code = function.__code__
+        if "interpolate" in code.co_names and TURNS & set(code.co_names) and code.co_argcount == 2:
+            sides = _interpolated(module, function)
+            if sides is not None:
+                side, new = sides
+                blocks = "" if side % new == 0 else ", which averages no blocks"
+                yield f"{name} interpolates {side} x {side} tokens to {new} x {new}{blocks}"
+
+
+def _merged_before_a_product(module: nn.Module) -> int | None:
+    """The factor by which a forward itself merges tokens for one of its linear layers."""
+    forward = inspect.unwrap((original_class(module) or type(module)).forward)
+    names = set(forward.__code__.co_names) if isinstance(forward, types.FunctionType) else set()
+    if not {"permute", "reshape"} <= names:
+        return None
+    sizes = {v for v in vars(getattr(module, "config", None) or object).values() if type(v) is int}
+    factors = [v for n in names if type(v := number(module, n)) is int and 2 <= v <= LARGEST]
+    for name, child in module.named_children():
+        if name in names and isinstance(child, nn.Linear):
+            width = child.in_features
+            for factor in factors:
+                # Attention's heads may be as many as that, but its layers take single tokens.
+                if width not in sizes and any(size * factor**2 == width for size in sizes):
+                    return factor
+    return None
+
+
+def _interpolated(module: nn.Module, function: Any) -> tuple[int, int] | None:
+    """The side of a picture in tokens, before and after a method that makes it smaller."""
+    for side in range(2, 65):
+        try:
+            y = function(module, torch.zeros(1, side**2, _CHANNELS))
+        except Exception:  # asked with another size than its own
+            continue
+        if isinstance(y, Tensor) and y.dim() == 3 and y.shape[1] < side**2:
+            return side, math.isqrt(y.shape[1])
+        return None
+    return None
 
 
 def side_of(pool: Any) -> int:

@@ -3,9 +3,10 @@
 A module's forward runs once on random features with stand-ins for its linear layers, and what each
 of its parts is given and returns is written down. Where a norm, a linear layer, an activation, a
 gate and another linear layer hand on each other's results untouched, they are a chain, and the op
-can do their work. Whatever else the forward does (it merges tokens, cuts up images, takes further
-arguments) stays its own: patched, it runs on a shadow of the module, in which the last layer of a
-chain does the work of all and the others return what they are given.
+can do their work; the gate is a layer, or half of what the first one returns. Whatever else the
+forward does (it merges tokens, cuts up images, takes further arguments) stays its own: patched, it
+runs on a shadow of the module, in which the last layer of a chain does the work of all and the
+others return what they are given.
 """
 
 from __future__ import annotations
@@ -47,6 +48,8 @@ class Chain:
     fc2: str
     gate: str | None = None
     """Whose result is activated, and multiplies fc1's."""
+    gated: Literal[0, 1] | None = None
+    """The half of fc1's result that is activated, and multiplies the other one."""
     out: str | None = None
     """What activates the result; ``act`` once more, or another part."""
     out_activation: Activation | None = None
@@ -376,12 +379,18 @@ def _chains(twin: Any, calls: list[_Call]) -> Iterator[Chain]:
     kinds = {c.path: _activation(twin.get_submodule(c.path)) for c in calls if c not in linears}
     taken: set[str] = set()
     for call in linears:
-        act = _only(c for c in calls if _same(c.given, call.returned))
+        halves = call.returned.chunk(2, -1)
+        parts = (call.returned, *halves)
+        act = _only(c for c in calls if any(_same(c.given, part) for part in parts))
         if call.path in taken or act is None or kinds.get(act.path) is None:
             continue
         fc1, gate = call, None
+        gated: Literal[0, 1] | None = None
         fc2 = _only(c for c in calls if _same(c.given, act.returned))
-        if fc2 is None:  # a gate: what is activated multiplies the result of another layer
+        if not _same(act.given, call.returned):  # it multiplies the other half
+            gated = 0 if _same(act.given, halves[0]) else 1
+            fc2 = _only(c for c in linears if _is_product(c.given, act.returned, halves[1 - gated]))
+        elif fc2 is None:  # a gate: what is activated multiplies the result of another layer
             others = [c for c in linears if c is not call and _same(c.given, call.given)]
             for fc1, fc2 in itertools.product(others, linears):
                 if _is_product(fc2.given, act.returned, fc1.returned):
@@ -400,6 +409,7 @@ def _chains(twin: Any, calls: list[_Call]) -> Iterator[Chain]:
             kinds[act.path],  # type: ignore[arg-type]
             fc2.path,
             gate.path if gate else None,
+            gated,
             out.path if out else None,
             kinds[out.path] if out else None,
             **_norm_before(twin, calls, call, 1 if gate is None else 2),
@@ -540,6 +550,8 @@ def shadow(module: Any, layout: Layout, project: Project) -> Any:
             roles[path] = _return
         if chain.gate is not None:
             roles[chain.fc1] = _factor
+        if chain.gated is not None:
+            roles[chain.fc1] = _Halves
         roles[chain.fc2] = functools.partial(project, module, chain)
     if isinstance(module, nn.Sequential):
         return _Series([_shadowed(part, name, roles) for name, part in module._modules.items()])
@@ -565,6 +577,19 @@ def _return(x: Tensor) -> Tensor:
 def _factor(_: Tensor) -> Literal[1]:
     """What stands for the layer that a gate multiplies."""
     return 1
+
+
+class _Halves:
+    """What stands for the result of a layer whose halves multiply each other."""
+
+    def __init__(self, x: Any) -> None:
+        self._x = x
+
+    def chunk(self, chunks: int, dim: int = 0) -> tuple[Any, Any]:
+        """What the layer was given, and a factor of 1: which is activated makes no difference."""
+        if chunks != 2 or dim not in (-1, self._x.dim() - 1):
+            raise ValueError("its features are not cut in two")
+        return self._x, 1
 
 
 def patched_class(module: Any, layout: Layout) -> type[nn.Module]:
@@ -636,19 +661,19 @@ def _projected(module: Any, chain: Chain, x: Any) -> Any:
 
 def projected(module: Any, chain: Chain, x: Tensor) -> Tensor:
     """The op with the weights of a chain."""
-    fc1, fc2 = _part(module, chain.fc1), _part(module, chain.fc2)
-    gate = None if chain.gate is None else _part(module, chain.gate)
+    fc2 = _part(module, chain.fc2)
+    (fc1_weight, fc1_bias), (gate_weight, gate_bias) = in_front(module, chain)
     norm = None if chain.norm is None else _part(module, chain.norm)
     return mlp_projector(
         x,
-        fc1.weight,
-        fc1.bias,
+        fc1_weight,
+        fc1_bias,
         fc2.weight,
         fc2.bias,
         activation=chain.activation,
         out_activation=chain.out_activation,
-        gate_weight=None if gate is None else gate.weight,
-        gate_bias=None if gate is None else gate.bias,
+        gate_weight=gate_weight,
+        gate_bias=gate_bias,
         norm=chain.kind,
         norm_weight=None if norm is None else norm.weight,
         norm_bias=None if norm is None else getattr(norm, "bias", None),
@@ -657,15 +682,32 @@ def projected(module: Any, chain: Chain, x: Tensor) -> Tensor:
     )
 
 
+def in_front(module: Any, chain: Chain) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
+    """Weight and bias of fc1 and those of its gate, which may be rows of one layer's."""
+    fc1 = _part(module, chain.fc1)
+    if chain.gated is not None:
+        rows = ((None, None) if t is None else t.chunk(2) for t in (fc1.weight, fc1.bias))
+        halves = tuple(zip(*rows, strict=True))
+        return halves[1 - chain.gated], halves[chain.gated]
+    gate = None if chain.gate is None else _part(module, chain.gate)
+    return (fc1.weight, fc1.bias), (None, None) if gate is None else (gate.weight, gate.bias)
+
+
+def _hidden(module: Any, chain: Chain, z: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
+    """What fc2 is given, by the layers in front of it."""
+    hidden: Tensor = _part(module, chain.fc1)(z)
+    if chain.gated is not None:
+        halves = hidden.chunk(2, -1)
+        return activation(halves[chain.gated]) * halves[1 - chain.gated]
+    if chain.gate is not None:
+        return activation(_part(module, chain.gate)(z)) * hidden
+    return activation(hidden)
+
+
 def by_parts(module: Any, chain: Chain, x: Any) -> Any:
     """What the parts of a chain return."""
     z = x if chain.norm is None else _part(module, chain.norm)(x)
-    hidden = _part(module, chain.fc1)(z)
-    if chain.gate is None:
-        hidden = _part(module, chain.act)(hidden)
-    else:
-        hidden = _part(module, chain.act)(_part(module, chain.gate)(z)) * hidden
-    out = _part(module, chain.fc2)(hidden)
+    out = _part(module, chain.fc2)(_hidden(module, chain, z, _part(module, chain.act)))
     return out if chain.out is None else _part(module, chain.out)(out)
 
 
@@ -679,9 +721,5 @@ def _explained(module: Any, chain: Chain, x: Tensor) -> Tensor:
         else:
             z = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + chain.eps)
             z = z * (chain.offset + norm.weight)
-    hidden = _part(module, chain.fc1)(z)
-    if chain.gate is None:
-        hidden = activated(hidden, chain.activation)
-    else:
-        hidden = activated(_part(module, chain.gate)(z), chain.activation) * hidden
+    hidden = _hidden(module, chain, z, lambda y: activated(y, chain.activation))
     return activated(_part(module, chain.fc2)(hidden), chain.out_activation)

@@ -21,11 +21,12 @@ from torch import Tensor, nn
 from vlmops.hf.rebind import is_ours, original_class
 from vlmops.ops.pixel_shuffle import Order, pixel_shuffle, reference
 
-_TURNS = {"permute", "transpose"}
+TURNS = {"permute", "transpose"}
+"""Names by which code turns tokens around."""
 _NAMES = {
     "size", "shape", "dim", "ndim", "view", "reshape", "flatten", "unflatten", "contiguous",
     "squeeze", "unsqueeze", "int", "math", "sqrt", "isqrt", "ValueError", "config",
-    *_TURNS,
+    *TURNS,
 }  # fmt: skip
 LARGEST = 16
 """Of the factors that the op takes."""
@@ -91,7 +92,7 @@ class Mover:
 def movers(module: nn.Module) -> Iterator[Mover]:
     """The functions of a module that only rearrange what they are given."""
     seen = set()
-    for name, function in _methods(module):
+    for name, function in methods(module):
         if name not in seen and (name != "forward" or _is_bare(module)):
             found = _mover(module, name, function, True)
             if found is not None:
@@ -104,7 +105,7 @@ def movers(module: nn.Module) -> Iterator[Mover]:
             yield found
 
 
-def _methods(module: nn.Module) -> Iterator[tuple[str, Any]]:
+def methods(module: nn.Module) -> Iterator[tuple[str, Any]]:
     """Names and functions of a module's class and its bases, the nearest first; none of ours."""
     for cls in (original_class(module) or type(module)).__mro__:
         if cls.__module__.partition(".")[0] == "torch":
@@ -131,7 +132,7 @@ def _mover(module: nn.Module, name: str, value: Any, is_method: bool) -> Mover |
     code = function.__code__
     names = set(code.co_names)
     if (
-        not names & _TURNS
+        not names & TURNS
         or code.co_freevars
         or any(isinstance(constant, types.CodeType) for constant in code.co_consts)
         or any(step.opname == "STORE_ATTR" for step in dis.get_instructions(code))
@@ -157,7 +158,7 @@ def number(module: Any, name: str) -> Any:
 
 def scales(module: nn.Module, mover: Mover) -> list[Any]:
     """What a function with a second parameter is called with: what callers name, or its default."""
-    callers = [f for _, value in _methods(module) if (f := _plain(value))]
+    callers = [f for _, value in methods(module) if (f := _plain(value))]
     codes = [f.__code__ for f in callers if mover.name in f.__code__.co_names]
     found = [number(module, name) for code in codes for name in code.co_names]
     unique = {(type(scale), scale): scale for scale in found if _factor(scale)}
@@ -187,8 +188,8 @@ def bound(module: nn.Module, mover: Mover, scale: Any) -> Callable[[Tensor], Any
 
 def turns_for(module: nn.Module, name: str) -> bool:
     """Whether a method of a module that names this child turns tokens around."""
-    found = (f.__code__.co_names for _, value in _methods(module) if (f := _plain(value)))
-    return any(name in names and _TURNS & set(names) for names in found)
+    found = (f.__code__.co_names for _, value in methods(module) if (f := _plain(value)))
+    return any(name in names and TURNS & set(names) for names in found)
 
 
 Table = tuple[tuple[Any, Shuffle], ...]

@@ -55,7 +55,7 @@ from torch.autograd import forward_ad
 
 from vlmops import _library, dispatch
 from vlmops.ops import mlp_projector_steps as steps
-from vlmops.ops.checks import require_tensor, wants_grad
+from vlmops.ops.checks import require_tensor, same_device, wants_grad
 from vlmops.ops.linear import Activation, activated
 from vlmops.ops.mlp_projector_steps import TENSORS, Arguments
 from vlmops.ops.registration import overloads, register, triton_twin
@@ -290,12 +290,8 @@ def _backward(
 
 def _fake(*args: Any) -> list[Tensor]:
     a = Arguments(*args)
-    for name, tensor in zip(Arguments._fields, a.differentiable, strict=False):
-        if tensor is not None and tensor.device != a.x.device:  # on meta nothing else looks
-            raise RuntimeError(
-                f"vlmops.mlp_projector: {name}: expected a tensor on {a.x.device}, where x is, got "
-                f"one on {tensor.device}"
-            )
+    others = dict(zip(Arguments._fields[1:], a.differentiable[1:], strict=False))
+    same_device("mlp_projector", "x", a.x, **others)
     rows = math.prod(a.x.shape[:-1])
     kept = [a.x.new_empty(rows, width) for width in a.widths()] if a.keep else []
     return [a.x.new_empty(a.shape()), *kept]

@@ -12,12 +12,11 @@ from torch.nn import functional
 from vlmops.ops.linear import (
     activated,
     alternative,
-    differentiable_alternative,
     has_alternative,
 )
 from vlmops.ops.mlp_projector import mlp_projector, reference
 from vlmops.ops.mlp_projector_steps import Arguments as OfOp
-from vlmops.ops.spec import Arguments, BadCall, BenchCase, Case, Spec
+from vlmops.ops.spec import Arguments, BadCall, BenchCase, Case, Spec, yardstick_linear
 
 _TENSORS = OfOp._fields[:9]
 
@@ -163,16 +162,8 @@ def eager_for(args: Arguments) -> Callable[..., tuple[Tensor]]:
 
 
 def yardstick_for(args: Arguments) -> Callable[..., tuple[Tensor]]:
-    """The same; of a thousand float32 products and more, the sums of the library that has them.
-
-    oneDNN adds those up as a plain loop would, with 2.1 times MKL's error: tests of
-    `vlmops.ops.linear` hold it to that.
-    """
-    x, weights = args["x"], _weights(args)
-    long = max(w.shape[1] for w in weights) >= 1024
-    if x.is_cpu and x.dtype == torch.float32 and long and has_alternative(x.dtype):
-        return _with_products(differentiable_alternative)
-    return eager_for(args)
+    """The same, by products that add up as those of the library do."""
+    return _with_products(yardstick_linear(args["x"], max(w.shape[1] for w in _weights(args))))
 
 
 def _with_products(linear: Callable[..., Tensor]) -> Callable[..., tuple[Tensor]]:

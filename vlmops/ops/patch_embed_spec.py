@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from vlmops.ops.linear import alternative, differentiable_alternative, has_alternative
+from vlmops.ops.linear import alternative, has_alternative
 from vlmops.ops.patch_embed import Position, arguments, patch_embed, reference
-from vlmops.ops.spec import Arguments, BadCall, BenchCase, Case, Spec
+from vlmops.ops.spec import Arguments, BadCall, BenchCase, Case, Spec, yardstick_linear
 
 _POSITIONS = (
     ("table", "index", "table_weight", False),
@@ -241,17 +241,11 @@ def eager_for(
 
 
 def yardstick_for(args: Arguments) -> Callable[..., tuple[Tensor]]:
-    """Flattened patches by F.linear, as transformers' fusion has them: a plain product's errors.
-
-    Of a thousand float32 products and more, as in mlp_projector, by oneDNN, which adds them up as a
-    plain loop would, with twice MKL's error.
-    """
+    """Flattened patches by F.linear, as transformers' fusion has them: a plain product's errors."""
     values, weight = args["pixel_values"], args["weight"]
     if isinstance(values, tuple) or values.dim() > 3 or weight.dim() == 2:
         return eager_for(args)
-    long = weight.is_cpu and weight.dtype == torch.float32 and weight[0].numel() >= 1024
-    by_onednn = long and has_alternative(weight.dtype)
-    multiply = differentiable_alternative if by_onednn else functional.linear
+    multiply = yardstick_linear(weight, weight[0].numel())
 
     def eager(**args: Any) -> tuple[Tensor]:
         return eager_for(args, multiply)(**{**args, "weight": args["weight"].flatten(1)})

@@ -11,11 +11,24 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
+
+from vlmops.ops.linear import differentiable_alternative, has_alternative
 
 if TYPE_CHECKING:
     from vlmops.bench.shapes import Model
 
 Arguments = dict[str, Any]
+
+
+def yardstick_linear(like: Tensor, k: int) -> Callable[..., Tensor]:
+    """``f(x, weight, bias)`` whose errors products over ``k`` numbers may have, in dtype and place.
+
+    F.linear; of a thousand float32 products and more on a CPU oneDNN, which adds them up as a plain
+    loop would, with 2.1 times MKL's error: tests of `vlmops.ops.linear` hold it to that.
+    """
+    long = like.is_cpu and like.dtype == torch.float32 and k >= 1024
+    return differentiable_alternative if long and has_alternative(like.dtype) else functional.linear
 
 
 @dataclasses.dataclass(frozen=True)

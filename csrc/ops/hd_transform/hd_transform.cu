@@ -7,10 +7,6 @@
 namespace vlmops::hd_transform {
 namespace {
 
-constexpr int kInvalidValue = 1;  // cudaErrorInvalidValue
-
-int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
-
 // Whether everything that is read and written takes accesses of v elements of `bytes`.
 bool is_wide(const Params& p, int v, int bytes, bool forward) {
   const auto aligned = [&](const void* base) {

@@ -7,10 +7,6 @@
 namespace vlmops::mlp_projector {
 namespace {
 
-constexpr int kInvalidValue = 1;  // cudaErrorInvalidValue
-
-int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
-
 bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
 template <class... Pointers>
@@ -85,8 +81,8 @@ int by_vectors(const Norm& p, const F& f, const Any& any) {
   const int threads = is_wide(p) ? norm_threads<T>(p.width / kPack<T>) : 0;
   if (threads == 0) return any();
   return with_vectors<T>(
-      p.dtype, {p.weight.data, p.weight.dtype, 1}, {p.bias.data, p.bias.dtype, 1},
-      [&](auto* type) { return f(type, threads); }, any);
+      p.dtype, vector_of(p.weight), vector_of(p.bias), [&](auto* type) { return f(type, threads); },
+      any);
 }
 
 struct RunNorm {
@@ -186,7 +182,7 @@ struct SumRows {
 int sum_rows_cuda(const RowSum& p, void* stream) {
   if (p.width == 0) return 0;
   const int64_t slices = slices_of(p.rows);
-  const int status = by_dtype(p.dtype, false, SumRows{p, slices < 2 ? 1 : slices, stream});
+  const int status = by_dtype(p.dtype, false, SumRows{p, slices, stream});
   if (status != 0 || slices < 2) return status;
   const RowSum rest{p.partial, DType::kFloat32, slices, p.width, p.out, p.out_dtype, nullptr};
   return by_dtype(DType::kFloat32, false, SumRows{rest, 1, stream});

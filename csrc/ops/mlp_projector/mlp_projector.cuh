@@ -200,19 +200,11 @@ template <int V>
 __device__ __forceinline__ void add_up(float* sums, const Floats<V>& own, const Tile<V>& tile,
                                        int64_t width, float* shared) {
   if (sums == nullptr) return;  // of all threads
-  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
-#pragma unroll
-  for (int e = 0; e < V; ++e) shared[(warp * V + e) * kWarpSize + lane] = own.v[e];
-  __syncthreads();
-  if (tile.inside) {
-    for (int e = warp; e < V; e += kSumWarps) {
-      double sum = 0.0;
-#pragma unroll
-      for (int w = 0; w < kSumWarps; ++w) sum += shared[(w * V + e) * kWarpSize + lane];
-      sums[tile.part * width + tile.column + e] = static_cast<float>(sum);
-    }
-  }
-  __syncthreads();
+  float* const to = sums + tile.part * width + tile.column;
+  add_warps<kSumWarps>(own.v, shared, [&](int e, float sum) {
+    if (tile.inside) to[e] = sum;
+  });
+  __syncthreads();  // shared is used again
 }
 
 template <int V>
@@ -293,26 +285,14 @@ __global__ void __launch_bounds__(kThreads)
       for (int e = 0; e < V; ++e) sum[e] += one[e];
     }
   }
-#pragma unroll
-  for (int e = 0; e < V; ++e) shared[(warp * V + e) * kWarpSize + lane] = sum[e];
-  __syncthreads();
-  if (warp >= V || column + warp >= width) return;
-  double total = 0.0;
-#pragma unroll
-  for (int w = 0; w < kSumWarps; ++w) total += shared[(w * V + warp) * kWarpSize + lane];
-  out[blockIdx.y * width + column + warp] = from_float<Out>(static_cast<float>(total));
+  add_warps<kSumWarps>(sum, shared, [&](int e, float total) {
+    if (column + e < width) out[blockIdx.y * width + column + e] = from_float<Out>(total);
+  });
 }
 
 // ---- Norms ----
 
-__device__ __forceinline__ NormVector vector_of(const Row& row) { return {row.data, row.dtype, 1}; }
-
-__device__ __forceinline__ void keep(const Norm& p, int64_t row, const Statistics& by) {
-  float* const to = p.scales + row * kScales;
-  to[0] = by.mean;
-  to[1] = by.scale;
-  to[2] = by.shift;
-}
+VLMOPS_HOST_DEVICE inline NormVector vector_of(const Row& row) { return {row.data, row.dtype, 1}; }
 
 // A block to a row, in packs. TW: of weight and bias.
 template <class T, class TW>
@@ -361,7 +341,7 @@ __global__ void __launch_bounds__(kNormThreads, 1)
   });
   Statistics by[1];
   held.pull_back(wg, packs, p.layer, p.eps, 1.0f / static_cast<float>(p.width), add_up, by);
-  if (threadIdx.x == 0) keep(p, blockIdx.x, by[0]);
+  if (threadIdx.x == 0) keep(p.scales, blockIdx.x, by[0]);
   if (p.grad_x == nullptr) return;
   T* const to = static_cast<T*>(p.grad_x) + blockIdx.x * p.width;
   Held::each(packs, [&](int j, int u) { store_words(to + u * V, narrow<T>(held.x[j])); });
@@ -381,26 +361,14 @@ struct AnyRow {
     for (int64_t i = threadIdx.x; i < p.width; i += kAnyThreads) f(i);
   }
   __device__ __forceinline__ float weight(int64_t i) const {
-    return p.weight.data == nullptr ? 1.0f : vector_of(p.weight).at(i) + p.offset;
+    return weight_at(vector_of(p.weight), p.offset, i);
   }
   __device__ __forceinline__ Statistics statistics(BlockSum& add_up) const {
-    const float per_element = 1.0f / static_cast<float>(p.width);
-    float mean[1] = {}, sums[2] = {};
-    if (p.layer) {
-      each([&](int64_t i) { mean[0] += to_float(x[i]); });
-      add_up(mean);
-      mean[0] *= per_element;
-    }
-    each([&](int64_t i) {
-      const float off = to_float(x[i]) - mean[0];
-      sums[0] += off;
-      sums[1] += off * off;
-    });
-    add_up(sums);
-    return statistics_of(p.layer, p.eps, mean[0], sums[0], sums[1], per_element);
+    const auto load = [&](int64_t i) { return to_float(x[i]); };
+    return statistics_of_each(p.width, load, p.layer, p.eps, add_up);
   }
   __device__ __forceinline__ float normed(int64_t i, const Statistics& by) const {
-    return (to_float(x[i]) - by.mean) * by.scale + by.shift;
+    return by.normed(to_float(x[i]));
   }
 };
 
@@ -413,7 +381,7 @@ __global__ void __launch_bounds__(kAnyThreads)
   const Statistics by = row.statistics(add_up);
   T* const out = static_cast<T*>(p.out) + blockIdx.x * p.width;
   row.each([&](int64_t i) {
-    const float bias = p.bias.data == nullptr ? 0.0f : vector_of(p.bias).at(i);
+    const float bias = element(vector_of(p.bias), i, 0.0f);
     out[i] = from_float<T>(row.normed(i, by) * row.weight(i) + bias);
   });
 }
@@ -425,7 +393,7 @@ __global__ void __launch_bounds__(kAnyThreads)
   BlockSum add_up(shared);
   const AnyRow<T> row(p);
   const Statistics by = row.statistics(add_up);
-  if (threadIdx.x == 0) keep(p, blockIdx.x, by);
+  if (threadIdx.x == 0) keep(p.scales, blockIdx.x, by);
   if (p.grad_x == nullptr) return;
   const T* const grad = static_cast<const T*>(p.grad) + blockIdx.x * p.width;
   T* const to = static_cast<T*>(p.grad_x) + blockIdx.x * p.width;
@@ -452,11 +420,11 @@ __global__ void __launch_bounds__(kThreads)
   Floats<V> weight_sum = {}, bias_sum = {};
 #pragma unroll 4
   for (int64_t row = tile.inside ? tile.row : tile.last; row < tile.last; row += kSumWarps) {
-    const float* const scale = p.scales + kScales * row;
+    const Statistics by = kept(p.scales, row);
     Floats<V> y = load<T, V>(p.x, row * p.x_stride + tile.column);
     const Floats<V> g = load<T, V>(p.grad, row * p.width + tile.column);
 #pragma unroll
-    for (int e = 0; e < V; ++e) y.v[e] = ((y.v[e] - scale[0]) * scale[1] + scale[2]) * g.v[e];
+    for (int e = 0; e < V; ++e) y.v[e] = by.normed(y.v[e]) * g.v[e];
     add(weight_sum, y);
     add(bias_sum, g);
   }

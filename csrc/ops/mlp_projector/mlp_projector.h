@@ -2,20 +2,15 @@
 // share. Matrices are [rows, width], of one dtype and contiguous, unless it is said otherwise.
 #pragma once
 
-#include "common/types.h"
+#include "common/norm.h"
 
 namespace vlmops::mlp_projector {
 
 enum class Activation : int { kNone, kGelu, kGeluTanh, kQuickGelu, kSilu, kRelu };
 
-// Sums over rows are kept for this many rows each, whatever CPU or GPU runs them: their order is
-// the same. A GPU's end of a part costs as much as 16 rows: parts are large there if that leaves
-// blocks enough, of 256 columns each, for all multiprocessors three times.
+// Sums over rows are kept for this many rows each, whatever CPU runs them: their order is the same.
+// A GPU's parts: gpu_part_rows.
 constexpr int64_t kPartRows = 32;
-VLMOPS_HOST_DEVICE constexpr int64_t gpu_part_rows(int64_t rows, int64_t width) {
-  return rows / 128 * (width / 256) < 400 ? kPartRows : 128;
-}
-constexpr int64_t kScales = 3;  // of a row: mean, factor, shift
 
 VLMOPS_HOST_DEVICE constexpr int64_t parts_of(int64_t rows, int64_t part_rows = kPartRows) {
   return (rows + part_rows - 1) / part_rows;

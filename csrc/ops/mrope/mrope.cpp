@@ -13,6 +13,7 @@
 
 #include "binding/check.h"
 #include "binding/cuda.h"
+#include "binding/numbers.h"
 #include "binding/parallel.h"
 #include "common/cpu_kernels.h"
 
@@ -389,25 +390,9 @@ Tensor norm_backward_rows(const NormBackward& b, int64_t head_axis, Rows& rows) 
 
 // sum [D] in the dtype of the weight; empty if nobody needs it.
 Tensor weight_gradient(const NormBackward& b, const double* sum) {
-  const bool wanted = b.weight.has_value() && b.needs_weight_grad;
-  const int64_t size[] = {wanted ? b.weight->size(0) : 0};
-  Tensor out =
-      torch::stable::new_empty(b.weight.has_value() ? *b.weight : b.grad.tensor, {size, 1});
-  void* p = out.mutable_data_ptr();
-  for (int64_t i = 0; i < size[0]; ++i) {
-    const float value = static_cast<float>(sum[i]);
-    switch (out.scalar_type()) {
-      case ScalarType::BFloat16:
-        static_cast<torch::headeronly::BFloat16*>(p)[i] = value;
-        break;
-      case ScalarType::Half:
-        static_cast<torch::headeronly::Half*>(p)[i] = value;
-        break;
-      default:
-        static_cast<float*>(p)[i] = value;
-    }
-  }
-  return out;
+  if (b.weight.has_value() && b.needs_weight_grad) return rounded_like(*b.weight, sum);
+  const int64_t none[] = {0};
+  return torch::stable::new_empty(b.weight.has_value() ? *b.weight : b.grad.tensor, {none, 1});
 }
 
 // The gradients of the weights of q and k, in their dtypes; of both norms in one launch.

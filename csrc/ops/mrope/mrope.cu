@@ -196,8 +196,6 @@ bool fits_int(const Params& p) {
   return p.batch * p.tokens < most && p.rows[0].heads + p.rows[1].heads < most / (4 * kWarpSize);
 }
 
-constexpr int kInvalidValue = 1;  // cudaErrorInvalidValue
-
 bool nothing_to_do(const Params& p) {
   return p.batch * p.tokens == 0 || (p.rows[0].heads + p.rows[1].heads) * p.head_dim == 0;
 }

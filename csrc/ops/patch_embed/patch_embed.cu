@@ -8,8 +8,6 @@
 namespace vlmops::patch_embed {
 namespace {
 
-int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
-
 size_t size_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
 
 bool aligned(const void* p, size_t bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }

@@ -929,12 +929,6 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
 
 // ---- The norm, and the patch matrix itself ----
 
-__device__ __forceinline__ float warp_sum(float x) {
-  for (int distance = kWarpSize / 2; distance > 0; distance /= 2)
-    x += __shfl_xor_sync(kFullWarp, x, distance);
-  return x;
-}
-
 // Rows of a product, or the output itself.
 struct Rows {
   const void* data;

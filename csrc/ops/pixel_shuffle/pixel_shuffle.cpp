@@ -240,7 +240,7 @@ void set_norm(const Options& o, const Argument& hidden, OptionalTensor& weight,
   const char* meaning = p.norm_channels ? "[C], one for each channel of a token"
                         : p.mean        ? "[C], one for each channel"
                                         : "[factor^2 C], one for each channel of a merged token";
-  const auto set = [&](const char* name, OptionalTensor& t, Weight& w) {
+  const auto set = [&](const char* name, OptionalTensor& t, NormVector& w) {
     if (!t.has_value()) return;
     const Argument a{o.op, name, *t};
     w.dtype = a.floating();

@@ -8,10 +8,6 @@
 namespace vlmops::pixel_shuffle {
 namespace {
 
-constexpr int kInvalidValue = 1;  // cudaErrorInvalidValue
-
-int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
-
 int64_t bytes_of(const Params& p) { return p.dtype == DType::kFloat32 ? 4 : 2; }
 
 bool on(int64_t bytes, const void* p) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
@@ -117,8 +113,6 @@ int by_dtype(const Params& p, const F& f) {
 template <class T, class F, class Any>
 int by_layout(const Params& p, const F& f, const Any& any) {
   const int64_t units = p.normed() / kPack<T>;
-  const NormVector weight{p.weight.data, p.weight.dtype, p.weight.stride};
-  const NormVector bias{p.bias.data, p.bias.dtype, p.bias.stride};
   const auto call = [&](auto layout, int64_t n) {
     int threads = packs(p) ? norm_threads<T>(n) : 0;
     if (threads == 0) return any();
@@ -126,7 +120,7 @@ int by_layout(const Params& p, const F& f, const Any& any) {
       threads =
           static_cast<int>(std::min<int64_t>(divide_up(n, kWarpSize) * kWarpSize, kNormThreads));
     return with_vectors<T>(
-        p.dtype, weight, bias,
+        p.dtype, p.weight, p.bias,
         [&](auto* type) { return f(layout, type, n, static_cast<unsigned>(threads)); }, any);
   };
   if (p.mean) return call(std::integral_constant<Layout, Layout::kMean>(), units);

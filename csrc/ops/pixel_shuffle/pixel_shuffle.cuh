@@ -305,18 +305,6 @@ struct Plan {
   Divider per_pixel, factor;  // packs of a pixel; Params' factor
 };
 
-__device__ __forceinline__ NormVector vector_of(const Weight& w) {
-  return {w.data, w.dtype, w.stride};
-}
-
-__device__ __forceinline__ float weight_at(const Params& p, int64_t k) {
-  return p.weight.data == nullptr ? 1.0f : vector_of(p.weight).at(k) + p.offset;
-}
-
-__device__ __forceinline__ float bias_at(const Params& p, int64_t k) {
-  return p.bias.data == nullptr ? 0.0f : vector_of(p.bias).at(k);
-}
-
 struct PlaceOfRow {
   Place at;
   int pixel;  // where a row is one pixel; else -1
@@ -491,12 +479,7 @@ __global__ void __launch_bounds__(kNormThreads, 1)
                  1.0f / static_cast<float>(p.normed()), add_up, by);
   if (scales != nullptr && threadIdx.x == 0) {
 #pragma unroll
-    for (int s = 0; s < S; ++s) {
-      float* const to = scales + (static_cast<int64_t>(blockIdx.x) * S + s) * kScales;
-      to[0] = by[s].mean;
-      to[1] = by[s].scale;
-      to[2] = by[s].shift;
-    }
+    for (int s = 0; s < S; ++s) keep(scales, static_cast<int64_t>(blockIdx.x) * S + s, by[s]);
   }
   if (p.pixels_out == nullptr) return;
   const auto to = row.to();
@@ -504,9 +487,7 @@ __global__ void __launch_bounds__(kNormThreads, 1)
 }
 
 // partial [parts, 2, normed]: of plan.part_rows rows each, the sums of the gradients of weight and
-// bias. Grid: parts times the packs of a row by kWarpSize. What is read here again, x and the
-// gradient, partly lies in L2 still; sums within the kernel above took registers and made blocks
-// few, which cost three times as much.
+// bias. Grid: parts times the packs of a row by kWarpSize.
 template <class T, Layout layout>
 __global__ void __launch_bounds__(kSumThreads)
     pixel_shuffle_norm_sums_kernel(const VLMOPS_GRID_CONSTANT Params p,
@@ -514,7 +495,7 @@ __global__ void __launch_bounds__(kSumThreads)
                                    float* partial) {
   using R = Row<T, layout>;
   constexpr int V = R::V, S = R::kSets, C = R::kColumns, kWarps = kSumThreads / kWarpSize;
-  constexpr int kMostRows = 128 / S;  // a "cyx" token is S rows that are normed
+  constexpr int kMostRows = kLargePart / S;  // a "cyx" token is S rows that are normed
   VLMOPS_SHARED(PlaceOfRow, places, kMostRows);
   VLMOPS_SHARED(float, shared, kWarps * 2 * C * kWarpSize);
   const int columns = (plan.units + kWarpSize - 1) / kWarpSize;
@@ -533,26 +514,19 @@ __global__ void __launch_bounds__(kSumThreads)
     float x[V], g[V];
     row.load(row.from(), u, x);
     load_floats(merged_at<T>(p, row.at) + row.merged(u), g);
-    const float* const of = scales + (first + i) * S * kScales;
+    Statistics by[S];
+#pragma unroll
+    for (int s = 0; s < S; ++s) by[s] = kept(scales, (first + i) * S + s);
 #pragma unroll
     for (int e = 0; e < V; ++e) {
-      const float* const s = of + e % S * kScales;
-      sums[R::column_of(e)] += g[e] * ((x[e] - s[0]) * s[1] + s[2]);
+      sums[R::column_of(e)] += g[e] * by[e % S].normed(x[e]);
       sums[C + R::column_of(e)] += g[e];
     }
   }
-#pragma unroll
-  for (int i = 0; i < 2 * C; ++i) shared[(warp * 2 * C + i) * kWarpSize + lane] = sums[i];
-  __syncthreads();
-  if (u >= plan.units) return;
-  // Warp w adds up columns w, w + kWarps, ... of both vectors.
   float* const to = partial + part * 2 * p.normed();
-  for (int i = warp; i < 2 * C; i += kWarps) {
-    double sum = 0.0;
-#pragma unroll
-    for (int w = 0; w < kWarps; ++w) sum += shared[(w * 2 * C + i) * kWarpSize + lane];
-    to[i / C * p.normed() + static_cast<int64_t>(u) * C + i % C] = static_cast<float>(sum);
-  }
+  add_warps<kWarps>(sums, shared, [&](int i, float sum) {
+    if (u < plan.units) to[i / C * p.normed() + static_cast<int64_t>(u) * C + i % C] = sum;
+  });
 }
 
 // A row element by element: any factor, order, strides and length.
@@ -608,26 +582,12 @@ __global__ void __launch_bounds__(kAnyThreads)
   BlockSum add_up(shared);
   const AnyRow<T> row(p, blockIdx.x);
   const int n = static_cast<int>(p.normed());
-  const float per_element = 1.0f / static_cast<float>(n);
-  float mean[1] = {};
-  if (p.norm == Norm::kLayer) {
-    for (int k = threadIdx.x; k < n; k += kAnyThreads) mean[0] += row.load(p, k);
-    add_up(mean);
-    mean[0] *= per_element;
-  }
-  float sums[2] = {};
-  for (int k = threadIdx.x; k < n; k += kAnyThreads) {
-    const float centred = row.load(p, k) - mean[0];
-    sums[0] += centred;
-    sums[1] += centred * centred;
-  }
-  add_up(sums);
-  const Statistics by =
-      statistics_of(p.norm == Norm::kLayer, p.eps, mean[0], sums[0], sums[1], per_element);
+  const auto load = [&](int64_t k) { return row.load(p, static_cast<int>(k)); };
+  const Statistics by = statistics_of_each(n, load, p.norm == Norm::kLayer, p.eps, add_up);
   T* const out = merged_out_at<T>(p, row.at);
   for (int k = threadIdx.x; k < n; k += kAnyThreads) {
-    const float xh = (row.load(p, k) - by.mean) * by.scale + by.shift;
-    out[row.merged(p, k)] = from_float<T>(xh * weight_at(p, k) + bias_at(p, k));
+    const float y = by.normed(row.load(p, k)) * weight_at(p.weight, p.offset, k);
+    out[row.merged(p, k)] = from_float<T>(y + element(p.bias, k, 0.0f));
   }
 }
 
@@ -658,7 +618,8 @@ __global__ void __launch_bounds__(kAnyThreads)
     float sums[4] = {};
     for (int k = threadIdx.x; k < n; k += kAnyThreads) {
       const float centred = row.load(p, k) - mean[0];
-      const float wg = weight_at(p, k) * to_float(grad[row.merged(p, k) * p.merged_stride]);
+      const float wg =
+          weight_at(p.weight, p.offset, k) * to_float(grad[row.merged(p, k) * p.merged_stride]);
       sums[0] += centred;
       sums[1] += centred * centred;
       sums[2] += wg;
@@ -669,14 +630,15 @@ __global__ void __launch_bounds__(kAnyThreads)
     const float mean_wg = layer ? sums[2] * per_element : 0.0f;
     const float mean_along = (sums[3] * by.scale + sums[2] * by.shift) * per_element;
     for (int k = threadIdx.x; k < n; k += kAnyThreads) {
-      const float xh = (row.load(p, k) - by.mean) * by.scale + by.shift;
+      const float xh = by.normed(row.load(p, k));
       const float g = to_float(grad[row.merged(p, k) * p.merged_stride]);
       if (partial != nullptr) {
         of_weight[k] += g * xh;
         of_bias[k] += g;
       }
       if (p.pixels_out != nullptr)
-        row.store_pixels(p, k, (weight_at(p, k) * g - mean_wg - xh * mean_along) * by.scale);
+        row.store_pixels(
+            p, k, (weight_at(p.weight, p.offset, k) * g - mean_wg - xh * mean_along) * by.scale);
     }
   }
 }

@@ -1,7 +1,7 @@
 // Parameters of pixel shuffle: all that host, device and emulator code share.
 #pragma once
 
-#include "common/types.h"
+#include "common/norm.h"
 
 namespace vlmops::pixel_shuffle {
 
@@ -27,13 +27,6 @@ struct Group {
   int64_t merged_out, image_out;  // in `merged_out`
 };
 
-// Vectors of the norm: of the merged token's channels, or of a pixel's.
-struct Weight {
-  const void* data;  // null where there is none
-  DType dtype;
-  int64_t stride;
-};
-
 // Pixels [.., C] on one side, merged tokens [.., K] on the other: K = f * f * C, or C where blocks
 // are averaged.
 struct Params {
@@ -50,12 +43,12 @@ struct Params {
   Order order;
   bool mean;  // average a block instead of merging it
   Norm norm;
-  bool norm_channels;   // over the C channels of each pixel instead of over the merged token's K
-  Weight weight, bias;  // of the norm
-  float eps;            // added to the variance, or to the mean square
-  float offset;         // added to the weight
-  bool streams;         // what is written is too large for the caches
-  int64_t tokens;       // merged tokens of all groups
+  bool norm_channels;  // over the C channels of each pixel instead of over the merged token's K
+  NormVector weight, bias;
+  float eps;       // added to the variance, or to the mean square
+  float offset;    // added to the weight
+  bool streams;    // what is written is too large for the caches
+  int64_t tokens;  // merged tokens of all groups
   int group_count;
   Group groups[kMaxGroups];
 
@@ -81,19 +74,14 @@ inline int64_t scratch_floats(const Params& p) { return 8 * (p.depth() + 16 + kS
 // On a GPU, where all pointers of Params are the device's. They return 0 or an error's number.
 using CudaKernel = int (*)(const Params&, void* stream);
 
-// Rows that are normed; in backward each part of them leaves one sum, so that the order is the same
-// on every GPU. The end of a part costs as much as 16 rows: parts are large if that leaves blocks
-// enough, of 256 columns each, for all multiprocessors three times.
+// Rows that are normed.
 inline int64_t normed_rows(const Params& p) {
   return p.norm_channels ? p.tokens * p.block() : p.tokens;
 }
-inline int64_t part_rows_of(const Params& p) {
-  return normed_rows(p) / 128 * (p.normed() / 256) < 400 ? 32 : 128;
-}
+inline int64_t part_rows_of(const Params& p) { return gpu_part_rows(normed_rows(p), p.normed()); }
 inline int64_t parts_of(const Params& p) {
   return (normed_rows(p) + part_rows_of(p) - 1) / part_rows_of(p);
 }
-constexpr int64_t kScales = 3;  // of a row: mean, factor, shift
 
 // partial [parts, 2, normed()] is written, scales [rows, kScales] is scratch; both null where
 // nobody needs the gradients of weight and bias.

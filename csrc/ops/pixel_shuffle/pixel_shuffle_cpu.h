@@ -427,7 +427,7 @@ inline int64_t place_of(const Scratch& s, int64_t k) {
   return s.words ? Access<bfloat16, true>::place(k) : k;
 }
 
-inline float element(const Weight& w, int64_t i) {
+inline float element(const NormVector& w, int64_t i) {
   switch (w.dtype) {
     case DType::kFloat32:
       return one(static_cast<const float*>(w.data) + i * w.stride);
@@ -583,23 +583,43 @@ inline Place find(const Params& p, int64_t token) {
   return {group, number, n / tokens, number / group->columns, number % group->columns};
 }
 
-// The mean of a block's pixels [C], in float32.
-template <class T>
-inline void average(const Params& p, const Block<const T>& from, int64_t stride, float* to) {
-  const int64_t n = p.block(), c = p.channels;
-  const float share = 1.0f / static_cast<float>(n);
+// Whole steps of the mean of n pixels [C], or of kPixels where that is not 0; returns their end.
+template <class A, int kPixels, class T, class U>
+inline int64_t average_steps(const Block<const T>& from, int64_t n, int64_t c, U* to,
+                             bool streams) {
+  using To = Access<U, (A::kVectors > 1)>;
+  const int64_t count = kPixels > 0 ? kPixels : n;
+  const float share = 1.0f / static_cast<float>(count);
+  const bool streamed = streams && aligned(to);
   int64_t k = 0;
-  if (stride == 1) {
-    for (; k + kFloats <= c; k += kFloats) {
-      auto sum = load<kFloats>(from.pixel[0] + k);
-      for (int64_t i = 1; i < n; ++i) sum += load<kFloats>(from.pixel[i] + k);
-      store<kFloats>(to + k, sum * share);
+  for (; k + A::kStep <= c; k += A::kStep) {
+    auto sum = A::read(from.pixel[0] + k);
+    for (int64_t i = 1; i < count; ++i) {
+      const auto more = A::read(from.pixel[i] + k);
+      for (int v = 0; v < A::kVectors; ++v) sum.v[v] += more.v[v];
     }
+    for (auto& v : sum.v) v *= share;
+    To::write(to + k, bit_cast<typename To::Values>(sum), streamed);
   }
+  return k;
+}
+
+// The mean of a block's pixels [C], computed in float32.
+template <class T, class U>
+inline void average(const Params& p, const Block<const T>& from, int64_t stride, U* to,
+                    bool streams) {
+  constexpr bool kWords = __is_same(T, bfloat16) && __is_same(U, bfloat16);
+  using A = Access<T, kWords>;
+  const int64_t n = p.block(), c = p.channels;
+  int64_t k = 0;
+  if (stride == 1)
+    k = n == 4 ? average_steps<A, 4>(from, n, c, to, streams)
+               : average_steps<A, 0>(from, n, c, to, streams);
+  const float share = 1.0f / static_cast<float>(n);
   for (; k < c; ++k) {
     float sum = 0.0f;
     for (int64_t i = 0; i < n; ++i) sum += one(from.pixel[i] + k * stride);
-    to[k] = sum * share;
+    store<1>(to + k, Vec<float, 1>{sum * share});
   }
 }
 
@@ -619,13 +639,6 @@ inline void spread(const Params& p, const S* x, int64_t stride, const Block<T>& 
     const Vec<float, 1> v{one(x + k * stride) * share};
     for (int64_t i = 0; i < n; ++i) store<1>(to.pixel[i] + k, v);
   }
-}
-
-template <class T>
-inline void round_row(const float* x, T* y, int64_t n) {
-  int64_t i = 0;
-  for (; i + kFloats <= n; i += kFloats) store<kFloats>(y + i, load<kFloats>(x + i));
-  for (; i < n; ++i) store<1>(y + i, Vec<float, 1>{x[i]});
 }
 
 // Pieces of C that lie one after the other.
@@ -654,11 +667,11 @@ void forward_typed(const Params& p, int64_t begin, int64_t end, float* memory) {
     T* y = static_cast<T*>(p.merged_out) + at.group->merged_out + at.image * at.group->image_out +
            at.number * p.token_stride_out;
     if (p.mean) {
-      average(p, block, p.pixel_stride, s.first);
       if (p.norm == Norm::kNone) {
-        round_row(s.first, y, p.channels);
+        average(p, block, p.pixel_stride, y, p.streams);
         continue;
       }
+      average(p, block, p.pixel_stride, s.first, false);
       Runs<const float> runs;
       one_run<const float>(runs, s.first, p.channels);
       norm_any_row(p, s, runs, y, p.streams);
@@ -774,7 +787,7 @@ void norm_backward_typed(const Params& p, int64_t begin, int64_t end, float* mem
                  at.number * p.token_stride;
     T* buffer = reinterpret_cast<T*>(s.fourth);
     if (p.mean) {
-      average(p, block, p.pixel_stride, s.first);
+      average(p, block, p.pixel_stride, s.first, false);
       g = adjacent(g, p.merged_stride, p.channels, buffer);
       Runs<const float> x;
       Runs<float> dx;

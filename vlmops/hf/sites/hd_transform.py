@@ -4,8 +4,9 @@ Such a module asks its tower for the features of all crops, and then puts the cr
 where they lie, cuts off what the picture does not fill, adds newlines and a separator, projects,
 and writes the tokens over placeholders: picture by picture, with a value read back from the device
 for each size. Here all pictures are laid out and projected at once, and what sizes depend on is
-read together, once. The tower, the projections and the dropout are the module's own and are called
-as before.
+read together, once. The tower and the dropout are the module's own and are called as before; so are
+its two linear layers, where these are more than layers, and else `vlmops.mlp_projector` does their
+work.
 
 A module is found by its parts, and what it does with them by running it with made up features:
 which of its two parameters ends rows, which order it has.
@@ -29,9 +30,12 @@ from vlmops.hf import plain
 from vlmops.hf.rebind import changed, original_class, subclass
 from vlmops.hf.sites import AlreadyPatched, Place, Refused, Site
 from vlmops.ops.hd_transform import Order, hd_transform
+from vlmops.ops.linear_tuning import tune
+from vlmops.ops.mlp_projector import mlp_projector
 
 _ARGUMENTS = ("input_ids", "inputs_embeds", "image_pixel_values", "image_sizes",
               "image_attention_mask")  # fmt: skip
+_SECONDS = 0.5  # at most for timing products
 _TOLERANCE = 1e-5  # of the largest value, in float32: products of other heights round otherwise
 
 
@@ -71,9 +75,10 @@ def find(model: nn.Module) -> Iterator[Place | Refused | AlreadyPatched]:
             reason = f"no kernel for parameters of {newline.dtype}"
         parts = study(module, candidates) if reason is None else None
         if isinstance(parts, Parts):
-            yield dataclasses.replace(
-                place, details=_Found(module, parts), note=f"with {parts.newline}"
-            )
+            layers = [module.get_submodule(name) for name in (parts.first, parts.second)]
+            tune((m.weight for m in layers if _is_plain(m) and m.weight.is_cpu), _SECONDS)
+            note = f"with {parts.newline}, {parts.first}, {parts.second}"
+            yield dataclasses.replace(place, details=_Found(module, parts), note=note)
         else:
             yield Refused(place, reason or f"its tokens are not those of hd_transform: {parts}")
 
@@ -208,7 +213,8 @@ def patched_class(original: Any, parts: Parts) -> Any:
         forward.__signature__ = signature  # type: ignore[attr-defined]
         return forward
 
-    return subclass(original, ("hd_transform", parts, original.forward), make_forward)
+    absorbs = parts.first, parts.second
+    return subclass(original, ("hd_transform", parts, original.forward), make_forward, absorbs)
 
 
 def _laid_out(
@@ -247,13 +253,32 @@ def _laid_out(
     made = hd_transform(
         features, grids, newline, separator, valid_hw=valid, factor=1, order=parts.order
     )
-    made = first(made.to(device=target.device, dtype=target.dtype))
-    made = second(functional.gelu(made)).to(inputs_embeds)
+    made = _projected(first, second, made.to(device=target.device, dtype=target.dtype))
+    made = made.to(inputs_embeds)
     at = torch.nonzero_static(input_ids == _placeholder(module), size=tokens).unbind(1)
     with torch.autocast(inputs_embeds.device.type, enabled=False):
         filled = inputs_embeds.index_put(at, made)
     result: Tensor = getattr(module, parts.dropout)(filled)
     return result
+
+
+def _is_plain(layer: Any) -> bool:
+    return plain.bypassable(layer, nn.Linear)
+
+
+def _projected(first: Any, second: Any, x: Tensor) -> Tensor:
+    """By both linear layers, with a gelu between them."""
+    tensors = [t for layer in (first, second) for t in plain.tensors(layer)]
+    if (
+        _is_plain(first)
+        and _is_plain(second)
+        and all(t.dtype == x.dtype for t in tensors)
+        and plain.runs("mlp_projector", [x, *tensors])
+    ):
+        weights = first.weight, first.bias, second.weight, second.bias
+        return mlp_projector(x, *weights, activation="gelu")
+    projected: Tensor = second(functional.gelu(first(x)))
+    return projected
 
 
 def _placeholder(module: Any) -> int:

@@ -35,6 +35,14 @@ class _Projector:
         paths = (path for chain in self.layout.chains for path in chain.linears)
         return [self.module.get_submodule(path) for path in paths]
 
+    @property
+    def weights(self) -> Iterator[Any]:
+        """As they are multiplied by."""
+        for chain in self.layout.chains:
+            pairs = projectors.in_front(self.module, chain)
+            yield from (weight for weight, _ in pairs if weight is not None)
+            yield self.module.get_submodule(chain.fc2).weight
+
 
 def find(model: nn.Module) -> Iterator[Place | Refused | AlreadyPatched]:
     """Every module that is, or holds, a chain of a projector."""
@@ -60,7 +68,7 @@ def find(model: nn.Module) -> Iterator[Place | Refused | AlreadyPatched]:
             yield Refused(place, reason)
         else:
             served.append(dataclasses.replace(place, details=found, note=layout.note))
-    tune((m.weight for p in served for m in p.details.linears if m.weight.is_cpu), _SECONDS)
+    tune((w for p in served for w in p.details.weights if w.is_cpu), _SECONDS)
     yield from served
     for path, reason in failed.items():
         outer = path.rpartition(".")[0]
@@ -114,7 +122,11 @@ def _difference(module: nn.Module, chain: Chain, dtype: torch.dtype) -> str | No
     """Why the op is not what its parts do, with few channels."""
     draw = torch.Generator().manual_seed(0)
     k, h, n = _SIZES
-    sizes = {chain.fc1: (k, h), chain.gate: (k, h), chain.fc2: (h, n)}
+    sizes = {
+        chain.fc1: (k, h if chain.gated is None else 2 * h),
+        chain.gate: (k, h),
+        chain.fc2: (h, n),
+    }
     names = dict.fromkeys(chain.parts)
     small = nn.Module()
     for i, path in enumerate(names):

@@ -2,7 +2,7 @@
 
 Methods, and functions that a forward calls, that only rearrange (`vlmops.hf.shuffles`), and modules
 that do more (`vlmops.hf.mergers`). Left to the model's own code, which is as fast, are small
-tensors on a CPU, and an `nn.AvgPool2d` over tokens, which reads them in channels_last.
+tensors on a CPU.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from vlmops import dispatch
 from vlmops.hf import mergers, plain, shuffles
-from vlmops.hf.mergers import Pooling, Unfolding
+from vlmops.hf.mergers import Pool, Pooling, Unfolding
 from vlmops.hf.rebind import changed, owner, rebind, references, replaced, subclass
 from vlmops.hf.shuffles import Mover, Table
 from vlmops.hf.sites import AlreadyPatched, LeftAlone, Place, Refused, Site
@@ -45,7 +45,7 @@ class _Module:
     """A module whose forward is replaced."""
 
     module: nn.Module
-    does: Unfolding | Pooling
+    does: Unfolding | Pooling | Pool
     method = "forward"
 
     def __str__(self) -> str:
@@ -53,26 +53,34 @@ class _Module:
 
 
 _Details = _Function | _Module
+_Judgement = Place | Refused | AlreadyPatched
 
 
-def find(model: nn.Module) -> Iterator[Place | Refused | AlreadyPatched]:
+def find(model: nn.Module) -> Iterator[_Judgement]:
     """Everything that merges or averages blocks of tokens."""
     for path, module in model.named_modules():
-        place = Place(path, type(module).__name__, 1)
         found = list(_found(module))
         for details in found:
-            if isinstance(details, str):
-                yield Refused(place, details)
-            elif details.method in replaced(module):
-                yield AlreadyPatched(place)
-            elif (reason := _refusal(details)) is not None:
-                yield Refused(place, reason)
-            else:
-                yield dataclasses.replace(place, details=details, note=str(details))
+            yield _judged(path, module, details)
+        for reason in [] if found else mergers.left_alone(module):
+            yield LeftAlone(Place(path, type(module).__name__, 1), reason)
         for name, child in module.named_children():
             if not found and mergers.is_pool(child) and shuffles.turns_for(module, name):
-                place = Place(f"{path}.{name}".strip("."), type(child).__name__, 1)
-                yield LeftAlone(place, "torch's own pool of tokens is as fast")
+                pool = _Module(child, Pool(mergers.side_of(child)))
+                yield _judged(f"{path}.{name}".strip("."), child, pool)
+
+
+def _judged(path: str, module: nn.Module, details: _Details | str) -> _Judgement:
+    """What becomes of a module with something to serve."""
+    place = Place(path, type(module).__name__, 1)
+    if isinstance(details, str):
+        return Refused(place, details)
+    if details.method in replaced(module):
+        return AlreadyPatched(place)
+    reason = _refusal(details)
+    if reason is not None:
+        return Refused(place, reason)
+    return dataclasses.replace(place, details=details, note=str(details))
 
 
 def _found(module: nn.Module) -> Iterator[_Details | str]:
@@ -93,7 +101,7 @@ def _refusal(details: _Details) -> str | None:
         return reason
     if isinstance(details, _Function):
         reason = _replaced_function(details)
-    elif isinstance(details.does, Pooling):
+    elif isinstance(details.does, Pooling | Pool):
         reason = details.does.refuses(module)
     weight = next(module.parameters(), None)
     if reason is not None or weight is None:
@@ -184,7 +192,7 @@ def _replacement(mover: Mover, table: Table) -> Callable[..., Any]:
     return _like(called, function)  # type: ignore[no-any-return]
 
 
-def _forward(function: Any, does: Unfolding | Pooling) -> Callable[..., Any]:
+def _forward(function: Any, does: Unfolding | Pooling | Pool) -> Callable[..., Any]:
     names = list(inspect.signature(function).parameters)[1:]
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:

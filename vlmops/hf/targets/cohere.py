@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from vlmops.hf.targets import Expected, attention, patches, shuffle
+from vlmops.hf.targets import Expected, attention, patches, projector, shuffle
 
 
 def _rotating(config: Any) -> int:
@@ -16,6 +16,7 @@ EXPECTED = dict.fromkeys(
         patches("model.vision_tower.embeddings"),
         attention("model.vision_tower.encoder.layers.*.self_attn"),
         shuffle("model.multi_modal_projector"),
+        projector("model.multi_modal_projector"),
         Expected("mrope", "model.language_model", _rotating),
     ),
 )

@@ -56,7 +56,7 @@ EXPECTED = {
         _PROJECTOR,
         text(),
     ),
-    "llava_onevision": (*_TOWERS, *_ATTENTION, _PROJECTOR, text()),
+    "llava_onevision": (*_TOWERS, *_ATTENTION, shuffle("model"), _PROJECTOR, text()),
     "mistral3": (*_TOWERS, *_ATTENTION, _PIXTRAL, _MERGER, _PROJECTOR, text()),
     "video_llama_3": (
         patches("model.vision_model.embeddings.patch_embedding"),

@@ -1,6 +1,6 @@
 """Ovis2, Aria and Janus: a tower of the family's own, a Llama or Qwen2."""
 
-from vlmops.hf.targets import attention, patches, projector, text
+from vlmops.hf.targets import attention, patches, projector, shuffle, text
 
 EXPECTED = {
     "aria": (
@@ -19,6 +19,7 @@ EXPECTED = {
     "ovis2": (
         patches("model.vision_tower.transformer.embeddings"),
         attention("model.vision_tower.transformer.encoder.layers.*.attention"),
+        shuffle("model.vision_tower", lambda config: int(config.vision_config.hidden_stride > 1)),
         text(),
     ),
 }
