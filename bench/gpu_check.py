@@ -45,6 +45,7 @@ BENCHES = {
     "mlp_projector": (100, ("bfloat16",), ("--no-compile",)),
     "hd_transform": (60, ("bfloat16",), ("--no-compile",)),
     "patch_embed": (120, ("bfloat16",), ()),
+    "packed_attention": (150, ("bfloat16",), ("--no-compile",)),
 }
 """Seconds, dtypes and options of what is measured beside mrope, whose numbers have targets."""
 
@@ -52,6 +53,7 @@ REHEARSED = {
     "pixel_shuffle": "smolvlm_f4",
     "hd_transform": "phi4_4x4",
     "patch_embed": "siglip_so400m_384",
+    "packed_attention": "decode_b1",
 }
 """What a dry run measures; mlp_projector's products take a CPU minutes."""
 

@@ -600,7 +600,7 @@ __device__ __forceinline__ void forward(const Params& p, const Plan& plan) {
   }
 
   float inverse[kM][2];
-  const auto mosts = statistics(p, p.lse, segment, kv_head);
+  const auto mosts = statistics(p, p.most, segment, kv_head);
   const auto parts = statistics(p, p.part, segment, kv_head);
   const int64_t slot = (t * p.kv_heads + kv_head) * plan.slots;
 #pragma unroll
@@ -655,7 +655,7 @@ __device__ __forceinline__ void combine(const Params& p, const Plan& plan) {
   const int64_t step = static_cast<int64_t>(p.kv_heads) * plan.slots;
   const int64_t slot = (static_cast<int64_t>(blockIdx.x) * p.kv_heads + kv_head) * plan.slots;
   const auto out = dense<T>(p.out, segment.q.first, p.heads, p.dim, kv_head, p.group());
-  const auto mosts = statistics(p, p.lse, segment, kv_head);
+  const auto mosts = statistics(p, p.most, segment, kv_head);
   const auto parts = statistics(p, p.part, segment, kv_head);
   for (int row = threadIdx.x / kWarpSize; row < segment.rows; row += blockDim.x / kWarpSize) {
     const float2* const stats = plan.stats + slot + row;
@@ -780,7 +780,7 @@ __device__ __forceinline__ void backward_queries(const Backward& b, const Plan& 
   const T* const grad_own = q_own + Tile::kOwn * kPitch;
   const int warp_row = first_row + down * 16;
   const float steepness = plan.steep;
-  const auto mosts = statistics(p, p.lse, segment, kv_head);
+  const auto mosts = statistics(p, p.most, segment, kv_head);
   const auto parts = statistics(p, p.part, segment, kv_head);
   const auto deltas = statistics(p, b.delta, segment, kv_head);
   float dq[1][Tile::kParts][4] = {}, shift[2], delta[2];
@@ -861,7 +861,7 @@ __device__ __forceinline__ void backward_keys(const Backward& b, const Plan& pla
   const auto q = queries_of<T>(p, p.q, segment, kv_head);
   const auto grad = queries_of<T>(p, b.grad, segment, kv_head);
   const auto k = keys_of<T>(p, p.k, segment, kv_head), v = keys_of<T>(p, p.v, segment, kv_head);
-  const auto mosts = statistics(p, p.lse, segment, kv_head);
+  const auto mosts = statistics(p, p.most, segment, kv_head);
   const auto parts = statistics(p, p.part, segment, kv_head);
   const auto deltas = statistics(p, b.delta, segment, kv_head);
   const bool* const padding = padding_of(p, segment);
@@ -1186,7 +1186,7 @@ __device__ __forceinline__ void forward_float(const Params& p, const Plan& plan)
     __syncwarp();  // a warp's rows are read by itself
     add_rows<Tile>(y, weights, v_tile);
   }
-  const auto mosts = statistics(p, p.lse, segment, kv_head);
+  const auto mosts = statistics(p, p.most, segment, kv_head);
   const auto parts = statistics(p, p.part, segment, kv_head);
   float inverse[2];
 #pragma unroll
@@ -1223,7 +1223,7 @@ __device__ __forceinline__ void backward_queries_float(const Backward& b, const 
 
   const auto k = keys_of<float>(p, p.k, segment, kv_head);
   const auto v = keys_of<float>(p, p.v, segment, kv_head);
-  const auto mosts = statistics(p, p.lse, segment, kv_head);
+  const auto mosts = statistics(p, p.most, segment, kv_head);
   const auto parts = statistics(p, p.part, segment, kv_head);
   const auto deltas = statistics(p, b.delta, segment, kv_head);
   const bool* const padding = padding_of(p, segment);
@@ -1292,7 +1292,7 @@ __device__ __forceinline__ void backward_keys_float(const Backward& b, const Pla
 
   const auto q = queries_of<float>(p, p.q, segment, kv_head);
   const auto grad = queries_of<float>(p, b.grad, segment, kv_head);
-  const auto mosts = statistics(p, p.lse, segment, kv_head);
+  const auto mosts = statistics(p, p.most, segment, kv_head);
   const auto parts = statistics(p, p.part, segment, kv_head);
   const auto deltas = statistics(p, b.delta, segment, kv_head);
   const bool* const padding = padding_of(p, segment);

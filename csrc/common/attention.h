@@ -28,11 +28,11 @@ struct Starts {
 struct Params {
   Heads q, k, v;
   void* out;  // [rows, H, D], contiguous
-  // [H, rows], what backward asks for. On the CPU a query's largest |scale| q k^T / scale, and 1 /
-  // the sum of e^(logit - largest) over its keys, 0 without keys: the one number that they make,
-  // lse, would cost float32 half of its digits. On a GPU lse = ln of the sum of e^logit; part is
-  // not used.
-  float *lse, *part;
+  // [H, rows], what backward asks for: a number m that no logit of a query exceeds by much, and 1 /
+  // the sum of 2^(logit - m) over its keys; both 0 without keys. The one number that they make,
+  // lse, would cost float32 half of its digits. On a CPU m is |q k^T| of the largest logit, with
+  // its sign, elsewhere a logit in base 2: backward and forward of a backend belong together.
+  float *most, *part;
   DType dtype;
   int heads, kv_heads, dim;
   float scale, scale_rest;  // what it lacks of the double that was given

@@ -434,7 +434,7 @@ inline void unpack(const float* from, Floats factor, const Places& places, int d
   }
 }
 
-// o / sum and lse of a panel, to where they belong.
+// o / sum and the statistics of a panel, to where they belong.
 template <class T>
 inline void finish(const Panel& panel, const HeadOf& h) {
   const Params& p = h.p;
@@ -448,7 +448,7 @@ inline void finish(const Panel& panel, const HeadOf& h) {
     unpack(panel.o + u * kFloats, part, places, p.dim, static_cast<T*>(p.out));
     for (int i = 0; i < places.count; ++i) {
       const int64_t at = h.head(first + i) * p.rows + h.job.q.first + h.query(first + i);
-      p.lse[at] = blind[i] ? 0.0f : top[i];
+      p.most[at] = blind[i] ? 0.0f : top[i];
       p.part[at] = part[i];
     }
   }
@@ -592,7 +592,7 @@ inline void forward_few(const HeadOf& h, float* scratch) {
     T* const to = static_cast<T*>(p.out) + (row * p.heads + h.head(r)) * p.dim;
     for (int d = 0; d < p.dim; d += kFloats)
       store_lanes(to + d, load<kFloats>(o + r * width + d) * part, p.dim - d);
-    p.lse[h.head(r) * p.rows + row] = sum[r] == 0.0f ? 0.0f : top[r];
+    p.most[h.head(r) * p.rows + row] = sum[r] == 0.0f ? 0.0f : top[r];
     p.part[h.head(r) * p.rows + row] = part;
   }
 }
@@ -777,7 +777,7 @@ inline void take(const Backward& b, const HeadOf& h, int64_t first, int count, i
       store<kFloats>(t.grad_rows + (at + i) * t.width + d, load_lanes(of_grad + d, lanes));
       store<kFloats>(t.q_rows + (at + i) * t.width + d, load_lanes(of_q + d, lanes));
     }
-    t.top[at + i] = p.lse[head * p.rows + row];
+    t.top[at + i] = p.most[head * p.rows + row];
     t.part[at + i] = p.part[head * p.rows + row];
   }
   for (int i = count; i < kPanelRows; ++i) t.top[at + i] = t.part[at + i] = 0.0f;

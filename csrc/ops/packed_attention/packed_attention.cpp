@@ -224,8 +224,8 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tenso
   Tensor statistics = torch::stable::new_empty(q, Sizes{2, p.heads, p.rows}, ScalarType::Float);
   if (out.numel() == 0) return {out, statistics};
   p.out = out.mutable_data_ptr();
-  p.lse = static_cast<float*>(statistics.mutable_data_ptr());
-  p.part = p.lse + p.heads * p.rows;
+  p.most = static_cast<float*>(statistics.mutable_data_ptr());
+  p.part = p.most + p.heads * p.rows;
   const Launch launch(o.op, q);
   if (launch.kernels == nullptr) {
     attention::forward_on_cpu(p);
@@ -296,8 +296,8 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& q,
   const Tensor sums = torch::stable::contiguous(statistics);
   b.grad = heads_of(given);
   b.p.out = const_cast<void*>(result.const_data_ptr());
-  b.p.lse = const_cast<float*>(static_cast<const float*>(sums.const_data_ptr()));
-  b.p.part = b.p.lse + b.p.heads * b.p.rows;
+  b.p.most = const_cast<float*>(static_cast<const float*>(sums.const_data_ptr()));
+  b.p.part = b.p.most + b.p.heads * b.p.rows;
   const auto pointer = [](const Tensor& t) {
     return t.numel() == 0 ? nullptr : t.mutable_data_ptr();
   };

@@ -114,7 +114,7 @@ int run_16_bit(const Params& p, const Plan& plan, void* stream) {
     return run_rows<ForwardTile<T, 64, 2, 64, true>, ForwardTile<T, 64, 1, 64, true>>(p, plan,
                                                                                       stream);
   if (p.dim <= 80)
-    return run_rows<ForwardTile<T, 80, 2, 64, true>, ForwardTile<T, 80, 1, 64, true>>(p, plan,
+    return run_rows<ForwardTile<T, 80, 2, 64, false>, ForwardTile<T, 80, 1, 64, true>>(p, plan,
                                                                                       stream);
   if (p.dim <= 96)
     return run_rows<ForwardTile<T, 96, 2, 32, false>, ForwardTile<T, 96, 1, 32, true>>(p, plan,
