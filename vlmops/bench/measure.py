@@ -27,7 +27,7 @@ from vlmops.bench.timer import Timing, interleave
 from vlmops.ops.spec import Arguments, BenchCase, Spec
 
 COMPILED = "torch.compile"
-AGAINST = ("eager", "compile", "linear")
+AGAINST = ("eager", "compile", "linear", "sdpa", "sdpa_loop", "sdpa_folded")
 """Yardsticks that can be chosen; "linear" are the bare products of an op that has some."""
 _BACKWARD = " backward"
 _NO_PRODUCTS = ("copy", "clone", "launch")
@@ -114,7 +114,9 @@ def measure_case(
     name = f"{case.name} {dtype_name}"
     args = case.make(dtype, device)
     progress(f"{name}: checking" + (" and compiling" if request.compiles else ""))
-    variants = admitted(spec, name, args, request.compiles)
+    peers = {} if spec.peers is None else spec.peers(args)
+    peers = {peer: call for peer, call in peers.items() if peer in request.against}
+    variants = admitted(spec, name, args, request.compiles, peers=peers)
 
     moved = case.moved(args)
     calls = {**_floors(moved), **chosen(request, spec, args), **variants.calls}
@@ -180,8 +182,8 @@ def admitted(
         compiled: Whether torch.compile is among them.
         others: More of ours, by variant: forward and backward; one that refuses gets no number,
             one that is wrong ends the benchmark.
-        peers: Of other libraries, forward only; they may write over what ``spec.written`` names,
-            and what is wrong or fails gets no number.
+        peers: Of other libraries, and backward only of ops without ``spec.written``: they may write
+            over what that names. What is wrong or fails gets no number.
 
     Raises:
         BenchError: ours or eager computes something wrong, code 1.
@@ -230,8 +232,8 @@ def admitted(
     differentiable = spec.differentiable_in(args)
     exact = {**args, **{name: args[name].double() for name in differentiable}}
     outputs = _tensors(eager(**args))
-    yardstick = eager if spec.yardstick_for is None else spec.yardstick_for(args)
-    gate = Gate(_tensors(spec.reference(**exact)), _tensors(yardstick(**args)))
+    yardsticks = [eager] if spec.yardstick_for is None else [eager, spec.yardstick_for(args)]
+    gate = Gate(_tensors(spec.reference(**exact)), *(_tensors(y(**args)) for y in yardsticks))
     for variant, function in functions.items():
         admit(gate, "forward", variant, functools.partial(_forward, function))
     if spec.in_place is not None:
@@ -248,9 +250,9 @@ def admitted(
         backward = functools.partial(_backward, differentiable)
         gate = Gate(
             backward([t.double() for t in upstream], spec.reference, exact)(),
-            backward(upstream, yardstick, args)(),
+            *(backward(upstream, y, args)() for y in yardsticks),
         )
-        for variant, function in functions.items():
+        for variant, function in {**functions, **({} if spec.written else peers)}.items():
             admit(gate, "backward", variant, functools.partial(backward, upstream, function))
     return variants
 

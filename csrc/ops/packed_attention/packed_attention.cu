@@ -115,7 +115,7 @@ int run_16_bit(const Params& p, const Plan& plan, void* stream) {
                                                                                       stream);
   if (p.dim <= 80)
     return run_rows<ForwardTile<T, 80, 2, 64, false>, ForwardTile<T, 80, 1, 64, true>>(p, plan,
-                                                                                      stream);
+                                                                                       stream);
   if (p.dim <= 96)
     return run_rows<ForwardTile<T, 96, 2, 32, false>, ForwardTile<T, 96, 1, 32, true>>(p, plan,
                                                                                        stream);
