@@ -118,9 +118,9 @@ def _parser() -> Parser:
     bench.add_argument(
         "--against",
         type=lambda text: text.split(","),
-        help="what else is timed, of eager,compile,linear,sdpa,sdpa_loop,sdpa_folded (default: all; "
-        "linear: the bare products of an op that is mostly products; sdpa: fused attention of torch, "
-        "called once, for each segment, with the heads of a group as queries)",
+        help="what else is timed, of eager, compile, linear, sdpa, sdpa_loop and sdpa_folded "
+        "(default: all; linear: the bare products of an op that is mostly products; sdpa: torch's "
+        "fused attention, called once, once a segment, or with a group's heads as queries)",
     )
     bench.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     bench.add_argument("--quick", action="store_true", help="few rounds: a look, not a claim")
