@@ -52,7 +52,7 @@ AUDIO = {"qwen2_5_omni_thinker": {"model.audio_tower.layers.*.self_attn": 1}}
 OLDER = transformers.__version__.startswith("5.17.")
 UNUSED = {"phi4_multimodal": 1}  # layers behind the features
 MASKED = {"lfm2_vl"}  # its tower makes a mask always
-ROUTED = {"qwen3_vl_moe"}  # a rounding decides on experts
+ROUTED = {"qwen3_vl_moe", "minimax_m3_vl"}  # a rounding decides on experts
 EVERY = [*FAMILIES, *UNLISTED]
 everywhere = pytest.mark.parametrize("family", EVERY)
 # One of each way: segments with windows, images, padding, dense with and without more.
