@@ -697,7 +697,8 @@ inline void forward(const Params& p, const Job& job, int begin, int end, float* 
 
 // ---- Backward ----
 //
-// With P of lse and dP = V dO^T, both [keys, rows] as in forward, and delta = rowsum(dO O):
+// With P of the kept statistics and dP = V dO^T, both [keys, rows] as in forward, and delta =
+// rowsum(dO O):
 //
 //   dS = P (dP - delta)    dV = P dO    dK = scale dS Q    dQ^T = scale K^T dS
 //

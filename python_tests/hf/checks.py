@@ -84,3 +84,14 @@ def assert_twin_copies_and_pickles(family, tmp_path):
         assert [type(m) for m in model.modules()] == classes
         assert torch.equal(run(model, batch).logits, expected)
     return report, restored
+
+
+def image_features(model, batch):
+    accepted = inspect.signature(model.base_model.get_image_features).parameters
+    given = {name: value for name, value in batch.items() if name in accepted}
+    strategy = accepted.get("vision_feature_select_strategy")
+    if strategy is not None and strategy.default is inspect.Parameter.empty:  # transformers 5.17
+        given["vision_feature_select_strategy"] = "default"
+    out = model.base_model.get_image_features(**given)
+    features = out.last_hidden_state if out.pooler_output is None else out.pooler_output
+    return features if isinstance(features, torch.Tensor) else torch.cat(list(features))

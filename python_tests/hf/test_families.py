@@ -11,7 +11,14 @@ import pytest
 import torch
 import transformers
 from dispatch import CountOps
-from hf.checks import BATCHES, assert_agree, assert_gradients_agree, batch_of, gradients
+from hf.checks import (
+    BATCHES,
+    assert_agree,
+    assert_gradients_agree,
+    batch_of,
+    gradients,
+    image_features,
+)
 from hf.tiny import (
     FAMILIES,
     ROPES,
@@ -49,17 +56,6 @@ def counted(ran):
     """Calls of the op, and those of them that copied."""
     copies = ran.counts["vlmops::mrope"]
     return copies + ran.counts["vlmops::mrope_"], copies
-
-
-def image_features(model, batch):
-    accepted = inspect.signature(model.base_model.get_image_features).parameters
-    given = {name: value for name, value in batch.items() if name in accepted}
-    strategy = accepted.get("vision_feature_select_strategy")
-    if strategy is not None and strategy.default is inspect.Parameter.empty:  # transformers 5.17
-        given["vision_feature_select_strategy"] = "default"
-    out = model.base_model.get_image_features(**given)
-    features = out.last_hidden_state if out.pooler_output is None else out.pooler_output
-    return features if isinstance(features, torch.Tensor) else torch.cat(list(features))
 
 
 @everywhere

@@ -16,6 +16,7 @@ from hf.checks import (
     assert_twin_copies_and_pickles,
     batch_of,
     gradients,
+    image_features,
 )
 from hf.tiny import FAMILIES, UNLISTED, build, inputs, row_of, run
 from torch import nn
@@ -114,17 +115,6 @@ def attention_modules(model):
     return [m for m in found if not hasattr(m, "layer_idx")]  # decoders have a cache
 
 
-def features(model, batch):
-    accepted = inspect.signature(model.base_model.get_image_features).parameters
-    given = {name: value for name, value in batch.items() if name in accepted}
-    strategy = accepted.get("vision_feature_select_strategy")
-    if strategy is not None and strategy.default is inspect.Parameter.empty:  # transformers 5.17
-        given["vision_feature_select_strategy"] = "default"
-    out = model.base_model.get_image_features(**given)
-    found = out.last_hidden_state if out.pooler_output is None else out.pooler_output
-    return found if isinstance(found, torch.Tensor) else torch.cat(list(found))
-
-
 class Shapes(CountOps):
     """Also keeps the shapes of all that is made."""
 
@@ -218,7 +208,7 @@ def test_the_longest_segment_reaches_the_op(family, expected):
     model, batch = build(family), batch_of(family, "several_images")
     vlmops.patch(model)
     with torch.no_grad(), CountOps() as ran:
-        features(model, batch)
+        image_features(model, batch)
     longest = [
         (args[8] if len(args) > 8 else 0, int((args[3][1:] - args[3][:-1]).max()))
         for func, args, _ in ran.calls
@@ -289,7 +279,7 @@ def test_what_inference_made_serves_training():
     vlmops.patch(model)
     grids._results.clear()
     with torch.inference_mode():
-        features(model, batch)
+        image_features(model, batch)
     assert grids._results
     for kept in grids._results.values():
         assert not any(t.is_inference() for t in kept if isinstance(t, torch.Tensor))
@@ -302,20 +292,20 @@ def test_segments_do_not_see_each_other(family):
     vlmops.patch(model)
     sizes = [(2, 3), (4, 2)]
     with torch.no_grad():
-        alone = [features(model, inputs(family, [[size]])) for size in sizes]
+        alone = [image_features(model, inputs(family, [[size]])) for size in sizes]
         both = inputs(family, [[*sizes]])
         pixels = [inputs(family, [[size]])["pixel_values"] for size in sizes]
-        together = features(model, both | {"pixel_values": torch.cat(pixels)})
+        together = image_features(model, both | {"pixel_values": torch.cat(pixels)})
     assert_agree(together, torch.cat(alone), "together")
 
 
 def test_calls_that_the_op_refuses_run_per_segment(monkeypatch):
     model, batch = build("qwen2_5_vl"), batch_of("qwen2_5_vl", "several_images")
     with torch.no_grad():
-        expected = features(copy.deepcopy(model).double(), to(batch, torch.float64))
+        expected = image_features(copy.deepcopy(model).double(), to(batch, torch.float64))
         vlmops.patch(model)
         with CountOps() as ran:
-            got = features(model.double(), to(batch, torch.float64))
+            got = image_features(model.double(), to(batch, torch.float64))
     assert ran.counts[OP] == 0
     assert torch.equal(got, expected)
 
@@ -337,11 +327,11 @@ def test_dropout_in_training_runs_the_models_own_code():
     for made in (model, plain):
         torch.manual_seed(0)
         with torch.no_grad(), CountOps() as ran:
-            results.append(features(made, batch))
+            results.append(image_features(made, batch))
         assert ran.counts[OP] == 0
     assert torch.equal(*results)
     with torch.no_grad(), CountOps() as ran:
-        features(model.eval(), batch)
+        image_features(model.eval(), batch)
     assert ran.counts[OP] == 2
 
 
@@ -360,7 +350,7 @@ def test_another_implementation_that_is_selected_is_left_to_itself(name):
         for module in attention_modules(model):
             module.config._attn_implementation_internal = name
         with torch.no_grad(), CountOps() as ran:
-            features(model, batch)
+            image_features(model, batch)
         assert ran.counts[OP] == 0
         assert seen == [True] * 2 if "flash" in name else len(seen) > 2 and not any(seen)
         vlmops.unpatch(model)
@@ -372,7 +362,7 @@ def test_another_implementation_that_is_selected_is_left_to_itself(name):
 def test_an_sdpa_of_somebody_else_gets_segments_one_by_one(monkeypatch):
     model, batch = build("qwen2_5_vl"), batch_of("qwen2_5_vl", "several_images")
     with torch.no_grad():
-        expected = features(model, batch)
+        expected = image_features(model, batch)
         vlmops.patch(model)
         theirs, seen = ALL_ATTENTION_FUNCTIONS["sdpa"], []
 
@@ -382,7 +372,7 @@ def test_an_sdpa_of_somebody_else_gets_segments_one_by_one(monkeypatch):
 
         monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "sdpa", mine)
         with CountOps() as ran:
-            assert torch.equal(features(model, batch), expected)
+            assert torch.equal(image_features(model, batch), expected)
     assert ran.counts[OP] == 0
     assert len(seen) > 2
     assert not any("cu_seq_lens_q" in keys for keys in seen)
@@ -443,12 +433,12 @@ def test_weights_that_are_watched_are_the_models_own(family):
 def test_a_tower_keeps_its_mask_when_a_layer_is_replaced():
     model, batch = build("llava_pixtral"), batch_of("llava_pixtral", "several_images")
     with torch.no_grad():
-        expected = features(model, batch)
+        expected = image_features(model, batch)
         vlmops.patch(model)
         layer = model.model.vision_tower.transformer.layers[1].attention
         layer.__class__ = original_class(layer)
         with CountOps() as ran:
-            assert_agree(features(model, batch), expected, "features")
+            assert_agree(image_features(model, batch), expected, "features")
     assert ran.counts[OP] == 0
 
 
@@ -831,7 +821,7 @@ def test_towers_compile_to_one_graph(family):
     vlmops.patch(model)
     torch._dynamo.reset()
     with torch.no_grad():
-        expected = features(model, batch) if family != "mllama" else None
+        expected = image_features(model, batch) if family != "mllama" else None
         paths = {"llama4": "vision_model", "mllama": "model.vision_model"}
         tower = model.get_submodule(paths.get(family, "model.vision_tower"))
         if family == "mllama":
@@ -842,7 +832,7 @@ def test_towers_compile_to_one_graph(family):
             assert_agree(compiled(**given).last_hidden_state, expected, "compiled")
             return
         tower.compile(fullgraph=True, backend="eager")
-        assert_agree(features(model, batch), expected, "compiled")
+        assert_agree(image_features(model, batch), expected, "compiled")
 
 
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "glm4v"])

@@ -49,7 +49,7 @@ from torch.autograd import forward_ad
 
 from vlmops import _library, dispatch
 from vlmops.ops.checks import require_tensor, same_device, wants_grad
-from vlmops.ops.registration import overloads, register, triton_twin
+from vlmops.ops.registration import overloads, plain_gradients, register, triton_twin
 
 Order = Literal["sub_glb", "glb_sub"]
 Pairs = Sequence[tuple[int, int]]
@@ -334,16 +334,7 @@ def _backward(
             )
         return result
     options, needs = _all_needs(args)
-    inputs = [
-        t if t.requires_grad else t.detach().requires_grad_()
-        for t in (image_features, newline, separator)
-    ]
-    wanted = [t for t, needed in zip(inputs, needs, strict=True) if needed]
-    grads = torch.autograd.grad(
-        _plain(*inputs, *options), wanted, grad, create_graph=True, materialize_grads=True
-    )
-    found = iter(grads)
-    return [next(found) if needed else grad.new_empty(0) for needed in needs]
+    return plain_gradients(_plain, (image_features, newline, separator), options, needs, grad)
 
 
 def _fake(image_features: Tensor, newline: Tensor, separator: Tensor, *args: Any) -> Tensor:

@@ -43,7 +43,7 @@ from torch.autograd import forward_ad
 
 from vlmops import _library, dispatch
 from vlmops.ops.checks import require_tensor, same_device, wants_grad
-from vlmops.ops.registration import overloads, register, triton_twin
+from vlmops.ops.registration import overloads, plain_gradients, register, triton_twin
 
 
 class Options(NamedTuple):
@@ -311,13 +311,7 @@ def _backward(
             result: tuple[Tensor, ...] = ops.backward(grad, q, k, v, out, statistics, *args)
         return result
     options, needs = _all_needs(args)
-    inputs = [t if t.requires_grad else t.detach().requires_grad_() for t in (q, k, v)]
-    wanted = [t for t, needed in zip(inputs, needs, strict=True) if needed]
-    grads = torch.autograd.grad(
-        _plain(*inputs, *options), wanted, grad, create_graph=True, materialize_grads=True
-    )
-    found = iter(grads)
-    return [next(found) if needed else grad.new_empty(0) for needed in needs]
+    return plain_gradients(_plain, (q, k, v), options, needs, grad)
 
 
 def _fake(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor]:

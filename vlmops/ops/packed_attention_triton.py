@@ -672,11 +672,7 @@ def _strides(t: Tensor) -> list[int]:
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, o: Options, *of_backward: Tensor) -> None:
-    check = getattr(torch.ops.vlmops, "packed_attention_check", None)
-    if check is not None:
-        check(q, k, v, *o, *of_backward)
-    elif q.is_cpu:  # until there is that op: the compiled one checks before it computes
-        torch.ops.vlmops.packed_attention(q, k, v, *o)
+    torch.ops.vlmops.packed_attention_check(q, k, v, *o, *of_backward)
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor]:

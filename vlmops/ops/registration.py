@@ -75,6 +75,26 @@ def register(
             torch.library.register_vmap(op, _one_by_one(op), lib=lib)
 
 
+def plain_gradients(
+    plain: Callable[..., Tensor],
+    tensors: Sequence[Tensor],
+    options: Sequence[Any],
+    needs: Sequence[bool],
+    grad: Tensor,
+) -> list[Tensor]:
+    """Gradients of ``plain(*tensors, *options)`` that can be differentiated again.
+
+    Empty tensors for those that nobody needs.
+    """
+    inputs = [t if t.requires_grad else t.detach().requires_grad_() for t in tensors]
+    wanted = [t for t, needed in zip(inputs, needs, strict=True) if needed]
+    grads = torch.autograd.grad(
+        plain(*inputs, *options), wanted, grad, create_graph=True, materialize_grads=True
+    )
+    found = iter(grads)
+    return [next(found) if needed else grad.new_empty(0) for needed in needs]
+
+
 def _one_by_one(op: Any) -> Callable[..., tuple[Any, Any]]:
     """A rule for vmap: one call after another. Batches have more images, not more of the rest.
 
