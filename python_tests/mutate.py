@@ -198,7 +198,8 @@ MUTATIONS = {
         "ops/pixel_shuffle/pixel_shuffle_cpu.h",
         "while (i + run < n && from.pixel[i + run] == from.pixel[i] + run * c) ++run;", "run = n;"),
     "shuffle: a row's pixels lie side by side": (
-        "ops/pixel_shuffle/pixel_shuffle_cpu.h", "if (i % f != 0) {", "if (false) {"),
+        "ops/pixel_shuffle/pixel_shuffle_cpu.h", "each = by_row ? p.factor : 1;",
+        "each = p.factor + 0 * by_row;"),
     "shuffle: streamed where memory is not aligned": (
         "ops/pixel_shuffle/pixel_shuffle_cpu.h", "if (!streams || !aligned(to)) {",
         "if (!streams) {"),
@@ -239,14 +240,24 @@ MUTATIONS = {
         "s.bias[at] = element(p.bias, k);"),
     "shuffle: norm backward: along the row": (
         "ops/pixel_shuffle/pixel_shuffle_cpu.h",
-        "xs.v[v] = (wg - mean_wg - xh * mean_along) * by.scale;",
-        "xs.v[v] = (wg - mean_wg) * by.scale;"),
+        "xs.v[v] = (wg - of.mean_wg - xh * of.mean_along) * of.by.scale;",
+        "xs.v[v] = (wg - of.mean_wg) * of.by.scale;"),
     "shuffle: norm backward: rms with a mean": (
-        "ops/pixel_shuffle/pixel_shuffle_cpu.h", "layer ? all * share : 0.0f", "all * share"),
+        "ops/pixel_shuffle/pixel_shuffle_cpu.h", "p.norm == Norm::kLayer ? all * share : 0.0f",
+        "all * share"),
     "shuffle: norm backward: biases in the order of words": (
-        "ops/pixel_shuffle/pixel_shuffle_cpu.h", "    order(total_ + s_.normed);\n", ""),
-    "shuffle: norm backward: sum all rows in float32": (
-        "ops/pixel_shuffle/pixel_shuffle_cpu.h", "if (rows_ >= 4) flush();", ""),
+        "ops/pixel_shuffle/pixel_shuffle_cpu.h",
+        "total[k / s.normed * s.normed + place_of(s, k % s.normed)]",
+        "total[k < s.normed ? place_of(s, k) : k]"),
+    "shuffle: norm backward: rows that are left over": (
+        "ops/pixel_shuffle/pixel_shuffle_cpu.h",
+        "for (int i = 0; i < together; ++i) backward_rows<A, 1>",
+        "for (int i = 1; i < together; ++i) backward_rows<A, 1>"),
+    "shuffle: norm backward: tokens share the place of their pieces": (
+        "ops/pixel_shuffle/pixel_shuffle_cpu.h", "s.g[number / of_token % kTogether]", "s.g[0]"),
+    "shuffle: norm: a bad guess of the mean is kept": (
+        "ops/pixel_shuffle/pixel_shuffle_cpu.h", "if (!again && rest * rest > variance) {",
+        "if (!again && false) {"),
     "shuffle: chunks by the number of threads": (
         "ops/pixel_shuffle/pixel_shuffle.cpp",
         "std::max(grain(p.block() * p.channels), (p.tokens + 63) / 64)",

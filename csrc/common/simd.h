@@ -145,6 +145,14 @@ inline Vec<double, kDoubles> load_doubles(const float* p) {
 #endif
 }
 
+// to[0 .. kFloats) += v, which is widened.
+inline void add_to_doubles(double* to, const Vec<float, kFloats>& v) {
+  for (int i = 0; i < kFloats; i += kDoubles) {
+    auto* sum = reinterpret_cast<Vec<double, kDoubles>*>(to + i);
+    *sum += load_doubles(reinterpret_cast<const float*>(&v) + i);
+  }
+}
+
 // 2N bfloat16 values as those at even and at odd places: a shift and a mask, where widening in
 // order needs shuffles both ways (2.5x slower with AVX2).
 template <int N>

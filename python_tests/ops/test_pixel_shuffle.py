@@ -469,9 +469,13 @@ def test_nan_of_a_vector_stays(name, dtype, backend):
 
 
 @on_both
-@pytest.mark.parametrize("channels", [96, 95])  # packs; element by element on a GPU
-def test_a_mean_that_is_large_keeps_the_variance(channels, backend):
+@pytest.mark.parametrize(
+    ("channels", "misleads"),
+    [(96, 0), (95, 0), (4096, 128)],  # packs; element by element on a GPU; a row that starts apart
+)
+def test_a_mean_that_is_large_keeps_the_variance(channels, misleads, backend):
     x, weight = torch.randn(1, 16, channels) + 3e4, torch.randn(4 * channels)
+    x[..., :misleads] -= 6e4
     upstream = torch.randn(1, 4, 4 * channels)
 
     def results(function, x, weight, upstream):

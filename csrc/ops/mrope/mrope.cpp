@@ -282,7 +282,8 @@ std::vector<double> launch_norm_backward_cpu(const Params& p, int64_t heads) {
       kernel(p, i * chunk, std::min(tokens, (i + 1) * chunk), sums.data() + i * total.size());
     }
   });
-  for (size_t i = 0; i < sums.size(); ++i) total[i % total.size()] += sums[i];
+  for (auto sum = sums.cbegin(); sum != sums.cend();)
+    for (double& all : total) all += *sum++;
   return total;
 }
 

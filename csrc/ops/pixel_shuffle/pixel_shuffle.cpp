@@ -358,7 +358,7 @@ void run_cpu(const Work& work, CpuKernel kernel) {
     const int64_t least = grain(p.block() * p.channels);
     const auto run = [&](int64_t begin, int64_t end) {
       const bool moves = p.norm == Norm::kNone && !p.mean;
-      std::vector<float> scratch(moves ? 0 : static_cast<size_t>(scratch_floats(p)));
+      std::vector<float> scratch(moves ? 0 : static_cast<size_t>(scratch_floats(p, false)));
       kernel(p, begin, end, scratch.data());
     };
     if (p.tokens <= least) return run(0, p.tokens);
@@ -377,13 +377,14 @@ std::vector<double> run_norm_backward_cpu(const Work& work, bool needs_sums) {
     std::vector<double> sums(needs_sums ? chunks * total.size() : 0);
     const CpuNormBackward kernel = cpu_kernels().pixel_shuffle_norm_backward;
     torch::stable::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
-      std::vector<float> scratch(static_cast<size_t>(scratch_floats(p)));
+      std::vector<float> scratch(static_cast<size_t>(scratch_floats(p, true)));
       for (int64_t i = begin; i < end; ++i) {
         kernel(p, i * chunk, std::min(p.tokens, (i + 1) * chunk), scratch.data(),
                needs_sums ? sums.data() + i * total.size() : nullptr);
       }
     });
-    for (size_t i = 0; i < sums.size(); ++i) total[i % total.size()] += sums[i];
+    for (auto sum = sums.cbegin(); sum != sums.cend();)
+      for (double& all : total) all += *sum++;
   });
   return total;
 }

@@ -58,7 +58,7 @@ struct Params {
   VLMOPS_HOST_DEVICE int64_t normed() const { return norm_channels ? channels : depth(); }
 };
 
-// Merged tokens [begin, end); `scratch` has scratch_floats(p) floats.
+// Merged tokens [begin, end); `scratch` has scratch_floats() floats.
 using CpuKernel = void (*)(const Params&, int64_t begin, int64_t end, float* scratch);
 
 // Backward where there is a norm. weight_grad [2, normed()], zeros, gets the tokens' share of the
@@ -66,10 +66,14 @@ using CpuKernel = void (*)(const Params&, int64_t begin, int64_t end, float* scr
 using CpuNormBackward = void (*)(const Params&, int64_t begin, int64_t end, float* scratch,
                                  double* weight_grad);
 
-// Eight rows, apart by more than a page's size is a multiple of: else they would meet in the same
+constexpr int kTogether = 4;  // rows of backward on the CPU
+
+// Rows, apart by more than a page's size is a multiple of: else they would meet in the same
 // sets of a cache.
 constexpr int64_t kScratchGap = 80;
-inline int64_t scratch_floats(const Params& p) { return 8 * (p.depth() + 16 + kScratchGap) + 16; }
+inline int64_t scratch_floats(const Params& p, bool backward) {
+  return (backward ? 2 + 3 * kTogether : 4) * (p.depth() + 16 + kScratchGap) + 16;
+}
 
 // On a GPU, where all pointers of Params are the device's. They return 0 or an error's number.
 using CudaKernel = int (*)(const Params&, void* stream);

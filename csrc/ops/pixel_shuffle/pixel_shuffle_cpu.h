@@ -289,30 +289,20 @@ inline void one_run(Runs<T>& runs, T* at, int64_t length) {
   runs.run[0] = at;
 }
 
-// The pixels of a block as runs: as few as both have alike.
-template <class A, class B>
-inline void runs_of(const Params& p, const Block<A>& a, const Block<B>* b, Runs<A>& to_a,
-                    Runs<B>* to_b) {
-  const int64_t n = p.block(), f = p.factor, c = p.channels;
-  int64_t each = n;  // pixels of a run
-  for (int64_t i = 1; i < n; ++i) {
-    const auto adjacent = [&](const auto& block) {
-      return block.pixel[i] == block.pixel[i - 1] + c;
-    };
-    if (adjacent(a) && (b == nullptr || adjacent(*b))) continue;
-    if (i % f != 0) {
-      each = 1;
-      break;
-    }
-    each = f;
-  }
-  to_a.count = n / each;
-  to_a.length = each * c;
-  for (int64_t i = 0; i < to_a.count; ++i) to_a.run[i] = a.pixel[i * each];
-  if (b == nullptr) return;
-  to_b->count = to_a.count;
-  to_b->length = to_a.length;
-  for (int64_t i = 0; i < to_a.count; ++i) to_b->run[i] = b->pixel[i * each];
+template <class T>
+inline bool adjacent_pixels(const Params& p, const Block<T>& block) {
+  for (int64_t i = 1; i < p.factor; ++i)
+    if (block.pixel[i] != block.pixel[i - 1] + p.channels) return false;
+  return true;
+}
+
+// The pixels of a block as runs: a row of the block each, or a pixel.
+template <class T>
+inline void runs_of(const Params& p, const Block<T>& block, bool by_row, Runs<T>& runs) {
+  const int64_t each = by_row ? p.factor : 1;
+  runs.count = p.block() / each;
+  runs.length = each * p.channels;
+  for (int64_t i = 0; i < runs.count; ++i) runs.run[i] = block.pixel[i * each];
 }
 
 // Calls f(lanes, run, i, at, slot) for elements i of each run, which are `at` among all. Slots 0 to
@@ -351,70 +341,88 @@ inline float one(const T* p) {
   return load<1>(p)[0];
 }
 
+// Near the mean of a row, mostly: that of its first steps.
 template <class A, class S>
-inline float mean_of(const Runs<const S>& x) {
-  Sums sum;
-  each_step<A>(x.count, x.length, [&](A a, int64_t r, int64_t i, int64_t, int slot) VLMOPS_INLINED {
-    const auto values = a.read(x.run[r] + i);
-    for (const auto& v : values.v) sum.part[slot] += v;
-  });
-  each_left<A>(x.count, x.length, [&](int64_t r, int64_t i, int64_t) VLMOPS_INLINED {
-    sum.left += one(x.run[r] + i);
-  });
-  return sum.total() / static_cast<float>(x.count * x.length);
+inline float guess_mean(const Params& p, const Runs<const S>& x) {
+  const int64_t n = x.length < 4 * A::kStep ? x.length / A::kStep * A::kStep : 4 * A::kStep;
+  if (p.norm != Norm::kLayer) return 0.0f;
+  if (n == 0) return one(x.run[0]);
+  Vec<float, kFloats> sum{};
+  for (int64_t i = 0; i < n; i += A::kStep)
+    for (const auto& v : A::read(x.run[0] + i).v) sum += v;
+  return sum_lanes<kFloats>(sum) / static_cast<float>(n);
 }
 
-// (x - mean) * scale + shift is x normed.
+// (x - mean) * scale + shift is x normed; `mean` is about the mean, shift makes up for the rest.
 struct Statistics {
   float mean, scale, shift;
 };
 
-// From sums over n of (x - mean) and its square. What the float32 mean lacks is shifted: where it
-// is large, its last bit is not small beside the deviations.
-inline Statistics statistics_of(const Params& p, float mean, float sum, float squares, int64_t n) {
+// Calls sums(about, sum, squares) for the sums over n of (x - about) and its square: once, or again
+// with the mean that the first call found, where `about` is so far off that a row whose values
+// hardly differ would lose its variance.
+template <class F>
+inline Statistics statistics(const Params& p, float about, int64_t n, const F& sums) {
   const double count = static_cast<double>(n);
-  const double rest = p.norm == Norm::kLayer ? sum / count : 0.0;
-  const double scale = 1.0 / __builtin_sqrt(squares / count - rest * rest + p.eps);
-  return {mean, static_cast<float>(scale), static_cast<float>(-rest * scale)};
+  for (bool again = false;; again = true) {
+    float sum = 0.0f, squares = 0.0f;
+    sums(about, sum, squares);
+    const double rest = p.norm == Norm::kLayer ? sum / count : 0.0;
+    const double variance = squares / count - rest * rest;
+    if (!again && rest * rest > variance) {
+      about += static_cast<float>(rest);
+      continue;
+    }
+    const double scale = 1.0 / __builtin_sqrt(variance + p.eps);
+    return {about, static_cast<float>(scale), static_cast<float>(-rest * scale)};
+  }
 }
 
-// In two passes: a row whose values hardly differ keeps its variance.
 template <class A, class S>
 inline Statistics statistics(const Params& p, const Runs<const S>& x) {
-  const float mean = p.norm == Norm::kLayer ? mean_of<A>(x) : 0.0f;
-  Sums sum, squares;
-  each_step<A>(x.count, x.length, [&](A a, int64_t r, int64_t i, int64_t, int slot) VLMOPS_INLINED {
-    const auto values = a.read(x.run[r] + i);
-    for (const auto& v : values.v) {
-      const auto centred = v - mean;
-      sum.part[slot] += centred;
-      squares.part[slot] += centred * centred;
-    }
-  });
-  each_left<A>(x.count, x.length, [&](int64_t r, int64_t i, int64_t) VLMOPS_INLINED {
-    const float centred = one(x.run[r] + i) - mean;
-    sum.left += centred;
-    squares.left += centred * centred;
-  });
-  return statistics_of(p, mean, sum.total(), squares.total(), x.count * x.length);
+  const auto sums = [&](float about, float& to_sum, float& to_squares) {
+    Sums sum, squares;
+    each_step<A>(x.count, x.length,
+                 [&](A a, int64_t r, int64_t i, int64_t, int slot) VLMOPS_INLINED {
+                   const auto values = a.read(x.run[r] + i);
+                   for (const auto& v : values.v) {
+                     const auto centred = v - about;
+                     sum.part[slot] += centred;
+                     squares.part[slot] += centred * centred;
+                   }
+                 });
+    each_left<A>(x.count, x.length, [&](int64_t r, int64_t i, int64_t) VLMOPS_INLINED {
+      const float centred = one(x.run[r] + i) - about;
+      sum.left += centred;
+      squares.left += centred * centred;
+    });
+    to_sum = sum.total();
+    to_squares = squares.total();
+  };
+  return statistics(p, guess_mean<A>(p, x), x.count * x.length, sums);
 }
 
-// Scratch of a call, in floats. Weights, biases and their gradients lie in the order of Access.
+// Scratch of a call, in floats. Weights and biases lie in the order of Access.
 struct Scratch {
-  float *weight, *bias, *weight_grad, *bias_grad, *first, *second, *third, *fourth;
+  float *weight, *bias;
+  float *x[kTogether], *dx[kTogether], *g[kTogether];  // a row each; forward has two, in x
   int64_t normed;
   bool words;  // of weights
   bool has_bias;
 
   Scratch(const Params& p, float* memory) : normed(p.normed()) {
     const int64_t k = p.depth();
-    float** const parts[] = {&weight, &bias,   &weight_grad, &bias_grad,
-                             &first,  &second, &third,       &fourth};
     auto* at = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(memory) + 63) / 64 * 64);
-    for (float** part : parts) {
-      *part = at;
+    const auto next = [&] {
+      float* part = at;
       at += (k + 15) / 16 * 16 + kScratchGap;
-    }
+      return part;
+    };
+    weight = next();
+    bias = next();
+    for (float*& part : x) part = next();
+    for (float*& part : dx) part = next();
+    for (float*& part : g) part = next();
   }
 };
 
@@ -494,79 +502,107 @@ inline void norm_any_row(const Params& p, const Scratch& s, const Runs<const S>&
   norm_row<Access<S, false>>(p, s, x, y, streams);
 }
 
-// Backward of norm_row. dx: like x, or no runs where nobody needs it.
+// A row of norm_row in backward. dx: like x, or no runs where nobody needs it.
+template <class S, class G>
+struct BackwardRow {
+  Runs<const S> x;
+  const G* g;
+  Runs<S> dx;
+  Statistics by;
+  float mean_wg, mean_along;
+};
+
+// Its statistics.
 template <class A, class S, class G>
-inline void norm_backward_row(const Params& p, const Scratch& s, bool weight_grad,
-                              const Runs<const S>& x, const G* g, const Runs<S>& dx, bool streams) {
+inline void backward_statistics(const Params& p, const Scratch& s, BackwardRow<S, G>& row) {
   using OfGrad = Access<G, (A::kVectors > 1)>;
-  const auto gradient = [&](int64_t at) VLMOPS_INLINED {
-    return bit_cast<typename A::Values>(OfGrad::read(g + at));
-  };
-  const bool layer = p.norm == Norm::kLayer;
-  const float mean = layer ? mean_of<A>(x) : 0.0f;
-  Sums sum, square, plain, along;
-  each_step<A>(x.count, x.length,
-               [&](A a, int64_t r, int64_t i, int64_t at, int slot) VLMOPS_INLINED {
-                 const auto xs = a.read(x.run[r] + i), gs = gradient(at);
-                 for (int v = 0; v < A::kVectors; ++v) {
-                   const auto centred = xs.v[v] - mean;
-                   const auto wg = gs.v[v] * load<kFloats>(s.weight + at + v * kFloats);
-                   sum.part[slot] += centred;
-                   square.part[slot] += centred * centred;
-                   plain.part[slot] += wg;
-                   along.part[slot] += wg * centred;
-                 }
-               });
-  each_left<A>(x.count, x.length, [&](int64_t r, int64_t i, int64_t at) VLMOPS_INLINED {
-    const float centred = one(x.run[r] + i) - mean, wg = one(g + at) * s.weight[at];
-    sum.left += centred;
-    square.left += centred * centred;
-    plain.left += wg;
-    along.left += wg * centred;
-  });
+  const Runs<const S>& x = row.x;
+  const G* g = row.g;
   const int64_t n = x.count * x.length;
-  const Statistics by = statistics_of(p, mean, sum.total(), square.total(), n);
-  const float all = plain.total(), share = 1.0f / static_cast<float>(n);
-  const float mean_wg = layer ? all * share : 0.0f;
-  const float mean_along = (along.total() * by.scale + all * by.shift) * share;
-  const bool needs_dx = dx.count != 0;
-  bool streamed = streams && (x.length * sizeof(S)) % kVectorBytes == 0;
-  for (int64_t r = 0; r < dx.count; ++r) streamed = streamed && aligned(dx.run[r]);
-  each_step<A>(x.count, x.length, [&](A a, int64_t r, int64_t i, int64_t at, int) VLMOPS_INLINED {
-    auto xs = a.read(x.run[r] + i);
-    const auto gs = gradient(at);
-    for (int v = 0; v < A::kVectors; ++v) {
-      const int64_t place = at + v * kFloats;
-      const auto xh = (xs.v[v] - mean) * by.scale + by.shift;
-      if (weight_grad) {
-        store<kFloats>(s.weight_grad + place, load<kFloats>(s.weight_grad + place) + gs.v[v] * xh);
-        store<kFloats>(s.bias_grad + place, load<kFloats>(s.bias_grad + place) + gs.v[v]);
-      }
-      const auto wg = gs.v[v] * load<kFloats>(s.weight + place);
-      xs.v[v] = (wg - mean_wg - xh * mean_along) * by.scale;
-    }
-    if (needs_dx) a.write(dx.run[r] + i, xs, streamed);
-  });
-  each_left<A>(x.count, x.length, [&](int64_t r, int64_t i, int64_t at) VLMOPS_INLINED {
-    const float xh = (one(x.run[r] + i) - mean) * by.scale + by.shift, grad = one(g + at);
-    if (weight_grad) {
-      s.weight_grad[at] += grad * xh;
-      s.bias_grad[at] += grad;
-    }
-    const float wg = grad * s.weight[at];
-    if (needs_dx)
-      store<1>(dx.run[r] + i, Vec<float, 1>{(wg - mean_wg - xh * mean_along) * by.scale});
-  });
+  float all = 0.0f, all_along = 0.0f;
+  const auto sums = [&](float about, float& to_sum, float& to_squares) {
+    Sums sum, square, plain, along;
+    each_step<A>(x.count, x.length,
+                 [&](A a, int64_t r, int64_t i, int64_t at, int slot) VLMOPS_INLINED {
+                   const auto xs = a.read(x.run[r] + i);
+                   const auto gs = bit_cast<typename A::Values>(OfGrad::read(g + at));
+                   for (int v = 0; v < A::kVectors; ++v) {
+                     const auto centred = xs.v[v] - about;
+                     const auto wg = gs.v[v] * load<kFloats>(s.weight + at + v * kFloats);
+                     sum.part[slot] += centred;
+                     square.part[slot] += centred * centred;
+                     plain.part[slot] += wg;
+                     along.part[slot] += wg * centred;
+                   }
+                 });
+    each_left<A>(x.count, x.length, [&](int64_t r, int64_t i, int64_t at) VLMOPS_INLINED {
+      const float centred = one(x.run[r] + i) - about, wg = one(g + at) * s.weight[at];
+      sum.left += centred;
+      square.left += centred * centred;
+      plain.left += wg;
+      along.left += wg * centred;
+    });
+    to_sum = sum.total();
+    to_squares = square.total();
+    all = plain.total();
+    all_along = along.total();
+  };
+  row.by = statistics(p, guess_mean<A>(p, x), n, sums);
+  const float share = 1.0f / static_cast<float>(n);
+  row.mean_wg = p.norm == Norm::kLayer ? all * share : 0.0f;
+  row.mean_along = (all_along * row.by.scale + all * row.by.shift) * share;
 }
 
-template <class S, class G>
-inline void norm_backward_any_row(const Params& p, const Scratch& s, bool weight_grad,
-                                  const Runs<const S>& x, const G* g, const Runs<S>& dx,
-                                  bool streams) {
-  if constexpr (__is_same(S, bfloat16)) {
-    if (s.words) return norm_backward_row<Access<S, true>>(p, s, weight_grad, x, g, dx, streams);
-  }
-  norm_backward_row<Access<S, false>>(p, s, weight_grad, x, g, dx, streams);
+// dx of kRows rows, and what they add to the gradients of weight and bias, if `total` has them:
+// summed over these rows in float32, then in float64.
+template <class A, int kRows, class S, class G>
+inline void backward_rows(const Scratch& s, const BackwardRow<S, G>* rows, double* total,
+                          bool streams) {
+  using OfGrad = Access<G, (A::kVectors > 1)>;
+  const int64_t count = rows[0].x.count, length = rows[0].x.length;
+  const bool needs_dx = rows[0].dx.count != 0;
+  double* const bias_total = total + s.normed;
+  bool streamed = streams && (length * sizeof(S)) % kVectorBytes == 0;
+  for (int row = 0; row < kRows; ++row)
+    for (int64_t r = 0; r < rows[row].dx.count; ++r)
+      streamed = streamed && aligned(rows[row].dx.run[r]);
+  each_step<A>(count, length, [&](A a, int64_t r, int64_t i, int64_t at, int) VLMOPS_INLINED {
+    Vec<float, kFloats> weight_grad[A::kVectors] = {}, bias_grad[A::kVectors] = {};
+#pragma GCC unroll 4
+    for (int row = 0; row < kRows; ++row) {
+      const BackwardRow<S, G>& of = rows[row];
+      auto xs = a.read(of.x.run[r] + i);
+      const auto gs = bit_cast<typename A::Values>(OfGrad::read(of.g + at));
+      for (int v = 0; v < A::kVectors; ++v) {
+        const auto xh = (xs.v[v] - of.by.mean) * of.by.scale + of.by.shift;
+        weight_grad[v] += gs.v[v] * xh;
+        bias_grad[v] += gs.v[v];
+        const auto wg = gs.v[v] * load<kFloats>(s.weight + at + v * kFloats);
+        xs.v[v] = (wg - of.mean_wg - xh * of.mean_along) * of.by.scale;
+      }
+      if (needs_dx) a.write(of.dx.run[r] + i, xs, streamed);
+    }
+    if (total == nullptr) return;
+    for (int v = 0; v < A::kVectors; ++v) {
+      add_to_doubles(total + at + v * kFloats, weight_grad[v]);
+      add_to_doubles(bias_total + at + v * kFloats, bias_grad[v]);
+    }
+  });
+  each_left<A>(count, length, [&](int64_t r, int64_t i, int64_t at) VLMOPS_INLINED {
+    float weight_grad = 0.0f, bias_grad = 0.0f;
+    for (int row = 0; row < kRows; ++row) {
+      const BackwardRow<S, G>& of = rows[row];
+      const float xh = (one(of.x.run[r] + i) - of.by.mean) * of.by.scale + of.by.shift;
+      const float grad = one(of.g + at);
+      weight_grad += grad * xh;
+      bias_grad += grad;
+      const float dx = (grad * s.weight[at] - of.mean_wg - xh * of.mean_along) * of.by.scale;
+      if (needs_dx) store<1>(of.dx.run[r] + i, Vec<float, 1>{dx});
+    }
+    if (total == nullptr) return;
+    total[at] += static_cast<double>(weight_grad);
+    bias_total[at] += static_cast<double>(bias_grad);
+  });
 }
 
 // Which block a merged token is.
@@ -671,9 +707,9 @@ void forward_typed(const Params& p, int64_t begin, int64_t end, float* memory) {
         average(p, block, p.pixel_stride, y, p.streams);
         continue;
       }
-      average(p, block, p.pixel_stride, s.first, false);
+      average(p, block, p.pixel_stride, s.x[0], false);
       Runs<const float> runs;
-      one_run<const float>(runs, s.first, p.channels);
+      one_run<const float>(runs, s.x[0], p.channels);
       norm_any_row(p, s, runs, y, p.streams);
       continue;
     }
@@ -683,8 +719,8 @@ void forward_typed(const Params& p, int64_t begin, int64_t end, float* memory) {
     }
     Runs<const T> runs;
     if (p.norm_channels) {
-      T* out = p.order == Order::kYxc ? y : reinterpret_cast<T*>(s.first);
-      T* buffer = reinterpret_cast<T*>(s.second);
+      T* out = p.order == Order::kYxc ? y : reinterpret_cast<T*>(s.x[0]);
+      T* buffer = reinterpret_cast<T*>(s.x[1]);
       for (int64_t i = 0; i < p.block(); ++i) {
         one_run(runs, adjacent(block.pixel[i], p.pixel_stride, p.channels, buffer), p.channels);
         norm_any_row(p, s, runs, out + i * p.channels, p.streams && out == y);
@@ -695,9 +731,9 @@ void forward_typed(const Params& p, int64_t begin, int64_t end, float* memory) {
       continue;
     }
     if (p.order == Order::kYxc && p.pixel_stride == 1) {
-      runs_of<const T, T>(p, block, nullptr, runs, nullptr);
+      runs_of<const T>(p, block, adjacent_pixels(p, block), runs);
     } else {
-      T* merged = reinterpret_cast<T*>(s.first);
+      T* merged = reinterpret_cast<T*>(s.x[0]);
       merge(p, p.order, block, p.pixel_stride, merged, false);
       one_run<const T>(runs, merged, p.depth());
     }
@@ -723,123 +759,114 @@ void inverse_typed(const Params& p, int64_t begin, int64_t end) {
   finish_streams();
 }
 
-// The sums of the gradients of weight and bias: float32 over a few rows, float64 beyond.
-class WeightSums {
- public:
-  WeightSums(const Scratch& s, double* total) : s_(s), total_(total) {
-    for (int64_t k = 0; k < s_.normed; ++k) s_.weight_grad[k] = s_.bias_grad[k] = 0.0f;
-  }
-  void count(int64_t rows) {
-    rows_ += rows;
-    if (rows_ >= 4) flush();
-  }
-  // The channels of `total` into their own order.
-  void finish() {
-    flush();
-    if (!s_.words || total_ == nullptr) return;
-    order(total_);
-    order(total_ + s_.normed);
-  }
-
- private:
-  void flush() {
-    rows_ = 0;
-    if (total_ == nullptr) return;
-    add(s_.weight_grad, total_);
-    add(s_.bias_grad, total_ + s_.normed);
-  }
-  void order(double* total) const {
-    auto* ordered = reinterpret_cast<double*>(s_.third);  // and s_.fourth
-    for (int64_t k = 0; k < s_.normed; ++k) ordered[k] = total[place_of(s_, k)];
-    for (int64_t k = 0; k < s_.normed; ++k) total[k] = ordered[k];
-  }
-  void add(float* grad, double* total) const {
-    int64_t k = 0;
-    for (; k + kDoubles <= s_.normed; k += kDoubles) {
-      auto* sum = reinterpret_cast<Vec<double, kDoubles>*>(total + k);
-      *sum += load_doubles(grad + k);
-    }
-    for (; k < s_.normed; ++k) total[k] += static_cast<double>(grad[k]);
-    for (k = 0; k < s_.normed; ++k) grad[k] = 0.0f;
-  }
-
-  const Scratch& s_;
-  double* total_;
-  int64_t rows_ = 0;
-};
-
-template <class T>
-void norm_backward_typed(const Params& p, int64_t begin, int64_t end, float* memory,
-                         double* weight_grad) {
-  Scratch s(p, memory);
-  init_norm(p, s);
-  WeightSums sums(s, weight_grad);
-  const bool sums_wanted = weight_grad != nullptr, needs_dx = p.pixels_out != nullptr;
-  Block<const T> block;
-  Block<T> out;
-  for (int64_t token = begin; token < end; ++token) {
-    const Place at = find(p, token);
+// Rows are normed kTogether at a time, counted from the first: sums of the gradients of weight and
+// bias are longer than L1, and are read and written as seldom. Which rows meet depends on nothing
+// but their number, so that strides change no bit. A: how S is read, the type of normed values
+// (T's, or float for means).
+template <class A, class S, class T>
+void norm_backward_rows(const Params& p, const Scratch& s, int64_t begin, int64_t end,
+                        double* total) {
+  const bool needs_dx = p.pixels_out != nullptr, means = p.mean;
+  // Where merged tokens are runs of pixels.
+  const bool in_place = !means && p.order == Order::kYxc && p.pixel_stride == 1;
+  const bool streams = p.streams && (in_place || p.norm_channels);
+  const bool splits = p.norm_channels && (p.order == Order::kCyx || p.merged_stride != 1);
+  const int64_t of_token = p.norm_channels ? p.block() : 1;  // rows
+  const auto locate = [&](int64_t row, Block<const T>& block, Block<T>& out) {
+    const Place at = find(p, begin + row / of_token);
     place_block(p, static_cast<const T*>(p.pixels), at.group->from, at.image, at.row, at.column,
                 block);
     if (needs_dx)
       place_block(p, static_cast<T*>(p.pixels_out), at.group->to, at.image, at.row, at.column, out);
-    const T* g = static_cast<const T*>(p.merged) + at.group->merged + at.image * at.group->image +
-                 at.number * p.token_stride;
-    T* buffer = reinterpret_cast<T*>(s.fourth);
-    if (p.mean) {
-      average(p, block, p.pixel_stride, s.first, false);
-      g = adjacent(g, p.merged_stride, p.channels, buffer);
-      Runs<const float> x;
-      Runs<float> dx;
-      one_run<const float>(x, s.first, p.channels);
-      one_run(dx, s.second, p.channels);
-      if (!needs_dx) dx.count = 0;
-      norm_backward_any_row(p, s, sums_wanted, x, g, dx, false);
-      if (needs_dx) spread(p, s.second, 1, out);
-      sums.count(1);
-      continue;
-    }
-    Runs<const T> x;
-    Runs<T> dx;
+    return static_cast<const T*>(p.merged) + at.group->merged + at.image * at.group->image +
+           at.number * p.token_stride;
+  };
+  const auto prepare = [&](int64_t number, int slot, BackwardRow<S, T>& row) {
+    Block<const T> block;
+    Block<T> out{};
+    const T* g = locate(number, block, out);
+    auto* x = reinterpret_cast<S*>(s.x[slot]);
+    auto* dx = reinterpret_cast<S*>(s.dx[slot]);
+    auto* to_g = reinterpret_cast<T*>(s.g[slot]);
     if (p.norm_channels) {
-      if (p.order == Order::kCyx || p.merged_stride != 1) {
-        Block<T> pieces;
-        pieces_of(p, reinterpret_cast<T*>(s.first), pieces);
-        split(p, p.order, g, p.merged_stride, pieces, false);
-        g = pieces.pixel[0];
-      }
-      for (int64_t i = 0; i < p.block(); ++i) {
-        one_run(x, adjacent(block.pixel[i], p.pixel_stride, p.channels, buffer), p.channels);
-        one_run(dx, needs_dx ? out.pixel[i] : nullptr, p.channels);
-        if (!needs_dx) dx.count = 0;
-        norm_backward_any_row(p, s, sums_wanted, x, g + i * p.channels, dx, p.streams);
-      }
-      sums.count(p.block());
-      continue;
-    }
-    g = adjacent(g, p.merged_stride, p.depth(), buffer);
-    if (p.order == Order::kYxc && p.pixel_stride == 1) {
-      if (needs_dx) {
-        runs_of(p, block, &out, x, &dx);
+      const int64_t pixel = number % of_token;
+      if (splits) {  // the whole token at once
+        Block<T> pieces{};
+        pieces_of(p, reinterpret_cast<T*>(s.g[number / of_token % kTogether]), pieces);
+        if (pixel == 0) split(p, p.order, g, p.merged_stride, pieces, false);
+        row.g = pieces.pixel[pixel];
       } else {
-        runs_of<const T, T>(p, block, nullptr, x, nullptr);
-        dx.count = 0;
+        row.g = g + pixel * p.channels;
       }
-      norm_backward_any_row(p, s, sums_wanted, x, g, dx, p.streams);
+      if constexpr (__is_same(S, T)) {
+        one_run(row.x, adjacent(block.pixel[pixel], p.pixel_stride, p.channels, x), p.channels);
+        one_run(row.dx, out.pixel[pixel], p.channels);
+      }
+    } else if (in_place) {
+      row.g = adjacent(g, p.merged_stride, p.depth(), to_g);
+      if constexpr (__is_same(S, T)) {
+        const bool by_row = adjacent_pixels(p, block) && (!needs_dx || adjacent_pixels(p, out));
+        runs_of<const T>(p, block, by_row, row.x);
+        runs_of(p, out, by_row, row.dx);
+      }
     } else {
-      T* merged = reinterpret_cast<T*>(s.first);
-      T* merged_dx = reinterpret_cast<T*>(s.second);
-      merge(p, p.order, block, p.pixel_stride, merged, false);
-      one_run<const T>(x, merged, p.depth());
-      one_run(dx, merged_dx, p.depth());
-      if (!needs_dx) dx.count = 0;
-      norm_backward_any_row(p, s, sums_wanted, x, g, dx, false);
-      if (needs_dx) split(p, p.order, merged_dx, 1, out, p.streams);
+      row.g = adjacent(g, p.merged_stride, s.normed, to_g);
+      if (means) {
+        average(p, block, p.pixel_stride, x, false);
+      } else if constexpr (__is_same(S, T)) {
+        merge(p, p.order, block, p.pixel_stride, x, false);
+      }
+      one_run<const S>(row.x, x, s.normed);
+      one_run(row.dx, dx, s.normed);
     }
-    sums.count(1);
+    if (!needs_dx) row.dx.count = 0;
+    backward_statistics<A>(p, s, row);
+  };
+  // dx that lies in a slot goes to its pixels.
+  const auto finish = [&](int64_t number, int slot) {
+    if (!needs_dx || in_place || p.norm_channels) return;
+    Block<const T> block;
+    Block<T> out{};
+    locate(number, block, out);
+    if (means) {
+      spread(p, reinterpret_cast<const S*>(s.dx[slot]), 1, out);
+    } else {
+      split(p, p.order, reinterpret_cast<const T*>(s.dx[slot]), 1, out, p.streams);
+    }
+  };
+  BackwardRow<S, T> rows[kTogether];
+  const int64_t count = (end - begin) * of_token;
+  for (int64_t first = 0; first < count; first += kTogether) {
+    const int together = count - first < kTogether ? static_cast<int>(count - first) : kTogether;
+    for (int i = 0; i < together; ++i) prepare(first + i, i, rows[i]);
+    if (together == kTogether) {
+      backward_rows<A, kTogether>(s, rows, total, streams);
+    } else {
+      for (int i = 0; i < together; ++i) backward_rows<A, 1>(s, rows + i, total, streams);
+    }
+    for (int i = 0; i < together; ++i) finish(first + i, i);
   }
-  sums.finish();
   finish_streams();
+}
+
+template <class T>
+void norm_backward_typed(const Params& p, int64_t begin, int64_t end, float* memory,
+                         double* total) {
+  Scratch s(p, memory);
+  init_norm(p, s);
+  if (p.mean) return norm_backward_rows<Access<float, false>, float, T>(p, s, begin, end, total);
+  if constexpr (__is_same(T, bfloat16)) {
+    if (s.words) {
+      norm_backward_rows<Access<T, true>, T, T>(p, s, begin, end, total);
+      if (total == nullptr) return;
+      auto* ordered = reinterpret_cast<double*>(s.x[0]);  // and x[1] .. x[3]
+      for (int64_t k = 0; k < 2 * s.normed; ++k)
+        ordered[k] = total[k / s.normed * s.normed + place_of(s, k % s.normed)];
+      for (int64_t k = 0; k < 2 * s.normed; ++k) total[k] = ordered[k];
+      return;
+    }
+  }
+  norm_backward_rows<Access<T, false>, T, T>(p, s, begin, end, total);
 }
 
 // f(a null pointer of the type).
