@@ -8,7 +8,15 @@ import os
 
 import pytest
 import torch
-from testbed import HAS_TRITON, ISA_LEVELS, NOT_ON_A_GPU, ON_GPU, TEST_DEVICE, TESTED_ISAS
+from testbed import (
+    HAS_TRITON,
+    ISA_LEVELS,
+    NATIVE_BF16,
+    NOT_ON_A_GPU,
+    ON_GPU,
+    TEST_DEVICE,
+    TESTED_ISAS,
+)
 
 import vlmops
 
@@ -28,8 +36,9 @@ def pytest_report_header():
     if ON_GPU:
         left_out = "; ".join(f"{rule}: {why}" for rule, why in NOT_ON_A_GPU.items())
         return [f"vlmops: device cuda, every case; left out: {left_out}"]
-    missing = [isa for isa in ISA_LEVELS if isa not in TESTED_ISAS]
-    tested = f"vlmops: instruction sets tested: {', '.join(TESTED_ISAS)}"
+    found = TESTED_ISAS + NATIVE_BF16
+    missing = [isa for isa in ISA_LEVELS if isa not in found]
+    tested = f"vlmops: instruction sets tested: {', '.join(found)}"
     tested += f"; not on this machine: {', '.join(missing)}" if missing else ""
     few = "every case" if os.environ.get("VLMOPS_ALL_CASES") == "1" else "few and tiny cases"
     how = f"interpreted, {few}" if HAS_TRITON else "not installed, its tests are left out"
@@ -68,7 +77,7 @@ def _seed():
 
 @pytest.fixture
 def use_cpu_isa():
-    """Call with a name of TESTED_ISAS; the level that was in force returns after the test."""
+    """Call with a name of TESTED_ISAS or NATIVE_BF16; what was in force returns after the test."""
 
     def use(isa):
         assert torch.ops.vlmops.set_cpu_isa(isa) == isa

@@ -188,6 +188,65 @@ MUTATIONS = {
         "} else if (q.rows < tokens - 1) {"),
     "tokens: packed images begin at 0": (
         "ops/patch_embed/patch_embed.cpp", "token += g.images * whole.tokens();", ""),
+    "attention: a small rest is lost": (
+        "common/attention_cpu.h", "  x += rest;\n", ""),
+    "attention: hide the last key that a row sees": (
+        "common/attention_cpu.h", "limit >= static_cast<int32_t>(first + n) ? load",
+        "limit > static_cast<int32_t>(first + n) ? load"),
+    "attention: a result of another maximum": (
+        "common/attention_cpu.h", "x += load<kFloats>(at) * alpha[u];", "x += load<kFloats>(at);"),
+    "attention: a sum of another maximum": (
+        "common/attention_cpu.h",
+        "load<kFloats>(at) * alpha[u] + sum[u]", "load<kFloats>(at) + sum[u]"),
+    "attention: a negative scale as its size": (
+        "common/attention_cpu.h",
+        "return p.scale < 0.0f ? -1.0f : 1.0f;", "return p.scale < 0.0f ? 1.0f : 1.0f;"),
+    "attention: scale 0 hides nothing": (
+        "common/attention_cpu.h", "if (c == 0.0f) c = 0x1p-126f;", "if (c == 0.0f) c = 0.0f;"),
+    "attention: what no key was seen for stays": (
+        "common/attention_cpu.h", "if (panel.most < 0 || keys == 0) {", "if (panel.most < -1) {"),
+    "attention: one head of a group": (
+        "common/attention_cpu.h", "static_cast<int>(p.group() == 1 ? 0 : r % p.group())",
+        "static_cast<int>(p.group() == 1 ? 0 : 0 * r)"),
+    "attention: few rows: a key beyond the last": (
+        "common/attention_cpu.h", "i > seen || n + i >= count ?", "i > seen ?"),
+    "attention: few rows: a result of another maximum": (
+        "common/attention_cpu.h",
+        "load<kFloats>(at) * alpha[r + j] + sums[j][u]", "load<kFloats>(at) + sums[j][u]"),
+    "attention: few rows: parts as they are": (
+        "common/attention_cpu.h",
+        "sum = sum * old + more.sum[r] * by;", "sum = sum + more.sum[r] * by;"),
+    "attention: few rows: parts that saw nothing": (
+        "common/attention_cpu.h", "if (more.sum[r] == 0.0f) continue;", "if (false) continue;"),
+    "attention: few rows: a part is all that follows": (
+        "binding/attention.cpp", "std::min(keys, first + kPartKeys)", "keys"),
+    "attention: pairs turned round": (
+        "common/attention_cpu.h", "e / 2 + e % 2 * 16", "e / 2 + (1 - e % 2) * 16"),
+    "attention: pairs: a key beyond the last": (
+        "common/attention_cpu.h", "if (n + 1 < count) odd = base", "if (n < count) odd = base"),
+    "attention: pairs: the sign of one in two": (
+        "common/attention_cpu.h", "0x80008000u", "0x8000u"),
+    "attention: no delta": (
+        "common/attention_cpu.h",
+        "weight * (dp - load<kFloats>(t_.delta + at_ + u * kFloats))", "weight * dp"),
+    "attention: backward sees what is hidden": (
+        "common/attention_cpu.h",
+        "e = limit >= static_cast<int32_t>(block_.first + n) ? e : Floats{};", ""),
+    "attention: backward: padding sees padding": (
+        "common/attention_cpu.h", "return hidden ? Floats{} : e;", "return e;"),
+    "attention: keys without scale": (
+        "common/attention_cpu.h",
+        "put_keys<T>(block.dk, p.scale, all", "put_keys<T>(block.dk, 1.0f, all"),
+    "attention: queries without scale": (
+        "common/attention_cpu.h", "Floats{} + p.scale,", "Floats{} + 1.0f,"),
+    "attention: pairs: keys' gradients of all weights": (
+        "common/attention_cpu.h", "of_keys(block.rounded_ds, t.q_rows, block.dk)",
+        "of_keys(block.rounded_p, t.q_rows, block.dk)"),
+    "attention: padding sees padding": (
+        "binding/attention.cpp", "add(s, q, seen, valid, q.count, order, order);",
+        "add(s, q, k, valid, q.count, order, nullptr);"),
+    "attention: the first query sees the first key": (
+        "binding/attention.cpp", "at, k.count - q.count,", "at, 0,"),
     "shuffle: pixels of a block turned on their side": (
         "ops/pixel_shuffle/pixel_shuffle_cpu.h", "base + y * at.y + x * at.x",
         "base + x * at.y + y * at.x"),
@@ -1339,6 +1398,8 @@ def of_op(op, file):
     """Which tests are run for a mutation of a file: those of its op."""
     folder = file.split("/")
     op = op or (folder[1] if folder[0] == "ops" else None)
+    if op is None and folder[-1].startswith("attention"):
+        op = "attention"  # every op on the core has it in its name
     return "" if op is None else f" and {op}"
 
 
@@ -1422,8 +1483,11 @@ def sites(op=None):
 def is_of(op, file):
     """Whether an op's own files include this one, or it is one of them."""
     own = f"ops/{op}/"
-    return own in file or any(
-        f'"{file}"' in path.read_text() for path in (ROOT / "csrc" / own).glob("*")
+    on_core = "attention" in op and file.split("/")[-1].startswith("attention")
+    return (
+        own in file
+        or on_core
+        or any(f'"{file}"' in path.read_text() for path in (ROOT / "csrc" / own).glob("*"))
     )
 
 

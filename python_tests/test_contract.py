@@ -13,7 +13,7 @@ import pytest
 import torch
 from dispatch import CountOps
 from emulator.build import emulated
-from testbed import DEVICE, HAS_TRITON, NOT_ON_A_GPU, ON_GPU, TESTED_ISAS
+from testbed import DEVICE, HAS_TRITON, NATIVE_BF16, NOT_ON_A_GPU, ON_GPU, TESTED_ISAS
 from torch.autograd import forward_ad
 
 import vlmops
@@ -21,9 +21,10 @@ from vlmops.ops.compare import largest_error, mismatch
 
 SPECS = [vlmops.ops.spec(op) for op in vlmops.ops.__all__]
 TRITON = ["triton"] if HAS_TRITON else []
-BACKENDS = ["cuda", *TRITON] if ON_GPU else [f"cpu_{isa}" for isa in TESTED_ISAS] + TRITON
+ON_CPU = [f"cpu_{isa}" for isa in TESTED_ISAS + NATIVE_BF16]
+BACKENDS = ["cuda", *TRITON] if ON_GPU else ON_CPU + TRITON
 # One level of the CPU's is enough for what does not look at numbers.
-EACH_ONCE = BACKENDS if ON_GPU else BACKENDS[len(TESTED_ISAS) - 1 :]
+EACH_ONCE = BACKENDS if ON_GPU else [f"cpu_{TESTED_ISAS[-1]}", *TRITON]
 # The CUDA kernels, which see numbers only, on the emulated GPU that checks every access.
 WITH_EMULATOR = BACKENDS if ON_GPU else [*BACKENDS, "emulator"]
 ALL_CASES = os.environ.get("VLMOPS_ALL_CASES") == "1" or ON_GPU
@@ -86,6 +87,10 @@ def cases_for(spec, backend):
     return spec.few if backend == "triton" and not ALL_CASES else spec.cases
 
 
+def has_kernels(spec, backend, dtype):
+    return backend != "cpu_avx512_bf16" or (spec.multiplies_bf16 and dtype == torch.bfloat16)
+
+
 def subjects(dtypes=DTYPES, cases=None, backends=BACKENDS, where=lambda spec, case: True):
     """Parametrises a test over spec, backend, dtype and case."""
     rows = [
@@ -93,7 +98,7 @@ def subjects(dtypes=DTYPES, cases=None, backends=BACKENDS, where=lambda spec, ca
         for spec in SPECS
         for backend, (name, dtype) in itertools.product(backends, dtypes.items())
         for case in cases_for(spec, backend)[:cases]
-        if where(spec, case)
+        if has_kernels(spec, backend, dtype) and where(spec, case)
     ]
     return pytest.mark.parametrize(("backend", "subject"), rows, indirect=True)
 

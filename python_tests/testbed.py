@@ -18,8 +18,10 @@ import torch  # noqa: E402
 
 import vlmops  # noqa: E402
 
-ISA_LEVELS = ["portable", "avx2", "avx512"]
-TESTED_ISAS = ISA_LEVELS[: ISA_LEVELS.index(vlmops.cpu_isa()) + 1]
+ISA_LEVELS = ["portable", "avx2", "avx512", "avx512_bf16"]
+_RUNNING = ISA_LEVELS[: ISA_LEVELS.index(vlmops.cpu_isa()) + 1]
+# The last has kernels of its own for bfloat16 in ops whose SPEC says so, and avx512's for the rest.
+TESTED_ISAS, NATIVE_BF16 = _RUNNING[:3], _RUNNING[3:]
 
 DEVICE = torch.device(TEST_DEVICE)
 

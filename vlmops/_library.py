@@ -122,9 +122,11 @@ def require() -> None:
 
 
 def cpu_isa() -> str:
-    """The CPU instruction set in force: ``"portable"``, ``"avx2"`` or ``"avx512"``.
+    """The CPU instruction set in force.
 
-    The best that the machine runs, capped by the environment variable ``VLMOPS_CPU_ISA``.
+    ``"portable"``, ``"avx2"``, ``"avx512"`` or ``"avx512_bf16"``, with which attention multiplies
+    bfloat16 as it is: the best that the machine runs, capped by the environment variable
+    ``VLMOPS_CPU_ISA``.
 
     Raises:
         ImportError: the compiled library is not loaded.

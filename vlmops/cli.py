@@ -219,7 +219,7 @@ def _add_what(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, help="bound threads (default: one per core)")
     parser.add_argument(
         "--isa",
-        help="cap the instruction set of vlmops and torch: portable, avx2 or avx512 "
+        help="cap the instruction set of vlmops and torch: portable, avx2, avx512 "
         "(default: the machine's best)",
     )
 

@@ -221,7 +221,7 @@ def _isa() -> Finding:
     except RuntimeError as error:
         remedy = "correct or unset VLMOPS_CPU_ISA"
         return Finding(topic, "problem", str(error).splitlines()[0], remedy)
-    best = torch.ops.vlmops.set_cpu_isa("avx512")
+    best = torch.ops.vlmops.set_cpu_isa("")
     torch.ops.vlmops.set_cpu_isa(chosen)
     found = f"{chosen}; torch: {torch.backends.cpu.get_cpu_capability()}"
     if chosen != best:

@@ -97,24 +97,69 @@ void share(int64_t count, int64_t batch, size_t floats, const F& f) {
   torch::stable::parallel_for(0, threads, 1, run);
 }
 
+// Jobs of few rows and many keys: a unit is a part of one head's keys.
+void forward_in_parts(const Params& p, const std::vector<const Job*>& jobs, size_t scratch_floats) {
+  const CpuKernels& kernels = *cpu_kernels().attention;
+  struct Unit {
+    const Job* job;
+    int head;
+    int64_t part, parts;
+    float* to;
+  };
+  std::vector<Unit> units;
+  size_t floats = 0;
+  for (const Job* job : jobs) {
+    const int64_t parts = (job->k.count + kPartKeys - 1) / kPartKeys;
+    for (int head = 0; head < p.kv_heads; ++head) {
+      for (int64_t part = 0; part < parts; ++part) {
+        units.push_back({job, head, part, parts, nullptr});
+        floats += kernels.part_floats(p, job->q.count, 1);
+      }
+    }
+  }
+  std::vector<float> results(floats);
+  float* to = results.data();
+  for (Unit& unit : units) {
+    unit.to = to;
+    to += kernels.part_floats(p, unit.job->q.count, 1);
+  }
+  const auto count = static_cast<int64_t>(units.size());
+  share(count, 1, scratch_floats, [&](int64_t i, int64_t end, float* scratch) {
+    for (; i < end; ++i) {
+      const Unit& unit = units[static_cast<size_t>(i)];
+      const int64_t keys = unit.job->k.count, first = unit.part * kPartKeys;
+      kernels.forward_part(p, *unit.job, unit.head, first, std::min(keys, first + kPartKeys),
+                           scratch, unit.to);
+    }
+  });
+  for (const Unit& unit : units) {
+    if (unit.part == 0) kernels.join_parts(p, *unit.job, unit.head, unit.to, unit.parts);
+  }
+}
+
 }  // namespace
 
 void forward_on_cpu(const Params& p) {
   const CpuKernels& kernels = *cpu_kernels().attention;
   const int64_t most = most_of(p);
   const Jobs jobs(p, most, false);
+  const size_t scratch_floats = kernels.scratch(p, most, 1);
+  std::vector<const Job*> whole, cut;
+  for (const Job& job : jobs.all())
+    (few_rows_of(p, job) && job.k.count > kPartKeys ? cut : whole).push_back(&job);
   // A unit is one head of a job. Heads of one job lie side by side.
-  const int64_t heads = p.kv_heads, units = static_cast<int64_t>(jobs.all().size()) * heads;
+  const int64_t heads = p.kv_heads, units = static_cast<int64_t>(whole.size()) * heads;
   const int64_t batch =
       std::clamp<int64_t>(units / (8 * torch::stable::get_num_threads()), 1, heads);
-  share(units, batch, kernels.scratch(p, most, 1), [&](int64_t i, int64_t end, float* scratch) {
+  share(units, batch, scratch_floats, [&](int64_t i, int64_t end, float* scratch) {
     while (i < end) {
       const int64_t job = i / heads, stop = std::min(end, (job + 1) * heads);
-      kernels.forward(p, jobs.all()[static_cast<size_t>(job)], static_cast<int>(i - job * heads),
+      kernels.forward(p, *whole[static_cast<size_t>(job)], static_cast<int>(i - job * heads),
                       static_cast<int>(stop - job * heads), scratch);
       i = stop;
     }
   });
+  if (!cut.empty()) forward_in_parts(p, cut, scratch_floats);
 }
 
 void backward_on_cpu(const Backward& b) {

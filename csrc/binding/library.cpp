@@ -16,6 +16,9 @@ namespace vlmops {
 extern const CpuKernels kernels_portable;
 #ifdef VLMOPS_X86
 extern const CpuKernels kernels_avx2, kernels_avx512;
+namespace attention {
+extern const CpuKernels kernels_avx512_bf16;
+}
 #endif
 
 namespace {
@@ -35,6 +38,13 @@ std::vector<Level> levels() {
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512cd") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  static const CpuKernels avx512_bf16 = [] {
+    CpuKernels kernels = kernels_avx512;
+    kernels.isa = "avx512_bf16";
+    kernels.attention = &attention::kernels_avx512_bf16;
+    return kernels;
+  }();
+  all.push_back({&avx512_bf16, avx512 && __builtin_cpu_supports("avx512bf16")});
   all.push_back({&kernels_avx512, avx512});
   all.push_back({&kernels_avx2, avx2});
 #endif

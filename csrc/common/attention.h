@@ -90,10 +90,25 @@ struct Job {
 // Queries of a job, so that K and V are packed once for several panels of rows.
 constexpr int64_t kJobRows = 256;
 
+constexpr int kKeyBlock = 64;
+
+// Rows of so few queries and heads are done with channels in lanes, and their keys in parts of
+// kPartKeys whatever else is there: a result depends on nothing else. Of fewer keys backward must
+// find the very sums that forward had: one key has all the weight.
+constexpr int64_t kFewRows = 8, kPartKeys = 1024;
+static inline bool few_rows_of(const Params& p, const Job& job) {
+  return job.q.count * p.group() <= kFewRows && job.k.count >= kKeyBlock;
+}
+
 // Floats of scratch, on a boundary of 64 bytes, for `rows` queries in so many jobs.
 using CpuScratch = size_t (*)(const Params&, int64_t rows, int64_t jobs);
 // KV heads [begin, end) of a job.
 using CpuForward = void (*)(const Params&, const Job&, int begin, int end, float* scratch);
+// Few rows of KV head `head` over keys [begin, end), to part_floats() floats, and the result of
+// `count` such parts that lie one after the other.
+using CpuForwardPart = void (*)(const Params&, const Job&, int head, int64_t begin, int64_t end,
+                                float* scratch, float* to);
+using CpuJoinParts = void (*)(const Params&, const Job&, int head, float* parts, int64_t count);
 // One KV head; the jobs are all those of one segment, the first of them with all its keys.
 using CpuBackward = void (*)(const Backward&, const Job* jobs, int64_t count, int head,
                              float* scratch);
@@ -101,6 +116,9 @@ using CpuBackward = void (*)(const Backward&, const Job* jobs, int64_t count, in
 struct CpuKernels {
   CpuScratch scratch;
   CpuForward forward;
+  CpuScratch part_floats;
+  CpuForwardPart forward_part;
+  CpuJoinParts join_parts;
   CpuScratch backward_scratch;
   CpuBackward backward;
 };

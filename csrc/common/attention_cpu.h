@@ -14,6 +14,10 @@
 // V, converted to float32 where they are not, stay in L1 and L2. A row's arithmetic has one order,
 // whatever else is in its panel.
 //
+// bfloat16 on machines that multiply it (kPairs): forward sums two channels, then two keys, a step.
+// An element of a vector is a pair of a row's numbers, bfloat16 as they are; K stays as it lies, V
+// is packed to pairs of keys, weights are rounded to bfloat16 once they are summed.
+//
 // What a segment of n queries and m keys costs: 4 n m D FLOPs a head; moved are q, k, v and out,
 // once. The floor is the machine's best float32 product.
 #pragma once
@@ -31,12 +35,19 @@ constexpr int kMostVectors = 4, kAccumulators = 24;
 constexpr int kMostVectors = 2, kAccumulators = 12;
 #endif
 constexpr int kPanelRows = kMostVectors * kFloats;
-constexpr int kKeyBlock = 64;
 constexpr double kLog2E = 0x1.71547652b82fep0;
 constexpr float kInfinity = __builtin_inff();
 
 using Floats = Vec<float, kFloats>;
 using Ints = Vec<int32_t, kFloats>;
+
+// Whether numbers of type T are multiplied in pairs.
+template <class T>
+constexpr bool kPairs = false;
+#if defined(__AVX512BF16__)
+template <>
+constexpr bool kPairs<bfloat16> = true;
+#endif
 
 // ---- Vectors ----
 
@@ -56,6 +67,54 @@ VLMOPS_INLINE Floats exp2(Floats x, Floats rest) {
   const Floats power = bit_cast<Floats>(bit_cast<Ints>(y) + (bit_cast<Ints>(shifted) << 23));
   return none ? Floats{} : power;
 }
+
+// 2^x, to 3e-6, for what bfloat16 keeps; 1 of 0, 0 below 2^-126.
+VLMOPS_INLINE Floats exp2_roughly(Floats x) {
+  constexpr float kRound = 0x1.8p23f;
+  const Floats shifted = x + kRound;
+  const Floats r = x - (shifted - kRound);
+  Floats y = r * 0x1.3a02ccp-7f + 0x1.c9fc46p-5f;
+  y = y * r + 0x1.ec0378p-3f;
+  y = y * r + 0x1.62e12cp-1f;
+  y = y * r + 1.0f;
+  const Floats power = bit_cast<Floats>(bit_cast<Ints>(y) + (bit_cast<Ints>(shifted) << 23));
+  return x < -126.0f ? Floats{} : power;
+}
+
+#if defined(__AVX512BF16__)
+// Both, rounded, lane by lane: `first` in the lower halves.
+VLMOPS_INLINE Ints pair_up(Floats first, Floats second) {
+  Vec<int16_t, 32> order;
+  for (int16_t e = 0; e < 32; ++e) order[e] = static_cast<int16_t>(e / 2 + e % 2 * 16);
+  const auto rounded = _mm512_cvtne2ps_pbh(bit_cast<__m512>(second), bit_cast<__m512>(first));
+  return bit_cast<Ints>(
+      _mm512_permutexvar_epi16(bit_cast<__m512i>(order), bit_cast<__m512i>(rounded)));
+}
+
+// Products of both numbers of each pair are added.
+VLMOPS_INLINE void add_product(Floats& sum, Ints a, Ints b) {
+  sum = bit_cast<Floats>(
+      _mm512_dpbf16_ps(bit_cast<__m512>(sum), bit_cast<__m512bh>(a), bit_cast<__m512bh>(b)));
+}
+VLMOPS_INLINE void add_product(Floats& sum, Ints a, int32_t by) {
+  add_product(sum, a, bit_cast<Ints>(_mm512_set1_epi32(by)));
+}
+
+VLMOPS_INLINE int32_t pair_at(const bfloat16* p) {
+  int32_t pair;
+  __builtin_memcpy(&pair, p, sizeof(pair));
+  return pair;
+}
+
+// The first n lanes, zeros in the others.
+VLMOPS_INLINE Ints load_pairs(const bfloat16* p, int n) {
+  const auto lanes = static_cast<__mmask16>(n >= 16 ? 0xffff : (1 << n) - 1);
+  return bit_cast<Ints>(_mm512_maskz_loadu_epi32(lanes, p));
+}
+#endif
+
+VLMOPS_INLINE void add_product(Floats& sum, Floats a, Floats b) { sum += a * b; }
+VLMOPS_INLINE void add_product(Floats& sum, Floats a, float by) { sum += a * by; }
 
 template <int Step>
 VLMOPS_INLINE void exchange(Floats (&x)[kFloats]) {
@@ -137,27 +196,29 @@ constexpr int most_of(int vectors) {
   return kAccumulators / vectors > 12 ? 12 : kAccumulators / vectors;
 }
 
-// Rows of D numbers.
-struct Rows {
-  const float* data;
+// Rows of D numbers, or of D pairs.
+template <class E>
+struct RowsOf {
+  const E* data;
   int64_t stride;
 };
+using Rows = RowsOf<float>;
 
 // each(j, v, sum) of the J x V vectors that a tile of a product has: sum over i < depth of a number
-// of a, for j, times vector v of row i of x.
-template <int V, int J, class Number, class Each>
-VLMOPS_INLINE void product(const float* x, int64_t stride, int depth, const Number& number,
+// of a, for j, times vector v of row i of x. Numbers are float, or int32_t for pairs.
+template <int V, int J, class X, class Number, class Each>
+VLMOPS_INLINE void product(const X* x, int64_t stride, int depth, const Number& number,
                            const Each& each) {
   Floats sums[J][V] = {};
   for (int i = 0; i < depth; ++i, x += stride) {
-    Floats row[V];
+    Vec<X, kFloats> row[V];
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) row[v] = load<kFloats>(x + v * kFloats);
+    for (int v = 0; v < V; ++v) row[v] = *reinterpret_cast<const Vec<X, kFloats>*>(x + v * kFloats);
 #pragma GCC unroll 12
     for (int j = 0; j < J; ++j) {
-      const float by = number(j, i);
+      const auto by = number(j, i);
 #pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) sums[j][v] += row[v] * by;
+      for (int v = 0; v < V; ++v) add_product(sums[j][v], row[v], by);
     }
   }
 #pragma GCC unroll 12
@@ -177,14 +238,14 @@ VLMOPS_INLINE void rows_product(const Rows& a, const float* x, int64_t stride, i
 }
 
 // a's columns from a.data on.
-template <int V, int J, class Each>
-VLMOPS_INLINE void columns_product(const Rows& a, const float* x, int64_t stride, int depth,
+template <int V, int J, class X, class Each>
+VLMOPS_INLINE void columns_product(const RowsOf<X>& a, const X* x, int64_t stride, int depth,
                                    const Each& each) {
-  const float* row = a.data;
+  const X* row = a.data;
   product<V, J>(
       x, stride, depth,
       [&](int j, int) VLMOPS_INLINED {
-        const float by = row[j];
+        const X by = row[j];
         if (j == J - 1) row += a.stride;
         return by;
       },
@@ -218,11 +279,11 @@ VLMOPS_INLINE const T* base_of(const Heads& of, const Starts& starts, const Head
   return static_cast<const T*>(of.data) + offset_of(starts, of, h.job.segment, range.first);
 }
 
-// Rows [first, first + rows) of q, or of what has its strides, transposed and times `factor`: to
-// [D, kPanelRows]. Lanes beyond the rows repeat the last.
-template <class T>
-inline void pack_queries(const Heads& of, const HeadOf& h, int64_t first, int rows, float factor,
-                         float* to) {
+// Rows [first, first + rows) of q, or of what has its strides, transposed: to [width, kPanelRows],
+// of read(row, from, lanes). Lanes beyond the rows repeat the last.
+template <class T, class Read>
+VLMOPS_INLINE void pack_rows(const Heads& of, const HeadOf& h, int64_t first, int rows, int width,
+                             const Read& read, float* to) {
   const T* const base = base_of<T>(of, h.p.q_starts, h, h.job.q);
   for (int v = 0; v * kFloats < rows; ++v) {
     const T* row[kFloats];
@@ -231,11 +292,11 @@ inline void pack_queries(const Heads& of, const HeadOf& h, int64_t first, int ro
       const int64_t r = first + (at < rows ? at : rows - 1);
       row[i] = base + h.query(r) * of.row + h.head(r) * of.head;
     }
-    for (int d = 0; d < h.p.dim; d += kFloats) {
+    for (int d = 0; d < width; d += kFloats) {
       Floats x[kFloats];
-      const int lanes = h.p.dim - d;
+      const int lanes = width - d;
 #pragma GCC unroll 16
-      for (int i = 0; i < kFloats; ++i) x[i] = load_lanes(row[i] + d, lanes) * factor;
+      for (int i = 0; i < kFloats; ++i) x[i] = read(row[i], d, lanes);
       transpose(x);
 #pragma GCC unroll 16
       for (int i = 0; i < kFloats; ++i) {
@@ -243,6 +304,15 @@ inline void pack_queries(const Heads& of, const HeadOf& h, int64_t first, int ro
       }
     }
   }
+}
+
+// In float32, times `factor`.
+template <class T>
+inline void pack_queries(const Heads& of, const HeadOf& h, int64_t first, int rows, float factor,
+                         float* to) {
+  const auto read = [&](const T* row, int d, int lanes)
+                        VLMOPS_INLINED { return load_lanes(row + d, lanes) * factor; };
+  pack_rows<T>(of, h, first, rows, h.p.dim, read, to);
 }
 
 // Keys [first, first + count) of k or v as float32 rows: where they lie, or packed into `to`.
@@ -260,6 +330,69 @@ inline Rows keys_of(const Heads& of, const HeadOf& h, int64_t first, int count, 
   }
   return {to, h.p.dim};
 }
+
+// T is bfloat16, and is where these are called; they are defined for machines that multiply it.
+template <class T>
+void pack_query_pairs(const Heads& of, const HeadOf& h, int64_t first, int rows, float sign,
+                      float* to);
+template <class T>
+RowsOf<T> key_rows(const Heads& of, const HeadOf& h, int64_t first, int count, bool pack,
+                   float* to);
+template <class T>
+RowsOf<int32_t> key_pairs(const Heads& of, const HeadOf& h, int64_t first, int count, float* to);
+template <class T>
+void pair_rows(const T* first, const T* second, int dim, float* to);
+
+#if defined(__AVX512BF16__)
+// As pairs of channels, of a sign: to [D / 2, kPanelRows].
+template <>
+inline void pack_query_pairs<bfloat16>(const Heads& of, const HeadOf& h, int64_t first, int rows,
+                                       float sign, float* to) {
+  const Ints flip = Ints{} + (sign < 0.0f ? static_cast<int32_t>(0x80008000u) : 0);
+  const auto read = [&](const bfloat16* row, int d, int lanes) VLMOPS_INLINED {
+    return bit_cast<Floats>(load_pairs(row + 2 * d, lanes) ^ flip);
+  };
+  pack_rows<bfloat16>(of, h, first, rows, h.p.dim / 2, read, to);
+}
+
+// Keys [first, first + count) of k or v: where they lie, or packed into `to`.
+template <>
+inline RowsOf<bfloat16> key_rows<bfloat16>(const Heads& of, const HeadOf& h, int64_t first,
+                                           int count, bool pack, float* to) {
+  const auto* const base = base_of<bfloat16>(of, h.p.k_starts, h, h.job.k) + h.kv_head * of.head;
+  if (!pack && h.job.k_rows == nullptr) return {base + first * of.row, of.row};
+  auto* const packed = reinterpret_cast<bfloat16*>(to);
+  for (int n = 0; n < count; ++n)
+    __builtin_memcpy(packed + n * h.p.dim, base + h.key(first + n) * of.row,
+                     static_cast<size_t>(h.p.dim) * sizeof(bfloat16));
+  return {packed, h.p.dim};
+}
+
+// Of two rows, [dim]; zeros for a second that is null.
+template <>
+inline void pair_rows<bfloat16>(const bfloat16* first, const bfloat16* second, int dim, float* to) {
+  for (int d = 0; d < dim; d += 8) {
+    const auto wide = [&](const bfloat16* from) VLMOPS_INLINED {
+      return _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + d)));
+    };
+    __m256i pairs = wide(first);
+    if (second != nullptr) pairs = _mm256_or_si256(pairs, _mm256_slli_epi32(wide(second), 16));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + d), pairs);
+  }
+}
+
+// Keys of k or v as pairs of keys, [(count + 1) / 2, D].
+template <>
+inline RowsOf<int32_t> key_pairs<bfloat16>(const Heads& of, const HeadOf& h, int64_t first,
+                                           int count, float* to) {
+  const auto* const base = base_of<bfloat16>(of, h.p.k_starts, h, h.job.k) + h.kv_head * of.head;
+  for (int n = 0; n < count; n += 2)
+    pair_rows<bfloat16>(base + h.key(first + n) * of.row,
+                        n + 1 < count ? base + h.key(first + n + 1) * of.row : nullptr, h.p.dim,
+                        to + n / 2 * h.p.dim);
+  return {reinterpret_cast<const int32_t*>(to), h.p.dim};
+}
+#endif
 
 // ---- Forward ----
 
@@ -279,6 +412,7 @@ struct Base2 {
 
   // Of products that lie `off` below the largest.
   VLMOPS_INLINE Floats weight(Floats off) const { return exp2(off * c, off * rest); }
+  VLMOPS_INLINE Floats weight_roughly(Floats off) const { return exp2_roughly(off * c); }
 };
 
 // f(begin, end) for the parts of a sum over `depth` products. Long sums are cut, one of 256 has
@@ -305,8 +439,22 @@ VLMOPS_INLINE void scores(const Rows& k, const float* q, int dim, float* s, cons
   });
 }
 
+#if defined(__AVX512BF16__)
+template <int V, int J, class Each>
+VLMOPS_INLINE void scores(const RowsOf<bfloat16>& k, const float* q, int dim, float* s,
+                          const Each& each) {
+  product<V, J>(
+      reinterpret_cast<const int32_t*>(q), kPanelRows, dim / 2,
+      [&](int j, int i) VLMOPS_INLINED { return pair_at(k.data + j * k.stride + 2 * i); },
+      [&](int j, int v, Floats sum) VLMOPS_INLINED {
+        store<kFloats>(s + j * kPanelRows + v * kFloats, sum);
+        each(v, sum);
+      });
+}
+#endif
+
 struct Panel {
-  const float* q;  // [D, kPanelRows]
+  const float* q;  // [D, kPanelRows], or [D / 2, kPanelRows] of pairs
   float* o;        // [D, kPanelRows]
   int vectors, rows;
   int64_t first;          // row
@@ -347,17 +495,18 @@ struct Ahead {
   }
 };
 
-// Keys [first, first + count) of a panel: s [count, kPanelRows] is scratch.
-template <int V>
-inline void attend(const Panel& panel, const Rows& k, const Rows& v, int dim, int64_t first,
-                   int count, const Base2& base, float* s, Ahead& ahead) {
+// Keys [first, first + count) of a panel: s [count, kPanelRows] is scratch. V's rows are keys', or
+// those of pairs.
+template <int V, class K, class X>
+inline void attend(const Panel& panel, const RowsOf<K>& k, const RowsOf<X>& v, int dim,
+                   int64_t first, int count, const Base2& base, float* s, Ahead& ahead) {
   Floats top[V], old[V], sum[V], alpha[V];
   for (int u = 0; u < V; ++u) top[u] = old[u] = load<kFloats>(panel.top + u * kFloats);
   const bool masked = first + count - 1 > panel.least;
   by_tiles<most_of(V)>(count, [&](auto tile, int n) VLMOPS_INLINED {
     ahead.step();
     constexpr int J = decltype(tile)::value;
-    scores<V, J>({k.data + n * k.stride, k.stride}, panel.q, dim, s + n * kPanelRows,
+    scores<V, J>(RowsOf<K>{k.data + n * k.stride, k.stride}, panel.q, dim, s + n * kPanelRows,
                  [&](int u, Floats x) VLMOPS_INLINED {
                    if (!masked) top[u] = x > top[u] ? x : top[u];
                  });
@@ -382,12 +531,29 @@ inline void attend(const Panel& panel, const Rows& k, const Rows& v, int dim, in
     sum[u] = Floats{};
     top[u] = from;
   }
-  for (int n = 0; n < count; ++n) {
-    for (int u = 0; u < V; ++u) {
-      float* const at = s + n * kPanelRows + u * kFloats;
-      const Floats e = base.weight(load<kFloats>(at) - top[u]);
-      store<kFloats>(at, e);
-      sum[u] += e;
+#if defined(__AVX512BF16__)
+  if constexpr (kPairs<K>) {
+    for (int n = 0; n < count; n += 2) {
+      for (int u = 0; u < V; ++u) {
+        const float* const at = s + n * kPanelRows + u * kFloats;
+        const Floats even = base.weight_roughly(load<kFloats>(at) - top[u]);
+        Floats odd = {};
+        if (n + 1 < count) odd = base.weight_roughly(load<kFloats>(at + kPanelRows) - top[u]);
+        store<kFloats>(s + n / 2 * kPanelRows + u * kFloats, bit_cast<Floats>(pair_up(even, odd)));
+        sum[u] += even;
+        sum[u] += odd;
+      }
+    }
+  }
+#endif
+  if constexpr (!kPairs<K>) {
+    for (int n = 0; n < count; ++n) {
+      for (int u = 0; u < V; ++u) {
+        float* const at = s + n * kPanelRows + u * kFloats;
+        const Floats e = base.weight(load<kFloats>(at) - top[u]);
+        store<kFloats>(at, e);
+        sum[u] += e;
+      }
     }
   }
   // Blocks are summed by themselves: one sum of all keys lost a digit at 4,100.
@@ -398,9 +564,10 @@ inline void attend(const Panel& panel, const Rows& k, const Rows& v, int dim, in
   by_tiles<most_of(V)>(dim, [&](auto tile, int d) VLMOPS_INLINED {
     ahead.step();
     constexpr int J = decltype(tile)::value;
-    by_parts<V>(count, [&](int n, int end) VLMOPS_INLINED {
-      columns_product<V, J>({v.data + n * v.stride + d, v.stride}, s + n * kPanelRows, kPanelRows,
-                            end - n, [&](int j, int u, Floats x) VLMOPS_INLINED {
+    const auto sum_up = [&](int n, int end) VLMOPS_INLINED {
+      columns_product<V, J>(RowsOf<X>{v.data + n * v.stride + d, v.stride},
+                            reinterpret_cast<const X*>(s) + n * kPanelRows, kPanelRows, end - n,
+                            [&](int j, int u, Floats x) VLMOPS_INLINED {
                               float* const at = panel.o + (d + j) * kPanelRows + u * kFloats;
                               if (n != 0) {
                                 x += load<kFloats>(at);
@@ -409,7 +576,12 @@ inline void attend(const Panel& panel, const Rows& k, const Rows& v, int dim, in
                               }
                               store<kFloats>(at, x);
                             });
-    });
+    };
+    if constexpr (kPairs<K>) {
+      sum_up(0, (count + 1) / 2);
+    } else {
+      by_parts<V>(count, sum_up);
+    }
   });
 }
 
@@ -468,8 +640,7 @@ VLMOPS_INLINE void ask_for(Ahead& ahead, const Heads& of, const T* row) {
 //
 // A panel of one row would be mostly empty lanes. Here lanes are channels: K and V are read once,
 // as they lie, kFloats keys at a time whose products with a row are added up across lanes together.
-
-constexpr int kFewRows = 8;
+// Keys come in parts that any thread may do (binding/attention.cpp).
 
 // Lane i: the sum of the lanes of x[i]. Pairs of vectors are folded into one until one is left.
 template <int Count = kFloats>
@@ -501,16 +672,36 @@ VLMOPS_INLINE Floats sum_each(Floats (&x)[kFloats]) {
   }
 }
 
+inline int64_t padded(int64_t n) { return (n + kFloats - 1) / kFloats * kFloats; }
+
+// What part of the keys gives few rows: sums of weighted V, not yet over the sum of weights.
+struct Part {
+  float* o;  // [rows, width]
+  float *top, *sum;
+
+  static int64_t floats(const Params& p, int rows) { return rows * (padded(p.dim) + 2); }
+  Part(const Params& p, int rows, float* at)
+      : o(at), top(at + rows * padded(p.dim)), sum(top + rows) {}
+};
+
+inline size_t part_floats(const Params& p, int64_t rows, int64_t) {
+  return static_cast<size_t>(Part::floats(p, static_cast<int>(rows * p.group())));
+}
+
+// Keys [begin, end) of a head.
 template <class T>
-inline void forward_few(const HeadOf& h, float* scratch) {
+inline void few_rows(const HeadOf& h, int64_t begin, int64_t end, float* scratch,
+                     const Part& part) {
   const Params& p = h.p;
   const int rows = static_cast<int>(h.rows());
-  const int64_t keys = h.job.k.count, width = (p.dim + kFloats - 1) / kFloats * kFloats;
+  const int64_t width = padded(p.dim);
   const Base2 base(p);
   float* const q = scratch;           // [rows, width]
-  float* const o = q + rows * width;  // [rows, width]
-  float* const s = o + rows * width;  // [rows, kKeyBlock]
-  float top[kFewRows], sum[kFewRows], alpha[kFewRows];
+  float* const s = q + rows * width;  // [rows, kKeyBlock]
+  float* const o = part.o;
+  float* const top = part.top;
+  float* const sum = part.sum;
+  float alpha[kFewRows];
   const T* const of_q = base_of<T>(p.q, p.q_starts, h, h.job.q);
   const T* const of_k = base_of<T>(p.k, p.k_starts, h, h.job.k) + h.kv_head * p.k.head;
   const T* const of_v = base_of<T>(p.v, p.k_starts, h, h.job.k) + h.kv_head * p.v.head;
@@ -523,8 +714,9 @@ inline void forward_few(const HeadOf& h, float* scratch) {
     top[r] = -kInfinity;
     sum[r] = 0.0f;
   }
-  const int64_t last = h.limit(rows - 1) + 1, end = last < keys ? last : keys;
-  for (int64_t first = 0; first < end; first += kKeyBlock) {
+  const int64_t last = h.limit(rows - 1) + 1;
+  if (last < end) end = last;
+  for (int64_t first = begin; first < end; first += kKeyBlock) {
     const int count = static_cast<int>(end - first < kKeyBlock ? end - first : kKeyBlock);
     for (int n = 0; n < count; n += kFloats) {
       const T* key[kFloats];
@@ -590,22 +782,50 @@ inline void forward_few(const HeadOf& h, float* scratch) {
       });
     });
   }
+}
+
+// The result of `count` parts that lie one after the other.
+template <class T>
+inline void finish_few(const HeadOf& h, float* parts, int64_t count) {
+  const Params& p = h.p;
+  const int rows = static_cast<int>(h.rows());
+  const int64_t width = padded(p.dim);
+  const Base2 base(p);
+  const auto part_of = [&](int64_t i) { return Part(p, rows, parts + i * Part::floats(p, rows)); };
+  const Part all = part_of(0);
   for (int r = 0; r < rows; ++r) {
+    float top = all.top[r], sum = all.sum[r];
+    float* const o = all.o + r * width;
+    for (int64_t i = 1; i < count; ++i) {
+      const Part more = part_of(i);
+      if (more.sum[r] == 0.0f) continue;  // it saw nothing
+      const float most = more.top[r] > top ? more.top[r] : top;
+      const float old = base.weight(Floats{} + (top - most))[0];
+      const float by = base.weight(Floats{} + (more.top[r] - most))[0];
+      for (int64_t d = 0; d < width; d += kFloats)
+        store<kFloats>(o + d,
+                       load<kFloats>(o + d) * old + load<kFloats>(more.o + r * width + d) * by);
+      sum = sum * old + more.sum[r] * by;
+      top = most;
+    }
     const int64_t row = h.job.q.first + h.query(r);
-    const float part = sum[r] == 0.0f ? 0.0f : 1.0f / sum[r];
+    const float part = sum == 0.0f ? 0.0f : 1.0f / sum;
     T* const to = static_cast<T*>(p.out) + (row * p.heads + h.head(r)) * p.dim;
     for (int d = 0; d < p.dim; d += kFloats)
-      store_lanes(to + d, load<kFloats>(o + r * width + d) * part, p.dim - d);
-    p.most[h.head(r) * p.rows + row] = sum[r] == 0.0f ? 0.0f : top[r];
+      store_lanes(to + d, load<kFloats>(o + d) * part, p.dim - d);
+    p.most[h.head(r) * p.rows + row] = sum == 0.0f ? 0.0f : top;
     p.part[h.head(r) * p.rows + row] = part;
   }
 }
 
 template <class T>
 inline void forward_head(const HeadOf& h, bool another, float* scratch) {
-  // Of few keys backward must find the very sums that forward had: one key has all the weight.
-  if (h.rows() <= kFewRows && h.job.k.count >= kKeyBlock) return forward_few<T>(h, scratch);
   const Params& p = h.p;
+  if (few_rows_of(p, h.job)) {
+    float* const all = scratch + kFewRows * (padded(p.dim) + kKeyBlock);
+    few_rows<T>(h, 0, h.job.k.count, scratch, Part(p, static_cast<int>(h.rows()), all));
+    return finish_few<T>(h, all, 1);
+  }
   const int64_t rows = h.rows(), keys = h.job.k.count;
   const int panels = static_cast<int>((rows + kPanelRows - 1) / kPanelRows);
   float* const of_panels = scratch;
@@ -631,7 +851,12 @@ inline void forward_head(const HeadOf& h, bool another, float* scratch) {
   };
   for (int i = 0; i < panels; ++i) {
     const Panel panel = panel_of(i);
-    pack_queries<T>(p.q, h, panel.first, panel.rows, sign_of(p), const_cast<float*>(panel.q));
+    auto* const q = const_cast<float*>(panel.q);
+    if constexpr (kPairs<T>) {
+      pack_query_pairs<T>(p.q, h, panel.first, panel.rows, sign_of(p), q);
+    } else {
+      pack_queries<T>(p.q, h, panel.first, panel.rows, sign_of(p), q);
+    }
     auto* const limits = const_cast<int32_t*>(panel.limits);
     for (int r = 0; r < kPanelRows; ++r) {
       panel.top[r] = -kInfinity;
@@ -642,8 +867,20 @@ inline void forward_head(const HeadOf& h, bool another, float* scratch) {
   const int64_t last = panel_of(panels - 1).most + 1, end = last < keys ? last : keys;
   for (int64_t first = 0; first < end; first += kKeyBlock) {
     const int count = static_cast<int>(end - first < kKeyBlock ? end - first : kKeyBlock);
-    const Rows k = keys_of<T>(p.k, h, first, count, panels > 1, packed_k);
-    const Rows v = keys_of<T>(p.v, h, first, count, panels > 1, packed_v);
+    const auto k = [&] {
+      if constexpr (kPairs<T>) {
+        return key_rows<T>(p.k, h, first, count, panels > 1, packed_k);
+      } else {
+        return keys_of<T>(p.k, h, first, count, panels > 1, packed_k);
+      }
+    }();
+    const auto v = [&] {
+      if constexpr (kPairs<T>) {
+        return key_pairs<T>(p.v, h, first, count, packed_v);
+      } else {
+        return keys_of<T>(p.v, h, first, count, panels > 1, packed_v);
+      }
+    }();
     Ahead ahead;
     if (h.job.k_rows == nullptr) {
       if (first + count < end) {
@@ -695,6 +932,20 @@ inline void forward(const Params& p, const Job& job, int begin, int end, float* 
   }
 }
 
+inline void forward_part(const Params& p, const Job& job, int head, int64_t begin, int64_t end,
+                         float* scratch, float* to) {
+  with_type(p.dtype, [&](auto* type) {
+    const HeadOf h{p, job, head};
+    few_rows<Pointee<decltype(type)>>(h, begin, end, scratch,
+                                      Part(p, static_cast<int>(h.rows()), to));
+  });
+}
+
+inline void join_parts(const Params& p, const Job& job, int head, float* parts, int64_t count) {
+  with_type(p.dtype,
+            [&](auto* type) { finish_few<Pointee<decltype(type)>>({p, job, head}, parts, count); });
+}
+
 // ---- Backward ----
 //
 // With P of the kept statistics and dP = V dO^T, both [keys, rows] as in forward, and delta =
@@ -705,15 +956,13 @@ inline void forward(const Params& p, const Job& job, int begin, int end, float* 
 // A block of keys meets all rows of its segment, a panel at a time, and is done: five products. dK
 // and dV have D in their lanes, and read q and dO row by row; dQ^T is kept for all rows.
 
-inline int64_t padded(int64_t n) { return (n + kFloats - 1) / kFloats * kFloats; }
-
 // What is kept of rows, all of a segment's.
 struct Taken {
   int64_t rows;               // padded, of the segment's jobs one after the other
   int dim, width;             // D, and D padded
-  float *q, *grad;            // a panel: [D, kPanelRows]
+  float *q, *grad;            // a panel: [D, kPanelRows]; of pairs, half of it
   float* dq;                  // the same
-  float *q_rows, *grad_rows;  // [rows, width], zeros beyond D
+  float *q_rows, *grad_rows;  // [rows, width], zeros beyond D; pairs of rows are rows / 2
   float *top, *part, *delta;  // [rows]
 
   static int64_t floats(int64_t rows, int dim) { return rows * (3 * dim + 2 * padded(dim) + 3); }
@@ -740,7 +989,30 @@ inline int64_t panels_of(int64_t rows) { return (rows + kPanelRows - 1) / kPanel
 inline size_t backward_scratch(const Params& p, int64_t rows, int64_t jobs) {
   const int64_t taken = (panels_of(rows * p.group()) + jobs) * kPanelRows;
   return static_cast<size_t>(Taken::floats(taken, p.dim) +
-                             kKeyBlock * (2 * kPanelRows + 2 * p.dim + 2 * padded(p.dim)));
+                             kKeyBlock * (3 * kPanelRows + 2 * p.dim + 2 * padded(p.dim)));
+}
+
+// delta of rows of `t` from `at` on, from gradient and result as panels of width x kPanelRows: in
+// the order of dP, so that of one key that has all the weight dP - delta is 0.
+template <int V, class X>
+inline void take_delta(const Taken& t, int64_t at, const X* gradient, const X* result, int width) {
+  for (int u = 0; u < V; ++u) {
+    const auto vector = [&](const X* of, int d) VLMOPS_INLINED {
+      return *reinterpret_cast<const Vec<X, kFloats>*>(of + d * kPanelRows + u * kFloats);
+    };
+    Floats delta = {};
+    const auto part = [&](int d, int end) VLMOPS_INLINED {
+      Floats sum = {};
+      for (; d < end; ++d) add_product(sum, vector(gradient, d), vector(result, d));
+      delta += sum;
+    };
+    if constexpr (__is_same(X, float)) {
+      by_parts<V>(width, part);
+    } else {
+      part(0, width);
+    }
+    store<kFloats>(t.delta + at + u * kFloats, delta);
+  }
 }
 
 // Rows [first, first + count) of a job to those of `t` from `at` on, a multiple of kPanelRows.
@@ -748,126 +1020,232 @@ template <class T>
 inline void take(const Backward& b, const HeadOf& h, int64_t first, int count, int64_t at,
                  const Taken& t) {
   const Params& p = h.p;
-  pack_queries<T>(p.q, h, first, count, sign_of(p), t.q + at * t.dim);
+  const Heads out{p.out, p.q_starts.length * p.heads * p.dim, p.heads * p.dim, p.dim};
   float* const gradient = t.grad + at * t.dim;
   float* const result = t.dq + at * t.dim;
-  pack_queries<T>(b.grad, h, first, count, 1.0f, gradient);
-  pack_queries<T>({p.out, p.q_starts.length * p.heads * p.dim, p.heads * p.dim, p.dim}, h, first,
-                  count, 1.0f, result);
-  // In the order of dP: of one key that has all the weight, dP - delta is 0.
+  const auto pack = [&](const Heads& of, float sign, float* to) {
+    if constexpr (kPairs<T>) {
+      pack_query_pairs<T>(of, h, first, count, sign, to);
+    } else {
+      pack_queries<T>(of, h, first, count, sign, to);
+    }
+  };
+  pack(p.q, sign_of(p), t.q + at * t.dim);
+  pack(b.grad, 1.0f, gradient);
+  pack(out, 1.0f, result);
   with_number<kMostVectors>((count + kFloats - 1) / kFloats, [&](auto vectors) {
     constexpr int V = decltype(vectors)::value;
-    for (int u = 0; u < V; ++u) {
-      Floats delta = {};
-      by_parts<V>(t.dim, [&](int d, int end) {
-        Floats sum = {};
-        for (; d < end; ++d)
-          sum += load<kFloats>(gradient + d * kPanelRows + u * kFloats) *
-                 load<kFloats>(result + d * kPanelRows + u * kFloats);
-        delta += sum;
-      });
-      store<kFloats>(t.delta + at + u * kFloats, delta);
+    if constexpr (kPairs<T>) {
+      take_delta<V>(t, at, reinterpret_cast<const int32_t*>(gradient),
+                    reinterpret_cast<const int32_t*>(result), t.dim / 2);
+    } else {
+      take_delta<V>(t, at, gradient, result, t.dim);
     }
   });
   for (int64_t i = 0; i < static_cast<int64_t>(t.dim) * kPanelRows; ++i) result[i] = 0.0f;
-  const T* const q = base_of<T>(p.q, p.q_starts, h, h.job.q);
-  const T* const grad = base_of<T>(b.grad, p.q_starts, h, h.job.q);
-  for (int i = 0; i < count; ++i) {
-    const int64_t query = h.query(first + i), row = h.job.q.first + query;
-    const int head = h.head(first + i);
-    const T* const of_q = q + query * p.q.row + head * p.q.head;
-    const T* const of_grad = grad + query * b.grad.row + head * b.grad.head;
-    for (int d = 0; d < t.dim; d += kFloats) {
-      const int lanes = t.dim - d;
-      store<kFloats>(t.grad_rows + (at + i) * t.width + d, load_lanes(of_grad + d, lanes));
-      store<kFloats>(t.q_rows + (at + i) * t.width + d, load_lanes(of_q + d, lanes));
+  const auto row_of = [&](const Heads& of, int i) {
+    return base_of<T>(of, p.q_starts, h, h.job.q) + h.query(first + i) * of.row +
+           h.head(first + i) * of.head;
+  };
+  const auto take_rows = [&](const Heads& of, float* to) {
+    if constexpr (kPairs<T>) {
+      for (int i = 0; i < count; i += 2) {
+        float* const pairs = to + (at + i) / 2 * t.width;
+        pair_rows(row_of(of, i), i + 1 < count ? row_of(of, i + 1) : nullptr, t.dim, pairs);
+        for (int d = t.dim; d < t.width; ++d) pairs[d] = 0.0f;
+      }
+    } else {
+      for (int i = 0; i < count; ++i) {
+        const T* const row = row_of(of, i);
+        for (int d = 0; d < t.dim; d += kFloats)
+          store<kFloats>(to + (at + i) * t.width + d, load_lanes(row + d, t.dim - d));
+      }
     }
-    t.top[at + i] = p.most[head * p.rows + row];
-    t.part[at + i] = p.part[head * p.rows + row];
+  };
+  take_rows(p.q, t.q_rows);
+  take_rows(b.grad, t.grad_rows);
+  for (int i = 0; i < count; ++i) {
+    const int64_t of = h.head(first + i) * p.rows + h.job.q.first + h.query(first + i);
+    t.top[at + i] = p.most[of];
+    t.part[at + i] = p.part[of];
   }
-  for (int i = count; i < kPanelRows; ++i) t.top[at + i] = t.part[at + i] = 0.0f;
+  for (int i = count; i < kPanelRows; ++i) {  // they repeat the last, and have no weight
+    t.top[at + i] = t.top[at + count - 1];
+    t.part[at + i] = 0.0f;
+  }
 }
 
-// Keys [first, first + count) and a panel of `rows` rows, `at` in t: adds to dk, dv [count, width]
-// and dq. p, ds [count, kPanelRows]: scratch.
+// Keys [first, first + count) and a panel of rows: adds to dk, dv [count, width] and dq. p, ds
+// [count, kPanelRows]: scratch.
 struct Block {
   Rows k, v;
+  RowsOf<bfloat16> k_bfloat16, v_bfloat16;
+  RowsOf<int32_t> k_pairs;
   int64_t first;
   int count;
   float *p, *ds, *dk, *dv;
+  bfloat16 *rounded_p, *rounded_ds;  // the same
+};
+
+// Weights of a block and their gradients, from its products S and dP.
+class Weights {
+ public:
+  Weights(const HeadOf& h, const Block& block, const Taken& t, int64_t row, int rows, int64_t at)
+      : h_(h),
+        block_(block),
+        t_(t),
+        base_(h.p),
+        at_(at),
+        masked_(h.p.causal && block.first + block.count - 1 > h.limit(row)) {
+    if (!masked_) return;
+    for (int r = 0; r < kPanelRows; ++r)
+      limits_[r] = static_cast<int32_t>(h.limit(row + (r < rows ? r : rows - 1)));
+  }
+
+  // Whether none of the panel's rows sees key n of the block.
+  VLMOPS_INLINE bool hides(int n) const {
+    return h_.p.padding != nullptr && h_.job.k_rows != nullptr &&
+           h_.p.padding[h_.job.k.first + block_.first + n];
+  }
+  // Of key n and vector u of the rows.
+  VLMOPS_INLINE Floats weight(int n, int u, bool hidden) const {
+    const Floats s = load<kFloats>(block_.p + n * kPanelRows + u * kFloats);
+    Floats e = base_.weight(s - load<kFloats>(t_.top + at_ + u * kFloats)) *
+               load<kFloats>(t_.part + at_ + u * kFloats);
+    if (masked_) {
+      const Ints limit = *reinterpret_cast<const Ints*>(limits_ + u * kFloats);
+      e = limit >= static_cast<int32_t>(block_.first + n) ? e : Floats{};
+    }
+    return hidden ? Floats{} : e;
+  }
+  VLMOPS_INLINE Floats gradient(int n, int u, Floats weight) const {
+    const Floats dp = load<kFloats>(block_.ds + n * kPanelRows + u * kFloats);
+    return weight * (dp - load<kFloats>(t_.delta + at_ + u * kFloats));
+  }
+
+ private:
+  const HeadOf& h_;
+  const Block& block_;
+  const Taken& t_;
+  const Base2 base_;
+  const int64_t at_;
+  const bool masked_;
+  int32_t limits_[kPanelRows];
 };
 
 constexpr int kMostSummed = kFloats == 4 ? 8 : 32;  // rows
 
-template <int V>
-inline void pull_back(const Backward& b, const HeadOf& h, const Block& block, const Taken& t,
-                      int64_t row, int rows, int64_t at) {
-  const Params& p = h.p;
-  const bool needs_ds = b.dq != nullptr || b.dk != nullptr;
-  const auto of_rows = [&](const Rows& a, const float* x, float* to) VLMOPS_INLINED {
+// f(W, J, v, n) for tiles of [count, width] that have W vectors from vector v on and J keys from n.
+template <class F>
+VLMOPS_INLINE void by_key_tiles(int count, int width, const F& f) {
+  by_tiles<kMostVectors>(width / kFloats, [&](auto vectors, int v) VLMOPS_INLINED {
+    by_tiles<most_of(decltype(vectors)::value)>(
+        count, [&](auto tile, int n) VLMOPS_INLINED { f(vectors, tile, v, n); });
+  });
+}
+
+VLMOPS_INLINE void add_to(float* at, Floats x) { store<kFloats>(at, load<kFloats>(at) + x); }
+
+// S and dP of a block, in its p and ds.
+template <int V, class K>
+inline void block_products(const RowsOf<K>& k, const RowsOf<K>& v, const Block& block,
+                           const Taken& t, int64_t at, bool needs_ds) {
+  const auto of_rows = [&](const RowsOf<K>& a, const float* x, float* to) VLMOPS_INLINED {
     by_tiles<most_of(V)>(block.count, [&](auto tile, int n) VLMOPS_INLINED {
       constexpr int J = decltype(tile)::value;
-      scores<V, J>({a.data + n * a.stride, a.stride}, x + at * t.dim, t.dim, to + n * kPanelRows,
-                   [](int, Floats) VLMOPS_INLINED {});
+      scores<V, J>(RowsOf<K>{a.data + n * a.stride, a.stride}, x + at * t.dim, t.dim,
+                   to + n * kPanelRows, [](int, Floats) VLMOPS_INLINED {});
     });
   };
-  of_rows(block.k, t.q, block.p);
-  if (needs_ds) of_rows(block.v, t.grad, block.ds);
-  const Base2 base(p);
-  const bool padded = p.padding != nullptr && h.job.k_rows != nullptr;
-  int32_t limits[kPanelRows];
-  const bool masked = p.causal && block.first + block.count - 1 > h.limit(row);
-  if (masked) {
-    for (int r = 0; r < V * kFloats; ++r)
-      limits[r] = static_cast<int32_t>(h.limit(row + (r < rows ? r : rows - 1)));
-  }
-  for (int n = 0; n < block.count; ++n) {
-    const int64_t key = block.first + n;
-    const bool hidden = padded && p.padding[h.job.k.first + key];
-    for (int u = 0; u < V; ++u) {
-      float* const of_p = block.p + n * kPanelRows + u * kFloats;
-      float* const of_ds = block.ds + n * kPanelRows + u * kFloats;
-      Floats e = base.weight(load<kFloats>(of_p) - load<kFloats>(t.top + at + u * kFloats)) *
-                 load<kFloats>(t.part + at + u * kFloats);
-      if (masked) {
-        const Ints limit = *reinterpret_cast<const Ints*>(limits + u * kFloats);
-        e = limit >= static_cast<int32_t>(key) ? e : Floats{};
+  of_rows(k, t.q, block.p);
+  if (needs_ds) of_rows(v, t.grad, block.ds);
+}
+
+template <int V, class T>
+inline void pull_back(const Backward& b, const HeadOf& h, const Block& block, const Taken& t,
+                      int64_t row, int rows, int64_t at) {
+  const bool needs_ds = b.dq != nullptr || b.dk != nullptr;
+  const Weights weights(h, block, t, row, rows, at);
+#if defined(__AVX512BF16__)
+  if constexpr (kPairs<T>) {
+    block_products<V>(block.k_bfloat16, block.v_bfloat16, block, t, at, needs_ds);
+    // Both are rounded: [count, kPanelRows], whose pairs are of rows, and ds once more as pairs of
+    // keys where it lies.
+    const auto put = [&](bfloat16* to, int n, int u, Floats x) VLMOPS_INLINED {
+      const auto rounded = _mm512_cvtneps_pbh(bit_cast<__m512>(x));
+      __builtin_memcpy(to + n * kPanelRows + u * kFloats, &rounded, sizeof(rounded));
+    };
+    for (int n = 0; n < block.count; n += 2) {
+      for (int u = 0; u < V; ++u) {
+        Floats ds[2] = {};
+        for (int i = 0; i < 2 && n + i < block.count; ++i) {
+          const Floats e = weights.weight(n + i, u, weights.hides(n + i));
+          put(block.rounded_p, n + i, u, e);
+          if (!needs_ds) continue;
+          ds[i] = weights.gradient(n + i, u, e);
+          put(block.rounded_ds, n + i, u, ds[i]);
+        }
+        if (needs_ds)
+          store<kFloats>(block.ds + n / 2 * kPanelRows + u * kFloats,
+                         bit_cast<Floats>(pair_up(ds[0], ds[1])));
       }
-      if (hidden) e = Floats{};
-      store<kFloats>(of_p, e);
+    }
+    const auto of_keys = [&](const bfloat16* a, const float* x, float* to) {
+      by_key_tiles(block.count, t.width, [&](auto vectors, auto tile, int v, int n) VLMOPS_INLINED {
+        const bfloat16* const from = a + n * kPanelRows;
+        product<decltype(vectors)::value, decltype(tile)::value>(
+            reinterpret_cast<const int32_t*>(x) + at / 2 * t.width + v * kFloats, t.width,
+            (rows + 1) / 2,
+            [&](int j, int i) VLMOPS_INLINED { return pair_at(from + j * kPanelRows + 2 * i); },
+            [&](int j, int u, Floats sum)
+                VLMOPS_INLINED { add_to(to + (n + j) * t.width + (v + u) * kFloats, sum); });
+      });
+    };
+    if (b.dv != nullptr) of_keys(block.rounded_p, t.grad_rows, block.dv);
+    if (b.dk != nullptr) of_keys(block.rounded_ds, t.q_rows, block.dk);
+    if (b.dq == nullptr) return;
+    by_tiles<most_of(V)>(t.dim, [&](auto tile, int d) VLMOPS_INLINED {
+      columns_product<V, decltype(tile)::value>(
+          RowsOf<int32_t>{block.k_pairs.data + d, block.k_pairs.stride},
+          reinterpret_cast<const int32_t*>(block.ds), kPanelRows, (block.count + 1) / 2,
+          [&](int j, int u, Floats sum) VLMOPS_INLINED {
+            add_to(t.dq + at * t.dim + (d + j) * kPanelRows + u * kFloats, sum);
+          });
+    });
+    return;
+  }
+#endif
+  block_products<V>(block.k, block.v, block, t, at, needs_ds);
+  for (int n = 0; n < block.count; ++n) {
+    const bool hidden = weights.hides(n);
+    for (int u = 0; u < V; ++u) {
+      const Floats e = weights.weight(n, u, hidden);
+      store<kFloats>(block.p + n * kPanelRows + u * kFloats, e);
       if (needs_ds)
-        store<kFloats>(of_ds,
-                       e * (load<kFloats>(of_ds) - load<kFloats>(t.delta + at + u * kFloats)));
+        store<kFloats>(block.ds + n * kPanelRows + u * kFloats, weights.gradient(n, u, e));
     }
   }
   const auto of_keys = [&](const float* a, const float* x, float* to) {
-    by_tiles<kMostVectors>(t.width / kFloats, [&](auto vectors, int v) VLMOPS_INLINED {
-      constexpr int W = decltype(vectors)::value;
-      by_tiles<most_of(W)>(block.count, [&](auto tile, int n) VLMOPS_INLINED {
-        constexpr int J = decltype(tile)::value;
-        for (int r = 0; r < rows; r += kMostSummed) {
-          const int count = rows - r < kMostSummed ? rows - r : kMostSummed;
-          rows_product<W, J>({a + n * kPanelRows + r, kPanelRows},
-                             x + (at + r) * t.width + v * kFloats, t.width, count,
-                             [&](int j, int u, Floats sum) VLMOPS_INLINED {
-                               float* const here = to + (n + j) * t.width + (v + u) * kFloats;
-                               store<kFloats>(here, load<kFloats>(here) + sum);
-                             });
-        }
-      });
+    by_key_tiles(block.count, t.width, [&](auto vectors, auto tile, int v, int n) VLMOPS_INLINED {
+      for (int r = 0; r < rows; r += kMostSummed) {
+        const int count = rows - r < kMostSummed ? rows - r : kMostSummed;
+        rows_product<decltype(vectors)::value, decltype(tile)::value>(
+            {a + n * kPanelRows + r, kPanelRows}, x + (at + r) * t.width + v * kFloats, t.width,
+            count, [&](int j, int u, Floats sum) VLMOPS_INLINED {
+              add_to(to + (n + j) * t.width + (v + u) * kFloats, sum);
+            });
+      }
     });
   };
   if (b.dv != nullptr) of_keys(block.p, t.grad_rows, block.dv);
   if (b.dk != nullptr) of_keys(block.ds, t.q_rows, block.dk);
   if (b.dq == nullptr) return;
   by_tiles<most_of(V)>(t.dim, [&](auto tile, int d) VLMOPS_INLINED {
-    constexpr int J = decltype(tile)::value;
     by_parts<V>(block.count, [&](int n, int end) VLMOPS_INLINED {
-      columns_product<V, J>(
-          {block.k.data + n * block.k.stride + d, block.k.stride}, block.ds + n * kPanelRows,
+      columns_product<V, decltype(tile)::value>(
+          Rows{block.k.data + n * block.k.stride + d, block.k.stride}, block.ds + n * kPanelRows,
           kPanelRows, end - n, [&](int j, int u, Floats sum) VLMOPS_INLINED {
-            float* const here = t.dq + at * t.dim + (d + j) * kPanelRows + u * kFloats;
-            store<kFloats>(here, load<kFloats>(here) + sum);
+            add_to(t.dq + at * t.dim + (d + j) * kPanelRows + u * kFloats, sum);
           });
     });
   });
@@ -914,12 +1292,20 @@ inline void backward_head(const Backward& b, const Job* jobs, int64_t count, int
   float* const v = k + kKeyBlock * p.dim;
   block.dk = v + kKeyBlock * p.dim;
   block.dv = block.dk + kKeyBlock * t.width;
+  block.rounded_p = reinterpret_cast<bfloat16*>(block.dv + kKeyBlock * t.width);
+  block.rounded_ds = block.rounded_p + kKeyBlock * kPanelRows;
   const HeadOf all{p, jobs[0], head};  // its keys are all of the segment, one after another
   for (block.first = 0; block.first < all.job.k.count; block.first += kKeyBlock) {
     const int64_t left = all.job.k.count - block.first;
     block.count = static_cast<int>(left < kKeyBlock ? left : kKeyBlock);
-    block.k = keys_of<T>(p.k, all, block.first, block.count, true, k);
-    block.v = keys_of<T>(p.v, all, block.first, block.count, true, v);
+    if constexpr (kPairs<T>) {
+      block.k_bfloat16 = key_rows<T>(p.k, all, block.first, block.count, true, k);
+      block.k_pairs = key_pairs<T>(p.k, all, block.first, block.count, k + kKeyBlock / 2 * p.dim);
+      block.v_bfloat16 = key_rows<T>(p.v, all, block.first, block.count, true, v);
+    } else {
+      block.k = keys_of<T>(p.k, all, block.first, block.count, true, k);
+      block.v = keys_of<T>(p.v, all, block.first, block.count, true, v);
+    }
     for (int64_t i = 0; i < kKeyBlock * 2 * static_cast<int64_t>(t.width); ++i) block.dk[i] = 0.0f;
     bool seen = p.padding == nullptr;  // by queries that are padding
     for (int n = 0; n < block.count && !seen; ++n)
@@ -928,7 +1314,7 @@ inline void backward_head(const Backward& b, const Job* jobs, int64_t count, int
       if (h.limit(row + n - 1) < block.first && p.causal) return;
       if (h.job.k_rows != nullptr && !seen) return;
       with_number<kMostVectors>((n + kFloats - 1) / kFloats, [&](auto vectors) {
-        pull_back<decltype(vectors)::value>(b, h, block, t, row, n, at);
+        pull_back<decltype(vectors)::value, T>(b, h, block, t, row, n, at);
       });
     });
     put_keys<T>(block.dk, p.scale, all, block.first, block.count, b.dk);

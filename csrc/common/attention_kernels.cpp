@@ -7,7 +7,7 @@
 namespace vlmops::attention {
 
 extern const CpuKernels VLMOPS_CONCAT(kernels_, VLMOPS_ISA);
-const CpuKernels VLMOPS_CONCAT(kernels_, VLMOPS_ISA) = {&scratch, &forward, &backward_scratch,
-                                                        &backward};
+const CpuKernels VLMOPS_CONCAT(kernels_, VLMOPS_ISA) = {
+    &scratch, &forward, &part_floats, &forward_part, &join_parts, &backward_scratch, &backward};
 
 }  // namespace vlmops::attention

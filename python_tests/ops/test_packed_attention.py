@@ -6,13 +6,14 @@ import math
 import pytest
 import torch
 from dispatch import CountOps
-from testbed import TESTED_ISAS, extra_memory, reads_proc
+from testbed import NATIVE_BF16, TESTED_ISAS, extra_memory, reads_proc
 
 import vlmops
+from vlmops.ops import packed_attention
 from vlmops.ops.compare import largest_error
 from vlmops.ops.packed_attention import reference
 
-every_isa = pytest.mark.parametrize("isa", TESTED_ISAS)
+every_isa = pytest.mark.parametrize("isa", TESTED_ISAS + NATIVE_BF16)
 LENGTHS = [1, 0, 64, 17, 300, 5, 65, 128]
 
 
@@ -126,15 +127,53 @@ def test_packed_attention_gives_nan_where_nan_was_seen(use_cpu_isa, isa):
 
 
 @every_isa
-def test_packed_attention_one_key_gets_all_the_weight(use_cpu_isa, isa):
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_attention_of_few_queries_comes_in_parts(use_cpu_isa, isa, dtype, causal):
     use_cpu_isa(isa)
-    q, k, v, starts = packed([1] * 9)
+    lengths, keys = [1, 2, 2, 1], [2100, 1024, 1027, 3000]
+    q = torch.randn(6, 8, 64).to(dtype)
+    k, v = torch.randn(2, sum(keys), 2, 64).to(dtype)
+    k[: 2 * 1024] -= q[0, 0].sign()  # the last part of the first segment has all the weight
+    starts, starts_k = starts_of(lengths), starts_of(keys)
+    out = vlmops.packed_attention(q, k, v, starts, cu_seqlens_k=starts_k, causal=causal)
+    exact = reference(q, k, v, starts, cu_seqlens_k=starts_k, causal=causal)
+    assert largest_error(out, exact) < 8 * torch.finfo(dtype).eps
+    ends = zip(
+        itertools.pairwise(starts.tolist()), itertools.pairwise(starts_k.tolist()), strict=True
+    )
+    for (first, end), (first_k, end_k) in ends:
+        alone = vlmops.packed_attention(
+            q[first:end], k[first_k:end_k], v[first_k:end_k], starts_of([end - first]),
+            cu_seqlens_k=starts_of([end_k - first_k]), causal=causal,
+        )  # fmt: skip
+        assert torch.equal(alone, out[first:end])
+
+
+@every_isa
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_attention_one_key_gets_all_the_weight(use_cpu_isa, isa, dtype):
+    use_cpu_isa(isa)
+    q, k, v, starts = packed([1] * 9, dtype=dtype)
     out, dq, dk, dv = gradients(q, k, v, starts)
     torch.manual_seed(1)
     assert torch.equal(out, v)
     assert torch.equal(dv, torch.randn_like(out))
     assert not dq.any()
     assert not dk.any()
+
+
+def test_packed_attention_reference_of_long_segments(monkeypatch):
+    q, k, v, starts = packed([9, 20], heads=4, kv_heads=2)
+
+    def results():
+        leaves = [t.double().requires_grad_() for t in (q, k, v)]
+        out = reference(*leaves, starts, causal=True)
+        return [out, *torch.autograd.grad(out.square().sum(), leaves)]
+
+    at_once = results()
+    monkeypatch.setattr(packed_attention, "_MOST_WEIGHTS", 4 * 9 * 9)  # the second is longer
+    torch.testing.assert_close(results(), at_once, rtol=1e-13, atol=1e-13)
 
 
 def test_packed_attention_skips_gradients_that_nobody_needs():

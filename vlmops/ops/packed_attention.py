@@ -40,6 +40,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 from torch.autograd import forward_ad
+from torch.utils.checkpoint import checkpoint
 
 from vlmops import _library, dispatch
 from vlmops.ops.checks import require_tensor, same_device, wants_grad
@@ -167,14 +168,30 @@ def reference(
     q, k, v = (t.double().flatten(0, -3) for t in (q, k, v))
     made = [q[:0] + 0.0 * (k[:0].sum() + v[:0].sum())]  # all three, where there are no segments
     for rows, keys, seen in _segments(q, k, *starts, hidden, causal):
-        one_k, one_v = (t[keys].repeat_interleave(group, 1) for t in (k, v))
-        logits = torch.einsum("ihd,jhd->hij", q[rows], one_k) * scale
-        logits = logits.masked_fill(~seen, -math.inf)
-        # Rows without a key: zeros, in derivatives too.
-        blind = ~seen.any(1, keepdim=True)
-        weights = logits.masked_fill(blind, 0.0).softmax(-1).masked_fill(blind, 0.0)
-        made.append(torch.einsum("hij,jhd->ihd", weights, one_v))
+        of_q, (of_k, of_v) = q[rows], (t[keys].repeat_interleave(group, 1) for t in (k, v))
+        if is_fake(q) or seen.numel() * q.shape[1] <= _MOST_WEIGHTS:
+            made.append(_attend(of_q, of_k, of_v, seen, scale))
+            continue
+        # A head at a time, which backward does again: weights of all of them are gigabytes.
+        heads = [
+            checkpoint(_attend, *head, seen, scale, use_reentrant=False)
+            for head in zip(*(t.split(1, 1) for t in (of_q, of_k, of_v)), strict=True)
+        ]
+        made.append(torch.cat(heads, 1))
     return torch.cat(made).view(shape)
+
+
+_MOST_WEIGHTS = 2**26
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float) -> Tensor:
+    """``[n, H, D]``, ``[m, H, D]`` twice; which keys each query sees ``[n, m]``."""
+    logits = torch.einsum("ihd,jhd->hij", q, k) * scale
+    logits = logits.masked_fill(~seen, -math.inf)
+    # Rows without a key: zeros, in derivatives too.
+    blind = ~seen.any(1, keepdim=True)
+    weights = logits.masked_fill(blind, 0.0).softmax(-1).masked_fill(blind, 0.0)
+    return torch.einsum("hij,jhd->ihd", weights, v)
 
 
 def _cu_seqlens(x: Tensor, *given: Tensor | None) -> Tensor:

@@ -399,4 +399,5 @@ SPEC = Spec(
     schema_arguments=_schema_arguments,
     peers=peers,
     yardstick_for=yardstick_for,
+    multiplies_bf16=True,
 )  # fmt: skip

@@ -96,6 +96,8 @@ class Spec:
 
     yardstick_for: Callable[[Arguments], Callable[..., Any]] | None = None
     """What errors are judged by, where what is timed adds up in an order of its own."""
+    multiplies_bf16: bool = False
+    """Its CPU kernel multiplies bfloat16 as it is where the machine does (avx512_bf16)."""
     schema_arguments: Callable[[Arguments], tuple[Any, ...]] | None = None
     """Those of ``torch.ops.vlmops.<op>``, where they are not the arguments by name."""
     into: Callable[..., Any] | None = None
