@@ -212,7 +212,7 @@ MUTATIONS = {
         "common/attention_cpu.h", "i > seen || n + i >= count ?", "i > seen ?"),
     "attention: few rows: a result of another maximum": (
         "common/attention_cpu.h",
-        "load<kFloats>(at) * alpha[r + j] + sums[j][u]", "load<kFloats>(at) + sums[j][u]"),
+        "load<kFloats>(to) * alpha[r + j] + sums[j][u]", "load<kFloats>(to) + sums[j][u]"),
     "attention: few rows: parts as they are": (
         "common/attention_cpu.h",
         "sum = sum * old + more.sum[r] * by;", "sum = sum + more.sum[r] * by;"),

@@ -157,6 +157,12 @@ VLMOPS_INLINE Floats load_lanes(const T* p, int n) {
 #endif
 }
 
+// The same; of whole vectors, without a look.
+template <bool kWhole, class T>
+VLMOPS_INLINE Floats load_some(const T* p, int n) {
+  return kWhole ? load<kFloats>(p) : load_lanes(p, n);
+}
+
 template <class T>
 VLMOPS_INLINE void store_lanes(T* p, Floats x, int n) {
   if (n >= kFloats) return store<kFloats>(p, x);
@@ -467,11 +473,6 @@ struct Panel {
 // Floats of a panel in scratch.
 inline int64_t panel_floats(const Params& p) { return (2 * p.dim + 3) * kPanelRows; }
 
-inline size_t scratch(const Params& p, int64_t rows, int64_t) {
-  const int64_t panels = (rows * p.group() + kPanelRows - 1) / kPanelRows;
-  return static_cast<size_t>(panels * panel_floats(p) + kKeyBlock * (kPanelRows + 2 * p.dim));
-}
-
 // Asks for rows that are read next, a few with each tile: caches do not foresee rows that lie
 // apart.
 struct Ahead {
@@ -642,63 +643,160 @@ VLMOPS_INLINE void ask_for(Ahead& ahead, const Heads& of, const T* row) {
 // as they lie, kFloats keys at a time whose products with a row are added up across lanes together.
 // Keys come in parts that any thread may do (binding/attention.cpp).
 
-// Lane i: the sum of the lanes of x[i]. Pairs of vectors are folded into one until one is left.
+// Lane i: the sum of the lanes of x[i]. Pairs of vectors are folded into one until one is left: one
+// shuffle and one blend each.
 template <int Count = kFloats>
 VLMOPS_INLINE Floats sum_each(Floats (&x)[kFloats]) {
   if constexpr (Count == 1) {
     return x[0];
   } else {
     constexpr int kStep = Count / 2;
-    Ints low, high;
+    Ints stay, cross;
     for (int e = 0; e < kFloats; ++e) {
-      low[e] = e & kStep ? kFloats + e - kStep : e;
-      high[e] = e & kStep ? kFloats + e : e + kStep;
+      stay[e] = e & kStep ? kFloats + e : e;
+      cross[e] = e & kStep ? kFloats + e - kStep : e + kStep;
     }
 #pragma GCC unroll 8
     for (int i = 0; i < kStep; ++i) {
 #if defined(__clang__)
       Floats a, b;
       for (int e = 0; e < kFloats; ++e) {
-        a[e] = e & kStep ? x[i + kStep][e - kStep] : x[i][e];
-        b[e] = e & kStep ? x[i + kStep][e] : x[i][e + kStep];
+        a[e] = e & kStep ? x[i + kStep][e] : x[i][e];
+        b[e] = e & kStep ? x[i + kStep][e - kStep] : x[i][e + kStep];
       }
       x[i] = a + b;
 #else
-      x[i] =
-          __builtin_shuffle(x[i], x[i + kStep], low) + __builtin_shuffle(x[i], x[i + kStep], high);
+      x[i] = __builtin_shuffle(x[i], x[i + kStep], stay) +
+             __builtin_shuffle(x[i], x[i + kStep], cross);
 #endif
     }
     return sum_each<kStep>(x);
   }
 }
 
+// The largest lane, NaN aside.
+template <int N>
+VLMOPS_INLINE float largest_lane(Vec<float, N> v) {
+  if constexpr (N == 1) {
+    return v[0];
+  } else {
+    struct Halves {
+      Vec<float, N / 2> low, high;
+    };
+    const auto halves = bit_cast<Halves>(v);
+    return largest_lane<N / 2>(halves.low > halves.high ? halves.low : halves.high);
+  }
+}
+
 inline int64_t padded(int64_t n) { return (n + kFloats - 1) / kFloats * kFloats; }
 
-// What part of the keys gives few rows: sums of weighted V, not yet over the sum of weights.
+// What part of the keys gives few rows: sums of weighted V, not yet over the sum of weights. Of
+// each 32 channels, pairs have the first four of every eight in the first vector.
 struct Part {
   float* o;  // [rows, width]
   float *top, *sum;
 
-  static int64_t floats(const Params& p, int rows) { return rows * (padded(p.dim) + 2); }
-  Part(const Params& p, int rows, float* at)
-      : o(at), top(at + rows * padded(p.dim)), sum(top + rows) {}
+  static int64_t width(const Params& p) {
+    const bool pairs = kPairs<bfloat16> && p.dtype == DType::kBFloat16;
+    return pairs ? (p.dim + 2 * kFloats - 1) / (2 * kFloats) * 2 * kFloats : padded(p.dim);
+  }
+  static int64_t floats(const Params& p, int64_t rows) { return rows * (width(p) + 2); }
+  Part(const Params& p, int64_t rows, float* at)
+      : o(at), top(at + rows * width(p)), sum(top + rows) {}
 };
 
 inline size_t part_floats(const Params& p, int64_t rows, int64_t) {
-  return static_cast<size_t>(Part::floats(p, static_cast<int>(rows * p.group())));
+  return static_cast<size_t>(Part::floats(p, rows * p.group()));
 }
 
-// Keys [begin, end) of a head.
-template <class T>
-inline void few_rows(const HeadOf& h, int64_t begin, int64_t end, float* scratch,
-                     const Part& part) {
+// Scratch of few rows: q, weights, and kFloats keys.
+inline int64_t few_floats(const Params& p) {
+  return kFewRows * (Part::width(p) + kKeyBlock) + kFloats * Part::width(p);
+}
+
+// Adds the products of weights s [rows, kKeyBlock] and `count` rows of v to o, which is rescaled.
+template <bool kWhole, class T>
+inline void add_values(const HeadOf& h, const T* v, int64_t first, int count, int rows,
+                       const float* s, const float* alpha, const Part& part) {
+  const Params& p = h.p;
+  const int64_t width = Part::width(p);
+  const auto row_of = [&](int n) VLMOPS_INLINED { return v + h.key(first + n) * p.v.row; };
+  // W vectors of o from vector `at` on, of J rows from r on.
+  const auto put = [&](auto&& sums, int count_j, int count_w, int r, int at) VLMOPS_INLINED {
+    for (int j = 0; j < count_j; ++j) {
+      for (int u = 0; u < count_w; ++u) {
+        float* const to = part.o + (r + j) * width + (at + u) * kFloats;
+        store<kFloats>(to, load<kFloats>(to) * alpha[r + j] + sums[j][u]);
+      }
+    }
+  };
+#if defined(__AVX512BF16__)
+  if constexpr (kPairs<T>) {
+    bfloat16 rounded[kFewRows * kKeyBlock];
+    for (int64_t i = 0; i < rows * kKeyBlock; i += kFloats)
+      store<kFloats>(rounded + i, load<kFloats>(s + i));
+    by_tiles<2>(static_cast<int>(width) / (2 * kFloats), [&](auto groups, int g) VLMOPS_INLINED {
+      constexpr int W = decltype(groups)::value;  // of 32 channels
+      by_tiles<kAccumulators / 4>(rows, [&](auto tile, int r) VLMOPS_INLINED {
+        constexpr int J = decltype(tile)::value;
+        Floats sums[J][2 * W] = {};
+        for (int n = 0; n < count; n += 2) {
+          Ints x[2 * W];
+#pragma GCC unroll 2
+          for (int u = 0; u < W; ++u) {
+            const int at = (g + u) * 2 * kFloats, lanes = (p.dim - at) / 2;
+            const auto even = bit_cast<__m512i>(load_pairs(row_of(n) + at, lanes));
+            auto odd = _mm512_setzero_si512();
+            if (n + 1 < count) odd = bit_cast<__m512i>(load_pairs(row_of(n + 1) + at, lanes));
+            x[2 * u] = bit_cast<Ints>(_mm512_unpacklo_epi16(even, odd));
+            x[2 * u + 1] = bit_cast<Ints>(_mm512_unpackhi_epi16(even, odd));
+          }
+#pragma GCC unroll 6
+          for (int j = 0; j < J; ++j) {
+            const int32_t by = pair_at(rounded + (r + j) * kKeyBlock + n);
+#pragma GCC unroll 4
+            for (int u = 0; u < 2 * W; ++u) add_product(sums[j][u], x[u], by);
+          }
+        }
+        put(sums, J, 2 * W, r, g * 2);
+      });
+    });
+    return;
+  }
+#endif
+  by_tiles<4>(static_cast<int>(width) / kFloats, [&](auto vectors, int at) VLMOPS_INLINED {
+    constexpr int W = decltype(vectors)::value;
+    by_tiles<kAccumulators / 4>(rows, [&](auto tile, int r) VLMOPS_INLINED {
+      constexpr int J = decltype(tile)::value;
+      Floats sums[J][W] = {};
+      for (int n = 0; n < count; ++n) {
+        const T* const row = row_of(n) + at * kFloats;
+        Floats x[W];
+#pragma GCC unroll 4
+        for (int u = 0; u < W; ++u)
+          x[u] = load_some<kWhole>(row + u * kFloats, p.dim - (at + u) * kFloats);
+#pragma GCC unroll 6
+        for (int j = 0; j < J; ++j) {
+#pragma GCC unroll 4
+          for (int u = 0; u < W; ++u) sums[j][u] += x[u] * s[(r + j) * kKeyBlock + n];
+        }
+      }
+      put(sums, J, W, r, at);
+    });
+  });
+}
+
+// Keys [begin, end) of a head. kWhole: its channels are whole vectors.
+template <class T, bool kWhole>
+inline void few_rows_of_width(const HeadOf& h, int64_t begin, int64_t end, float* scratch,
+                              const Part& part) {
   const Params& p = h.p;
   const int rows = static_cast<int>(h.rows());
-  const int64_t width = padded(p.dim);
+  const int64_t width = Part::width(p);
   const Base2 base(p);
-  float* const q = scratch;           // [rows, width]
-  float* const s = q + rows * width;  // [rows, kKeyBlock]
-  float* const o = part.o;
+  float* const q = scratch;                      // [rows, width]
+  float* const s = q + kFewRows * width;         // [rows, kKeyBlock]
+  float* const wide = s + kFewRows * kKeyBlock;  // [kFloats, width], keys in float32
   float* const top = part.top;
   float* const sum = part.sum;
   float alpha[kFewRows];
@@ -707,10 +805,19 @@ inline void few_rows(const HeadOf& h, int64_t begin, int64_t end, float* scratch
   const T* const of_v = base_of<T>(p.v, p.k_starts, h, h.job.k) + h.kv_head * p.v.head;
   for (int r = 0; r < rows; ++r) {
     const T* const row = of_q + h.query(r) * p.q.row + h.head(r) * p.q.head;
-    for (int d = 0; d < p.dim; d += kFloats) {
-      store<kFloats>(q + r * width + d, load_lanes(row + d, p.dim - d) * sign_of(p));
-      store<kFloats>(o + r * width + d, Floats{});
+#if defined(__AVX512BF16__)
+    if constexpr (kPairs<T>) {
+      const Ints flip = Ints{} + (p.scale < 0.0f ? static_cast<int32_t>(0x80008000u) : 0);
+      for (int d = 0; d < p.dim / 2; d += kFloats)
+        store<kFloats>(q + r * width + d,
+                       bit_cast<Floats>(load_pairs(row + 2 * d, p.dim / 2 - d) ^ flip));
     }
+#endif
+    if constexpr (!kPairs<T>) {
+      for (int d = 0; d < p.dim; d += kFloats)
+        store<kFloats>(q + r * width + d, load_lanes(row + d, p.dim - d) * sign_of(p));
+    }
+    for (int64_t d = 0; d < width; d += kFloats) store<kFloats>(part.o + r * width + d, Floats{});
     top[r] = -kInfinity;
     sum[r] = 0.0f;
   }
@@ -722,12 +829,40 @@ inline void few_rows(const HeadOf& h, int64_t begin, int64_t end, float* scratch
       const T* key[kFloats];
       for (int i = 0; i < kFloats; ++i)
         key[i] = of_k + h.key(first + (n + i < count ? n + i : count - 1)) * p.k.row;
+      const bool widens = sizeof(T) == 2 && !kPairs<T> && rows > 1;  // once for all rows
+      if (widens) {
+        for (int i = 0; i < kFloats; ++i)
+          for (int d = 0; d < p.dim; d += kFloats)
+            store<kFloats>(wide + i * width + d, load_lanes(key[i] + d, p.dim - d));
+      }
       for (int r = 0; r < rows; ++r) {
         Floats x[kFloats] = {};
-        for (int d = 0; d < p.dim; d += kFloats) {
-          const Floats of_row = load<kFloats>(q + r * width + d);
+        const float* const of_row = q + r * width;
+        // f(i, d) adds what row and key i have in a vector of channels.
+        const auto sum_up = [&](int channels, const auto& f) VLMOPS_INLINED {
+          for (int d = 0; d < channels; d += kFloats) {
 #pragma GCC unroll 16
-          for (int i = 0; i < kFloats; ++i) x[i] += of_row * load_lanes(key[i] + d, p.dim - d);
+            for (int i = 0; i < kFloats; ++i) f(i, d);
+          }
+        };
+#if defined(__AVX512BF16__)
+        if constexpr (kPairs<T>) {
+          sum_up(p.dim / 2, [&](int i, int d) VLMOPS_INLINED {
+            add_product(x[i], bit_cast<Ints>(load<kFloats>(of_row + d)),
+                        load_pairs(key[i] + 2 * d, p.dim / 2 - d));
+          });
+        }
+#endif
+        if constexpr (!kPairs<T>) {
+          if (widens) {
+            sum_up(p.dim, [&](int i, int d) VLMOPS_INLINED {
+              x[i] += load<kFloats>(of_row + d) * load<kFloats>(wide + i * width + d);
+            });
+          } else {
+            sum_up(p.dim, [&](int i, int d) VLMOPS_INLINED {
+              x[i] += load<kFloats>(of_row + d) * load_some<kWhole>(key[i] + d, p.dim - d);
+            });
+          }
         }
         Floats logits = sum_each(x);
         const int64_t seen = h.limit(r) - first - n;  // the last lane that r sees
@@ -740,11 +875,12 @@ inline void few_rows(const HeadOf& h, int64_t begin, int64_t end, float* scratch
     }
     for (int r = 0; r < rows; ++r) {
       float* const of_row = s + r * kKeyBlock;
-      float most = top[r];
+      Floats largest = Floats{} + top[r];
       for (int n = 0; n < count; n += kFloats) {
         const Floats x = load<kFloats>(of_row + n);
-        for (int i = 0; i < kFloats; ++i) most = x[i] > most ? x[i] : most;
+        largest = x > largest ? x : largest;
       }
+      const float most = largest_lane<kFloats>(largest);
       const float from = most == -kInfinity ? 0.0f : most;
       alpha[r] = base.weight(Floats{} + (top[r] - from))[0];
       top[r] = most;
@@ -756,44 +892,26 @@ inline void few_rows(const HeadOf& h, int64_t begin, int64_t end, float* scratch
       }
       sum[r] = sum[r] * alpha[r] + sum_lanes<kFloats>(weights);
     }
-    by_tiles<4>(static_cast<int>(width) / kFloats, [&](auto vectors, int v) VLMOPS_INLINED {
-      constexpr int W = decltype(vectors)::value;
-      by_tiles<kAccumulators / 4>(rows, [&](auto tile, int r) VLMOPS_INLINED {
-        constexpr int J = decltype(tile)::value;
-        Floats sums[J][W] = {};
-        for (int n = 0; n < count; ++n) {
-          const T* const row = of_v + h.key(first + n) * p.v.row + v * kFloats;
-          Floats x[W];
-#pragma GCC unroll 4
-          for (int u = 0; u < W; ++u)
-            x[u] = load_lanes(row + u * kFloats, p.dim - (v + u) * kFloats);
-#pragma GCC unroll 6
-          for (int j = 0; j < J; ++j) {
-#pragma GCC unroll 4
-            for (int u = 0; u < W; ++u) sums[j][u] += x[u] * s[(r + j) * kKeyBlock + n];
-          }
-        }
-        for (int j = 0; j < J; ++j) {
-          for (int u = 0; u < W; ++u) {
-            float* const at = o + (r + j) * width + (v + u) * kFloats;
-            store<kFloats>(at, load<kFloats>(at) * alpha[r + j] + sums[j][u]);
-          }
-        }
-      });
-    });
+    add_values<kWhole>(h, of_v, first, count, rows, s, alpha, part);
   }
+}
+
+template <class T>
+inline void few_rows(const HeadOf& h, int64_t begin, int64_t end, float* scratch,
+                     const Part& part) {
+  if (h.p.dim % kFloats == 0) return few_rows_of_width<T, true>(h, begin, end, scratch, part);
+  few_rows_of_width<T, false>(h, begin, end, scratch, part);
 }
 
 // The result of `count` parts that lie one after the other.
 template <class T>
 inline void finish_few(const HeadOf& h, float* parts, int64_t count) {
   const Params& p = h.p;
-  const int rows = static_cast<int>(h.rows());
-  const int64_t width = padded(p.dim);
+  const int64_t rows = h.rows(), width = Part::width(p);
   const Base2 base(p);
   const auto part_of = [&](int64_t i) { return Part(p, rows, parts + i * Part::floats(p, rows)); };
   const Part all = part_of(0);
-  for (int r = 0; r < rows; ++r) {
+  for (int64_t r = 0; r < rows; ++r) {
     float top = all.top[r], sum = all.sum[r];
     float* const o = all.o + r * width;
     for (int64_t i = 1; i < count; ++i) {
@@ -811,6 +929,16 @@ inline void finish_few(const HeadOf& h, float* parts, int64_t count) {
     const int64_t row = h.job.q.first + h.query(r);
     const float part = sum == 0.0f ? 0.0f : 1.0f / sum;
     T* const to = static_cast<T*>(p.out) + (row * p.heads + h.head(r)) * p.dim;
+    if constexpr (kPairs<T>) {  // channels into their order
+      for (int64_t d = 0; d < width; d += 32) {
+        Vec<float, 4> eights[8];
+        __builtin_memcpy(eights, o + d, sizeof(eights));
+        for (int i = 0; i < 4; ++i) {
+          store<4>(o + d + 8 * i, eights[i]);
+          store<4>(o + d + 8 * i + 4, eights[4 + i]);
+        }
+      }
+    }
     for (int d = 0; d < p.dim; d += kFloats)
       store_lanes(to + d, load<kFloats>(o + d) * part, p.dim - d);
     p.most[h.head(r) * p.rows + row] = sum == 0.0f ? 0.0f : top;
@@ -818,12 +946,19 @@ inline void finish_few(const HeadOf& h, float* parts, int64_t count) {
   }
 }
 
+inline size_t scratch(const Params& p, int64_t rows, int64_t) {
+  const int64_t panels = (rows * p.group() + kPanelRows - 1) / kPanelRows;
+  const int64_t many = panels * panel_floats(p) + kKeyBlock * (kPanelRows + 2 * p.dim);
+  const int64_t few = few_floats(p) + Part::floats(p, kFewRows);
+  return static_cast<size_t>(many > few ? many : few);
+}
+
 template <class T>
 inline void forward_head(const HeadOf& h, bool another, float* scratch) {
   const Params& p = h.p;
   if (few_rows_of(p, h.job)) {
-    float* const all = scratch + kFewRows * (padded(p.dim) + kKeyBlock);
-    few_rows<T>(h, 0, h.job.k.count, scratch, Part(p, static_cast<int>(h.rows()), all));
+    float* const all = scratch + few_floats(p);
+    few_rows<T>(h, 0, h.job.k.count, scratch, Part(p, h.rows(), all));
     return finish_few<T>(h, all, 1);
   }
   const int64_t rows = h.rows(), keys = h.job.k.count;
@@ -936,8 +1071,7 @@ inline void forward_part(const Params& p, const Job& job, int head, int64_t begi
                          float* scratch, float* to) {
   with_type(p.dtype, [&](auto* type) {
     const HeadOf h{p, job, head};
-    few_rows<Pointee<decltype(type)>>(h, begin, end, scratch,
-                                      Part(p, static_cast<int>(h.rows()), to));
+    few_rows<Pointee<decltype(type)>>(h, begin, end, scratch, Part(p, h.rows(), to));
   });
 }
 
