@@ -247,6 +247,18 @@ MUTATIONS = {
         "add(s, q, k, valid, q.count, order, nullptr);"),
     "attention: the first query sees the first key": (
         "binding/attention.cpp", "at, k.count - q.count,", "at, 0,"),
+    "attention: all blocks are seen": (
+        "binding/attention.cpp", "if (blocks[key / p_.block]) keys.push_back(key);",
+        "keys.push_back(key);"),
+    "attention: queries of any mask together": (
+        "binding/attention.cpp", "alike[std::string(of, count)]", "alike[std::string(of, 0)]"),
+    "attention: queries apart as if side by side": (
+        "binding/attention.cpp", "rows.back() - rows.front() == count - 1", "count > 0"),
+    "attention: backward: all blocks are seen": (
+        "common/attention_cpu.h", "return !h_.job.blocks[key / h_.p.block];", "return false;"),
+    "attention: backward: blocks that begin behind the first key": (
+        "common/attention_cpu.h", "int64_t i = block.first / h.p.block; i <= last;",
+        "int64_t i = (block.first + h.p.block - 1) / h.p.block; i <= last;"),
     "shuffle: pixels of a block turned on their side": (
         "ops/pixel_shuffle/pixel_shuffle_cpu.h", "base + y * at.y + x * at.x",
         "base + x * at.y + y * at.x"),
@@ -484,6 +496,11 @@ TRITON_MUTATIONS = {"hd_transform": {
         "        if not ALL:\n            m = m_key", "        if False:\n            m = m_key"),
     "forward: causal from the first key": (
         "o_last = o_row + (m - n)", "o_last = o_row"),
+    "all blocks are seen": ("                m = m & b_blocks\n", "                m = m\n"),
+    "all blocks are seen (keys)": (
+        "b_s = tl.where(tl.trans(b_seen), b_s, -_INF)", "b_s = b_s"),
+    "all blocks are seen (queries)": (
+        "m_s = m_s & _blocks(p_seen, o_row, m_row, o_key, m_key, n_block, n_blocks)", "m_s = m_s"),
     "padding sees padding": (
         "m = m & ((b_hidden[:, None] == 0) | (b_h[None, :] == 0))", "m = m & True"),
     "tiles of padding walk over all keys": (
@@ -659,6 +676,22 @@ CUDA_MUTATIONS = {
     "attention: tiles of padding are left out for all": (
         "common/attention.cuh", "if (!skips) return tile;",
         "if (hidden.data == nullptr) return tile;"),
+    "attention: all blocks are seen": (
+        "common/attention.cuh", "!blocks.sees(row, first + column)))\n                s[i][j][e]",
+        "false))\n                s[i][j][e]"),
+    "attention: all blocks are seen (queries)": (
+        "common/attention.cuh", "!blocks.sees(row, first + column)))\n              x = 0.0f",
+        "false))\n              x = 0.0f"),
+    "attention: all blocks are seen (keys)": (
+        "common/attention.cuh", "!blocks.sees(first + column, key)))", "false))"),
+    "attention: all blocks are seen (float32)": (
+        "common/attention.cuh",
+        "if (blocks.data != nullptr && !blocks.sees(row, key)) return false;", ""),
+    "attention: a row's blocks are the head's": (
+        "common/attention.cuh", "data[(group == 1 ? r : r / group) * count", "data[r * count"),
+    "attention: tiles of the first block alone": (
+        "common/attention.cuh", "const int64_t last = (end_key - 1) / size;",
+        "const int64_t last = key / size;"),
     "attention: a segment of the first 32 steps": (
         "common/attention.cuh", "first += last * step;",
         "first = last * step;"),

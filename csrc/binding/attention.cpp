@@ -4,6 +4,9 @@
 
 #include <algorithm>
 #include <atomic>
+#include <deque>
+#include <map>
+#include <string>
 #include <vector>
 
 #include "common/cpu_kernels.h"
@@ -47,6 +50,7 @@ class Jobs {
   void add_segment(int64_t s) {
     const Range q = range_of(p_.q_starts, p_.rows, s);
     const Range k = range_of(p_.k_starts, p_.keys, s);
+    if (p_.blocks != nullptr) return add_by_blocks(s, q, k);
     if (p_.padding == nullptr) return add(s, q, k, 0, q.count, nullptr, nullptr);
     const int32_t* const order = order_.data() + q.first;
     const bool* const hidden = p_.padding + q.first;
@@ -58,12 +62,51 @@ class Jobs {
     add(s, q, seen, valid, q.count, order, order);
   }
 
+  // Queries that see the same blocks together, wherever they stand.
+  void add_by_blocks(int64_t s, const Range& q, const Range& k) {
+    if (q.count == 0) return add(s, q, k, 0, 0, nullptr, nullptr);
+    std::map<std::string, std::vector<int32_t>> alike;
+    const auto count = static_cast<size_t>(p_.block_count);
+    for (int32_t i = 0; i < q.count; ++i) {
+      const auto* of = reinterpret_cast<const char*>(p_.blocks + (q.first + i) * p_.block_count);
+      alike[std::string(of, count)].push_back(i);
+    }
+    for (auto& [mask, rows] : alike) {
+      const bool* const blocks = p_.blocks + (q.first + rows[0]) * p_.block_count;
+      if (std::all_of(blocks, blocks + count, [](bool seen) { return seen; })) {
+        add_rows(s, q, k, std::move(rows), nullptr, nullptr);
+        continue;
+      }
+      lists_.emplace_back();
+      std::vector<int32_t>& keys = lists_.back();
+      for (int32_t key = 0; key < k.count; ++key) {
+        if (blocks[key / p_.block]) keys.push_back(key);
+      }
+      add_rows(s, q, {k.first, static_cast<int64_t>(keys.size())}, std::move(rows), keys.data(),
+               blocks);
+    }
+  }
+
+  void add_rows(int64_t s, const Range& q, const Range& k, std::vector<int32_t> rows,
+                const int32_t* k_rows, const bool* blocks) {
+    const auto count = static_cast<int64_t>(rows.size());
+    const bool adjacent = rows.back() - rows.front() == count - 1;
+    const auto before = jobs_.size();
+    if (adjacent) {
+      add(s, q, k, rows.front(), rows.front() + count, nullptr, k_rows);
+    } else {
+      lists_.push_back(std::move(rows));
+      add(s, q, k, 0, count, lists_.back().data(), k_rows);
+    }
+    for (auto i = before; i < jobs_.size(); ++i) jobs_[i].blocks = blocks;
+  }
+
   void add(int64_t segment, const Range& q, const Range& k, int64_t begin, int64_t end,
            const int32_t* q_rows, const int32_t* k_rows) {
     bool wanted = empty_;
     for (int64_t at = begin; at < end || wanted; at += most_, wanted = false) {
-      Job job{segment, q, k, at, k.count - q.count, q_rows == nullptr ? nullptr : q_rows + at,
-              k_rows};
+      Job job{segment, q,      k, at, k.count - q.count, q_rows == nullptr ? nullptr : q_rows + at,
+              k_rows,  nullptr};
       job.q.count = std::min(most_, end - at);
       jobs_.push_back(job);
     }
@@ -73,6 +116,7 @@ class Jobs {
   const int64_t most_;
   const bool empty_;
   std::vector<int32_t> order_;
+  std::deque<std::vector<int32_t>> lists_;  // rows and keys of queries that see the same blocks
   std::vector<Job> jobs_;
   std::vector<int64_t> first_;
 };

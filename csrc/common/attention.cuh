@@ -187,19 +187,54 @@ struct Hidden {
   }
 };
 
+// Which blocks of keys the rows of a segment see; all of them where data is null.
+struct Blocks {
+  const bool* data;  // of the segment's first query
+  int64_t count, size;
+  int group, rows, keys;
+
+  // Row and key of a tile, which may lie beyond the last.
+  __device__ __forceinline__ bool sees(int row, int key) const {
+    const int r = min(row, rows - 1);
+    return data[(group == 1 ? r : r / group) * count + min(key, keys - 1) / size];
+  }
+  // Whether any row of [row, end_row) sees any key of [key, end_key).
+  __device__ __forceinline__ bool any(int row, int end_row, int key, int end_key) const {
+    if (end_row > rows) end_row = rows;
+    if (end_key > keys) end_key = keys;
+    if (row >= end_row || key >= end_key) return false;
+    const int64_t last = (end_key - 1) / size;
+    for (int i = row / group; i <= (end_row - 1) / group; ++i) {
+      for (int64_t block = key / size; block <= last; ++block)
+        if (data[i * count + block]) return true;
+    }
+    return false;
+  }
+};
+
+__device__ __forceinline__ Blocks blocks_of(const Params& p, const Segment& s) {
+  const bool* const data = p.blocks == nullptr ? nullptr : p.blocks + s.q.first * p.block_count;
+  return {data, p.block_count, p.block, p.group(), s.rows, s.keys};
+}
+
 // Tiles of kSize rows up to `end`, in order, without those of nothing but padding if all that the
-// block owns is padding. A warp looks at 32 of them at a time.
+// block owns is padding, and without those of which what it owns, [first_own, end_own), sees
+// nothing. A warp looks at 32 of them at a time.
 template <int kSize>
 struct Walk {
   Hidden hidden;
   bool skips;
   int end;
+  Blocks blocks = {};
+  bool owns_rows = true;  // and visits keys, or the other way round
+  int first_own = 0, end_own = 0;
+  int begin = 0;  // where tile 0 begins
   int base = -kWarpSize;
   uint32_t live = 0;
 
   // The first at or after `tile`; end if there is none. All lanes.
   __device__ __forceinline__ int next(int tile) {
-    if (!skips) return tile;
+    if (!skips && blocks.data == nullptr) return tile;
     for (; tile < end; tile = base + kWarpSize) {
       if (tile >= base + kWarpSize) {
         base = tile;
@@ -213,6 +248,11 @@ struct Walk {
 
   __device__ __forceinline__ bool sees(int tile) const {
     if (tile >= end) return false;
+    if (blocks.data != nullptr) {
+      const int first = begin + tile * kSize;
+      return owns_rows ? blocks.any(first_own, end_own, first, first + kSize)
+                       : blocks.any(first, first + kSize, first_own, end_own);
+    }
     const int last = min((tile + 1) * kSize, hidden.count);
     for (int r = tile * kSize; r < last; ++r)
       if (!hidden.at(r)) return true;
@@ -456,6 +496,7 @@ __device__ __forceinline__ void forward(const Params& p, const Plan& plan) {
   const auto k = keys_of<T>(p, p.k, segment, kv_head), v = keys_of<T>(p, p.v, segment, kv_head);
   const bool* const padding = padding_of(p, segment);
   const Hidden hidden_rows = {padding, group, rows}, hidden_keys = {padding, 1, keys};
+  const Blocks blocks = blocks_of(p, segment);
   const auto copy = [&](int tile, int buffer) {
     T* const stage = shared + buffer * Tile::kStage;
     const int first = begin + tile * Tile::kKeys;
@@ -466,7 +507,12 @@ __device__ __forceinline__ void forward(const Params& p, const Plan& plan) {
 
   Walk<Tile::kKeys> walk = {hidden_keys,
                             all_hidden<Tile::kRows, Tile::kThreads>(hidden_rows, first_row),
-                            max(end - begin + Tile::kKeys - 1, 0) / Tile::kKeys};
+                            max(end - begin + Tile::kKeys - 1, 0) / Tile::kKeys,
+                            blocks,
+                            true,
+                            first_row,
+                            first_row + Tile::kRows,
+                            begin};
   T* const q_tile = shared + Tile::kQ;
   copy_rows<Tile::kDim, Tile::kRows, Tile::kThreads>(q_tile, q, first_row, rows, p.dim,
                                                      plan.wide_q);
@@ -530,7 +576,7 @@ __device__ __forceinline__ void forward(const Params& p, const Plan& plan) {
 
       const int first = begin + tile * Tile::kKeys;
       const uint64_t hidden_key = hidden_keys.bits<Tile::kKeys>(first);
-      if (first + Tile::kKeys > least || hidden_key != 0) {
+      if (first + Tile::kKeys > least || hidden_key != 0 || blocks.data != nullptr) {
 #pragma unroll
         for (int i = 0; i < kM; ++i) {
 #pragma unroll
@@ -539,7 +585,10 @@ __device__ __forceinline__ void forward(const Params& p, const Plan& plan) {
             for (int e = 0; e < 4; ++e) {
               const int column = j * 8 + lane % 4 * 2 + e % 2;
               const bool both = (hidden_row >> (2 * i + e / 2) & hidden_key >> column & 1) != 0;
-              if (first + column >= limit[i][e / 2] || both) s[i][j][e] = kNever;
+              const int row = warp_row + i * 16 + e / 2 * 8 + lane / 4;
+              if (first + column >= limit[i][e / 2] || both ||
+                  (blocks.data != nullptr && !blocks.sees(row, first + column)))
+                s[i][j][e] = kNever;
             }
           }
         }
@@ -758,6 +807,7 @@ __device__ __forceinline__ void backward_queries(const Backward& b, const Plan& 
   const auto k = keys_of<T>(p, p.k, segment, kv_head), v = keys_of<T>(p, p.v, segment, kv_head);
   const bool* const padding = padding_of(p, segment);
   const Hidden hidden_rows = {padding, group, rows}, hidden_keys = {padding, 1, keys};
+  const Blocks blocks = blocks_of(p, segment);
   const auto copy = [&](int tile, int buffer) {
     T* const stage = shared + Tile::kStages + buffer * Tile::kStage;
     const int first = tile * Tile::kOther;
@@ -768,7 +818,11 @@ __device__ __forceinline__ void backward_queries(const Backward& b, const Plan& 
 
   Walk<Tile::kOther> walk = {hidden_keys,
                              all_hidden<Tile::kOwn, Tile::kThreads>(hidden_rows, first_row),
-                             max(end + Tile::kOther - 1, 0) / Tile::kOther};
+                             max(end + Tile::kOther - 1, 0) / Tile::kOther,
+                             blocks,
+                             true,
+                             first_row,
+                             first_row + Tile::kOwn};
   copy_rows<Tile::kDim, Tile::kOwn, Tile::kThreads>(shared, q, first_row, rows, p.dim, plan.wide_q);
   copy_rows<Tile::kDim, Tile::kOwn, Tile::kThreads>(shared + Tile::kOwn * kPitch, grad, first_row,
                                                     rows, p.dim, plan.wide_grad);
@@ -813,7 +867,7 @@ __device__ __forceinline__ void backward_queries(const Backward& b, const Plan& 
           k_tile + Tile::kOther * kPitch);
       const int first = tile * Tile::kOther;
       const uint64_t hidden_key = hidden_keys.bits<Tile::kOther>(first);
-      const bool all = first + Tile::kOther <= least && hidden_key == 0;
+      const bool all = first + Tile::kOther <= least && hidden_key == 0 && blocks.data == nullptr;
 #pragma unroll
       for (int j = 0; j < kN; ++j) {
 #pragma unroll
@@ -822,7 +876,10 @@ __device__ __forceinline__ void backward_queries(const Backward& b, const Plan& 
           if (!all) {
             const int column = j * 8 + lane % 4 * 2 + e % 2;
             const bool both = (hidden_row >> (e / 2) & hidden_key >> column & 1) != 0;
-            if (first + column >= limit[e / 2] || both) x = 0.0f;
+            const int row = warp_row + e / 2 * 8 + lane / 4;
+            if (first + column >= limit[e / 2] || both ||
+                (blocks.data != nullptr && !blocks.sees(row, first + column)))
+              x = 0.0f;
           }
           ds[0][j][e] = x * (ds[0][j][e] - delta[e / 2]);
         }
@@ -866,6 +923,7 @@ __device__ __forceinline__ void backward_keys(const Backward& b, const Plan& pla
   const auto deltas = statistics(p, b.delta, segment, kv_head);
   const bool* const padding = padding_of(p, segment);
   const Hidden hidden_rows = {padding, group, rows}, hidden_keys = {padding, 1, keys};
+  const Blocks blocks = blocks_of(p, segment);
   const auto copy = [&](int tile, int buffer) {
     T* const stage = shared + Tile::kStages + buffer * Tile::kStage;
     const int first = tile * Tile::kOther;
@@ -882,7 +940,11 @@ __device__ __forceinline__ void backward_keys(const Backward& b, const Plan& pla
 
   Walk<Tile::kOther> walk = {hidden_rows,
                              all_hidden<Tile::kOwn, Tile::kThreads>(hidden_keys, first_key),
-                             (rows + Tile::kOther - 1) / Tile::kOther};
+                             (rows + Tile::kOther - 1) / Tile::kOther,
+                             blocks,
+                             false,
+                             first_key,
+                             first_key + Tile::kOwn};
   copy_rows<Tile::kDim, Tile::kOwn, Tile::kThreads>(shared, k, first_key, keys, p.dim, plan.wide_k);
   copy_rows<Tile::kDim, Tile::kOwn, Tile::kThreads>(shared + Tile::kOwn * kPitch, v, first_key,
                                                     keys, p.dim, plan.wide_v);
@@ -923,7 +985,7 @@ __device__ __forceinline__ void backward_keys(const Backward& b, const Plan& pla
           q_tile);
       const int first = tile * Tile::kOther;
       const uint64_t hidden_row = hidden_rows.bits<Tile::kOther>(first);
-      const bool all = first >= most && hidden_row == 0;
+      const bool all = first >= most && hidden_row == 0 && blocks.data == nullptr;
 #pragma unroll
       for (int j = 0; j < kN; ++j) {
         const Pack<float, 2> of = load_pack<2>(shift + j * 8);
@@ -933,7 +995,10 @@ __device__ __forceinline__ void backward_keys(const Backward& b, const Plan& pla
           if (!all) {
             const int column = j * 8 + lane % 4 * 2 + e % 2;
             const bool both = (hidden_key >> (e / 2) & hidden_row >> column & 1) != 0;
-            if (first + column < limit[e / 2] || both) x = 0.0f;
+            const int key = warp_key + e / 2 * 8 + lane / 4;
+            if (first + column < limit[e / 2] || both ||
+                (blocks.data != nullptr && !blocks.sees(first + column, key)))
+              x = 0.0f;
           }
           s[0][j][e] = x;
         }
@@ -1104,8 +1169,10 @@ __device__ __forceinline__ void write_floats(const Strip<float>& to,
 
 // Whether row `row` of a segment sees key `key`; both are there.
 __device__ __forceinline__ bool sees(const Params& p, const Hidden& hidden_rows,
-                                     const Hidden& hidden_keys, int row, int key, int offset) {
+                                     const Hidden& hidden_keys, const Blocks& blocks, int row,
+                                     int key, int offset) {
   if (p.causal && key > row / p.group() + offset) return false;
+  if (blocks.data != nullptr && !blocks.sees(row, key)) return false;
   return hidden_rows.data == nullptr || !hidden_rows.at(row) || !hidden_keys.at(key);
 }
 
@@ -1135,9 +1202,14 @@ __device__ __forceinline__ void forward_float(const Params& p, const Plan& plan)
   const auto v = keys_of<float>(p, p.v, segment, kv_head);
   const bool* const padding = padding_of(p, segment);
   const Hidden hidden_rows = {padding, group, rows}, hidden_keys = {padding, 1, keys};
+  const Blocks blocks = blocks_of(p, segment);
   Walk<Tile::kTile> walk = {hidden_keys,
                             all_hidden<Tile::kTile, Tile::kThreads>(hidden_rows, first_row),
-                            max(end + Tile::kTile - 1, 0) / Tile::kTile};
+                            max(end + Tile::kTile - 1, 0) / Tile::kTile,
+                            blocks,
+                            true,
+                            first_row,
+                            first_row + Tile::kTile};
   load_floats<Tile>(q_tile, queries_of<float>(p, p.q, segment, kv_head), first_row, rows, p.dim,
                     plan.wide_q);
   float y[2][Tile::kParts][4] = {}, most[2] = {kNever, kNever}, sum[2] = {};
@@ -1157,7 +1229,7 @@ __device__ __forceinline__ void forward_float(const Params& p, const Plan& plan)
       for (int j = 0; j < Tile::kN; ++j) {
         const int key = first + at.lane + 8 * j;
         const bool seen =
-            row < rows && key < keys && sees(p, hidden_rows, hidden_keys, row, key, offset);
+            row < rows && key < keys && sees(p, hidden_rows, hidden_keys, blocks, row, key, offset);
         s[i][j] = seen ? logit(plan, s[i][j]) : kNever;
         top = fmaxf(top, s[i][j]);
       }
@@ -1228,9 +1300,14 @@ __device__ __forceinline__ void backward_queries_float(const Backward& b, const 
   const auto deltas = statistics(p, b.delta, segment, kv_head);
   const bool* const padding = padding_of(p, segment);
   const Hidden hidden_rows = {padding, group, rows}, hidden_keys = {padding, 1, keys};
+  const Blocks blocks = blocks_of(p, segment);
   Walk<Tile::kTile> walk = {hidden_keys,
                             all_hidden<Tile::kTile, Tile::kThreads>(hidden_rows, first_row),
-                            max(end + Tile::kTile - 1, 0) / Tile::kTile};
+                            max(end + Tile::kTile - 1, 0) / Tile::kTile,
+                            blocks,
+                            true,
+                            first_row,
+                            first_row + Tile::kTile};
   load_floats<Tile>(q_tile, queries_of<float>(p, p.q, segment, kv_head), first_row, rows, p.dim,
                     plan.wide_q);
   load_floats<Tile>(grad_tile, queries_of<float>(p, b.grad, segment, kv_head), first_row, rows,
@@ -1259,7 +1336,7 @@ __device__ __forceinline__ void backward_queries_float(const Backward& b, const 
       for (int j = 0; j < Tile::kN; ++j) {
         const int key = first + at.lane + 8 * j;
         const bool seen =
-            row < rows && key < keys && sees(p, hidden_rows, hidden_keys, row, key, offset);
+            row < rows && key < keys && sees(p, hidden_rows, hidden_keys, blocks, row, key, offset);
         const float x = seen ? exp2f(logit(plan, s[i][j]) - shift[i]) * part[i] : 0.0f;
         ds[i][j] = x * (ds[i][j] - delta[i]);
       }
@@ -1297,9 +1374,14 @@ __device__ __forceinline__ void backward_keys_float(const Backward& b, const Pla
   const auto deltas = statistics(p, b.delta, segment, kv_head);
   const bool* const padding = padding_of(p, segment);
   const Hidden hidden_rows = {padding, group, rows}, hidden_keys = {padding, 1, keys};
+  const Blocks blocks = blocks_of(p, segment);
   Walk<Tile::kTile> walk = {hidden_rows,
                             all_hidden<Tile::kTile, Tile::kThreads>(hidden_keys, first_key),
-                            (rows + Tile::kTile - 1) / Tile::kTile};
+                            (rows + Tile::kTile - 1) / Tile::kTile,
+                            blocks,
+                            false,
+                            first_key,
+                            first_key + Tile::kTile};
   load_floats<Tile>(k_tile, keys_of<float>(p, p.k, segment, kv_head), first_key, keys, p.dim,
                     plan.wide_k);
   load_floats<Tile>(v_tile, keys_of<float>(p, p.v, segment, kv_head), first_key, keys, p.dim,
@@ -1325,7 +1407,7 @@ __device__ __forceinline__ void backward_keys_float(const Backward& b, const Pla
       for (int i = 0; i < 2; ++i) {
         const int key = first_key + at.row + i;
         const bool seen =
-            row < rows && key < keys && sees(p, hidden_rows, hidden_keys, row, key, offset);
+            row < rows && key < keys && sees(p, hidden_rows, hidden_keys, blocks, row, key, offset);
         s[i][j] = seen ? exp2f(logit(plan, s[i][j]) - shift) * part : 0.0f;
         ds[i][j] = s[i][j] * (ds[i][j] - delta);
       }

@@ -41,6 +41,10 @@ struct Params {
   // [rows], or null; of segments whose queries are its keys. A query that is padding sees the keys
   // that are not, any other query sees all.
   const bool* padding;
+  // [rows, block_count], or null; of segments of one length. A query sees the keys of its segment
+  // whose block, `block` keys each, has true.
+  const bool* blocks;
+  int64_t block, block_count;
   int64_t segments, rows, keys;  // of all segments
   int64_t longest;               // no segment has more queries; 0: not known
   Starts q_starts, k_starts;
@@ -85,6 +89,7 @@ struct Job {
   int64_t position;                // of the first query in its segment
   int64_t visible;                 // keys that the segment's first query sees, if causal
   const int32_t *q_rows, *k_rows;  // rows counted from those of q and k; null: one after another
+  const bool* blocks;              // Params::blocks of its queries; null: they see all
 };
 
 // Queries of a job, so that K and V are packed once for several panels of rows.
@@ -95,9 +100,9 @@ constexpr int kKeyBlock = 64;
 // Rows of so few queries and heads are done with channels in lanes, and their keys in parts of
 // kPartKeys whatever else is there: a result depends on nothing else. Of fewer keys backward must
 // find the very sums that forward had: one key has all the weight.
-constexpr int64_t kFewRows = 8, kPartKeys = 1024;
+constexpr int64_t kFewOnCpu = 8, kPartKeys = 1024;
 static inline bool few_rows_of(const Params& p, const Job& job) {
-  return job.q.count * p.group() <= kFewRows && job.k.count >= kKeyBlock;
+  return job.q.count * p.group() <= kFewOnCpu && job.k.count >= kKeyBlock;
 }
 
 // Floats of scratch, on a boundary of 64 bytes, for `rows` queries in so many jobs.
@@ -109,7 +114,7 @@ using CpuForward = void (*)(const Params&, const Job&, int begin, int end, float
 using CpuForwardPart = void (*)(const Params&, const Job&, int head, int64_t begin, int64_t end,
                                 float* scratch, float* to);
 using CpuJoinParts = void (*)(const Params&, const Job&, int head, float* parts, int64_t count);
-// One KV head; the jobs are all those of one segment, the first of them with all its keys.
+// One KV head; the jobs are all those of one segment.
 using CpuBackward = void (*)(const Backward&, const Job* jobs, int64_t count, int head,
                              float* scratch);
 

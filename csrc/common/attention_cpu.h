@@ -711,7 +711,7 @@ inline size_t part_floats(const Params& p, int64_t rows, int64_t) {
 
 // Scratch of few rows: q, weights, and kFloats keys.
 inline int64_t few_floats(const Params& p) {
-  return kFewRows * (Part::width(p) + kKeyBlock) + kFloats * Part::width(p);
+  return kFewOnCpu * (Part::width(p) + kKeyBlock) + kFloats * Part::width(p);
 }
 
 // Adds the products of weights s [rows, kKeyBlock] and `count` rows of v to o, which is rescaled.
@@ -732,7 +732,7 @@ inline void add_values(const HeadOf& h, const T* v, int64_t first, int count, in
   };
 #if defined(__AVX512BF16__)
   if constexpr (kPairs<T>) {
-    bfloat16 rounded[kFewRows * kKeyBlock];
+    bfloat16 rounded[kFewOnCpu * kKeyBlock];
     for (int64_t i = 0; i < rows * kKeyBlock; i += kFloats)
       store<kFloats>(rounded + i, load<kFloats>(s + i));
     by_tiles<2>(static_cast<int>(width) / (2 * kFloats), [&](auto groups, int g) VLMOPS_INLINED {
@@ -795,11 +795,11 @@ inline void few_rows_of_width(const HeadOf& h, int64_t begin, int64_t end, float
   const int64_t width = Part::width(p);
   const Base2 base(p);
   float* const q = scratch;                      // [rows, width]
-  float* const s = q + kFewRows * width;         // [rows, kKeyBlock]
-  float* const wide = s + kFewRows * kKeyBlock;  // [kFloats, width], keys in float32
+  float* const s = q + kFewOnCpu * width;         // [rows, kKeyBlock]
+  float* const wide = s + kFewOnCpu * kKeyBlock;  // [kFloats, width], keys in float32
   float* const top = part.top;
   float* const sum = part.sum;
-  float alpha[kFewRows];
+  float alpha[kFewOnCpu];
   const T* const of_q = base_of<T>(p.q, p.q_starts, h, h.job.q);
   const T* const of_k = base_of<T>(p.k, p.k_starts, h, h.job.k) + h.kv_head * p.k.head;
   const T* const of_v = base_of<T>(p.v, p.k_starts, h, h.job.k) + h.kv_head * p.v.head;
@@ -949,7 +949,7 @@ inline void finish_few(const HeadOf& h, float* parts, int64_t count) {
 inline size_t scratch(const Params& p, int64_t rows, int64_t) {
   const int64_t panels = (rows * p.group() + kPanelRows - 1) / kPanelRows;
   const int64_t many = panels * panel_floats(p) + kKeyBlock * (kPanelRows + 2 * p.dim);
-  const int64_t few = few_floats(p) + Part::floats(p, kFewRows);
+  const int64_t few = few_floats(p) + Part::floats(p, kFewOnCpu);
   return static_cast<size_t>(many > few ? many : few);
 }
 
@@ -1238,8 +1238,10 @@ class Weights {
 
   // Whether none of the panel's rows sees key n of the block.
   VLMOPS_INLINE bool hides(int n) const {
+    const int64_t key = block_.first + n;
+    if (h_.job.blocks != nullptr) return !h_.job.blocks[key / h_.p.block];
     return h_.p.padding != nullptr && h_.job.k_rows != nullptr &&
-           h_.p.padding[h_.job.k.first + block_.first + n];
+           h_.p.padding[h_.job.k.first + key];
   }
   // Of key n and vector u of the rows.
   VLMOPS_INLINE Floats weight(int n, int u, bool hidden) const {
@@ -1385,6 +1387,15 @@ inline void pull_back(const Backward& b, const HeadOf& h, const Block& block, co
   });
 }
 
+// Whether a job's queries see any key of a block, where they see blocks.
+inline bool sees_any(const HeadOf& h, const Block& block) {
+  const int64_t last = (block.first + block.count - 1) / h.p.block;
+  for (int64_t i = block.first / h.p.block; i <= last; ++i) {
+    if (h.job.blocks[i]) return true;
+  }
+  return false;
+}
+
 // Of keys, [count, width] times `factor`, to rows of one head.
 template <class T>
 inline void put_keys(const float* from, float factor, const HeadOf& h, int64_t first, int count,
@@ -1428,7 +1439,10 @@ inline void backward_head(const Backward& b, const Job* jobs, int64_t count, int
   block.dv = block.dk + kKeyBlock * t.width;
   block.rounded_p = reinterpret_cast<bfloat16*>(block.dv + kKeyBlock * t.width);
   block.rounded_ds = block.rounded_p + kKeyBlock * kPanelRows;
-  const HeadOf all{p, jobs[0], head};  // its keys are all of the segment, one after another
+  Job every = jobs[0];  // all keys of the segment, one after another
+  every.k = range_of(p.k_starts, p.keys, every.segment);
+  every.k_rows = nullptr;
+  const HeadOf all{p, every, head};
   for (block.first = 0; block.first < all.job.k.count; block.first += kKeyBlock) {
     const int64_t left = all.job.k.count - block.first;
     block.count = static_cast<int>(left < kKeyBlock ? left : kKeyBlock);
@@ -1446,7 +1460,7 @@ inline void backward_head(const Backward& b, const Job* jobs, int64_t count, int
       seen = !p.padding[all.job.k.first + block.first + n];
     panels([&](const HeadOf& h, int64_t row, int n, int64_t at) {
       if (h.limit(row + n - 1) < block.first && p.causal) return;
-      if (h.job.k_rows != nullptr && !seen) return;
+      if (h.job.k_rows != nullptr && !(h.job.blocks == nullptr ? seen : sees_any(h, block))) return;
       with_number<kMostVectors>((n + kFloats - 1) / kFloats, [&](auto vectors) {
         pull_back<decltype(vectors)::value, T>(b, h, block, t, row, n, at);
       });

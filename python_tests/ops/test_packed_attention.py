@@ -152,6 +152,45 @@ def test_packed_attention_of_few_queries_comes_in_parts(use_cpu_isa, isa, dtype,
 
 @every_isa
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_attention_of_blocks_that_queries_see(use_cpu_isa, isa, dtype):
+    """Queries that see the same blocks lie apart, some see none, and some one each."""
+    use_cpu_isa(isa)
+    q = torch.randn(3, 140, 4, 64).to(dtype)
+    k, v = torch.randn(2, 3, 5 * 30, 2, 64).to(dtype)
+    mask = torch.rand(3, 140, 5) < 0.4
+    mask[1] = torch.nn.functional.one_hot(torch.arange(140) % 5, 5).bool()
+    mask[2, 3:], mask[2, :3] = True, False
+    assert not mask.any(-1).all()
+    options = {"block_mask": mask, "tokens_per_block": 30}
+    found = gradients(q, k, v, **options)
+    leaves = [t.double().requires_grad_() for t in (q, k, v)]
+    exact = [reference(*leaves, **options)]
+    torch.manual_seed(1)
+    exact += torch.autograd.grad(exact[0], leaves, torch.randn_like(found[0]).double())
+    for got, expected in zip(found, exact, strict=True):
+        assert largest_error(got, expected) < 8 * torch.finfo(dtype).eps
+    assert not found[0][~mask.any(-1)].any()
+    for i in range(3):
+        one = [t[i, None] for t in (q, k, v)]
+        options["block_mask"] = mask[i, None]
+        assert torch.equal(vlmops.packed_attention(*one, **options)[0], found[0][i])
+
+
+@reads_proc
+def test_packed_attention_never_expands_a_mask_of_blocks():
+    """512 queries and 6,404 keys: a mask of both would be 13 MB, repeated heads 26."""
+    q, (k, v) = torch.randn(1, 512, 4, 64), torch.randn(2, 1, 6404, 2, 64)
+    mask = torch.arange(4) < torch.tensor([3, 1]).repeat(256)[None, :, None]
+    options = {"block_mask": mask, "tokens_per_block": 1601}
+    grown, largest = extra_memory(lambda: vlmops.packed_attention(q, k, v, **options))
+    assert largest <= q.nbytes
+    assert grown < q.nbytes + 6e6
+    grown, largest = extra_memory(lambda: gradients(q, k, v, **options))
+    assert largest <= k.nbytes
+
+
+@every_isa
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_packed_attention_one_key_gets_all_the_weight(use_cpu_isa, isa, dtype):
     use_cpu_isa(isa)
     q, k, v, starts = packed([1] * 9, dtype=dtype)

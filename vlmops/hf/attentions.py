@@ -9,7 +9,7 @@ travel as that, not as ``[S, S]``.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -19,10 +19,10 @@ from vlmops.hf import plain
 from vlmops.hf.grids import know_longest, longest_of
 from vlmops.ops.packed_attention import packed_attention
 
-Kind = Literal["segments", "images", "padding", "dense", "inference", "decode"]
+Kind = Literal["segments", "images", "padding", "blocks", "dense", "inference", "decode"]
 """Who attends: tokens within segments that the forward is given; within images, where a mask was;
-all to all but padding to padding; all to all, and the same where nothing is differentiated; a token
-that is generated to all before it."""
+all to all but padding to padding; text to the blocks of visual tokens that it sees; all to all, and
+the same where nothing is differentiated; a token that is generated to all before it."""
 
 SELECTED = ("eager", "sdpa")
 """The implementations that the op stands for."""
@@ -50,6 +50,12 @@ class Functions:
 
 
 _SDPA = "transformers.integrations.sdpa_attention"
+_TRAVELS: Mapping[Kind, tuple[torch.dtype, int]] = {
+    "images": (torch.int32, 1),
+    "padding": (torch.bool, 2),
+    "blocks": (torch.bool, 4),
+}
+"""Dtype and rank of what travels in place of a mask."""
 
 
 def replaced(found: dict[str, Any], kind: Kind, mask: Any = None) -> dict[str, Any]:
@@ -130,10 +136,10 @@ def _dense(
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """``[B, H, S, D]``, without a mask or with what travels in place of one; else ``theirs``."""
-    carried = attention_mask is not None and (
-        kind in ("images", "padding")
-        and attention_mask.dtype == (torch.bool if kind == "padding" else torch.int32)
-        and attention_mask.dim() == (2 if kind == "padding" else 1)
+    carried = (
+        attention_mask is not None
+        and kind in _TRAVELS
+        and (attention_mask.dtype, attention_mask.dim()) == _TRAVELS[kind]
     )
     sdpa = theirs.__module__ == _SDPA
     causal = bool(sdpa and attention_mask is None and _is_causal(module, query, kwargs))
@@ -153,12 +159,20 @@ def _dense(
         scale = kwargs.get("scaling")
         if attention_mask is None:
             return packed_attention(q, k, v, scale=scale, causal=causal), None
+        if kind == "blocks":
+            size = k.shape[1] // attention_mask.shape[3]
+            made = packed_attention(
+                q, k, v, scale=scale, block_mask=attention_mask[:, 0], tokens_per_block=size
+            )
+            return made, None
         return _padded(q, k, v, attention_mask, scale), None
     if carried:
         assert attention_mask is not None
         if kind == "images":
             lengths = (attention_mask[1:] - attention_mask[:-1]).tolist()
             attention_mask = mask(lengths, query.transpose(1, 2).flatten(2))
+        elif kind == "blocks":
+            attention_mask = blocks_mask(attention_mask, key.shape[2], query.dtype)
         else:
             attention_mask = padding_mask(attention_mask, query.dtype)
     result: tuple[Tensor, Tensor | None] = theirs(
@@ -280,6 +294,29 @@ def mask_of_padding(theirs: Any) -> Callable[..., Tensor]:
         return padding.view(rows, tiles * target_length)
 
     return _prepare_aspect_ratio_attention_mask
+
+
+def mask_of_blocks(theirs: Any) -> Callable[..., tuple[Tensor, Tensor]]:
+    """In place of Mllama's ``_prepare_cross_attention_mask``: the tiles that each token sees.
+
+    ``[B, 1, S, images * tiles]`` bool, which its callers may slice as they do the mask. Tokens that
+    see no tile attend to all of them there, and a second result stops what comes of that.
+    """
+
+    def _prepare_cross_attention_mask(
+        cross_attention_mask: Tensor, num_vision_tokens: int, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        seen = ((1.0 - cross_attention_mask).to(dtype) == 0).flatten(2)[:, None]
+        some = seen.any(-1, keepdim=True)
+        return seen | ~some, some.to(dtype)
+
+    return _prepare_cross_attention_mask
+
+
+def blocks_mask(seen: Tensor, keys: int, dtype: torch.dtype) -> Tensor:
+    """The mask that stands for seen blocks ``[B, 1, S, G]`` of so many keys."""
+    hidden = ~seen.repeat_interleave(keys // seen.shape[3], -1)
+    return torch.zeros_like(hidden, dtype=dtype).masked_fill(hidden, torch.finfo(dtype).min)
 
 
 def _on_host(tensor: Tensor) -> bool:

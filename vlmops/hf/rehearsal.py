@@ -120,6 +120,7 @@ def run(forward: Callable[..., Any], attention: nn.Module, packed: bool, **given
         "cu_seqlens": torch.tensor([0, TOKENS], dtype=torch.int32),
         "max_seqlen": TOKENS,
         "shared_kv_states": {},
+        "cross_attention_states": hidden_states,
         **given,
     }
     parameters = inspect.signature(forward).parameters

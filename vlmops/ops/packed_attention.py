@@ -53,9 +53,14 @@ class Options(NamedTuple):
     cu_seqlens: Tensor | None = None
     cu_seqlens_k: Tensor | None = None
     padding: Tensor | None = None
+    block_mask: Tensor | None = None
     scale: float | None = None
     causal: bool = False
     max_seqlen: int = 0
+    tokens_per_block: int = 1
+
+
+_TENSORS = 4  # the first of them
 
 
 def packed_attention(
@@ -67,6 +72,8 @@ def packed_attention(
     cu_seqlens_k: Tensor | None = None,
     max_seqlen: int | None = None,
     padding: Tensor | None = None,
+    block_mask: Tensor | None = None,
+    tokens_per_block: int = 1,
     scale: float | None = None,
     causal: bool = False,
     backend: str | None = None,
@@ -92,6 +99,11 @@ def packed_attention(
         padding: ``[N]`` or ``[B, S]`` bool, where q and k have the same segments: queries that are
             padding (True) see the keys that are not, all others see every key of their segment.
             That is what Mllama's vision mask comes to. Not with causal.
+        block_mask: ``[B, S, G]`` bool, without cu_seqlens: which of G blocks of tokens_per_block
+            keys each query sees, tiles or images that tokens of text look at, say. Blocks that none
+            of a tile's queries see are left out, and a mask of queries by keys is never made. Not
+            with causal or padding.
+        tokens_per_block: Keys of a block; G of them are all of k's.
         scale: Of the logits. None: 1 / sqrt(D).
         causal: Query i of n sees the keys up to i + m - n of its segment's m: the last query sees
             all of them.
@@ -119,7 +131,10 @@ def packed_attention(
         >>> vlmops.packed_attention(q, k, v).shape
         torch.Size([5, 577, 16, 64])
     """
-    options = Options(cu_seqlens, cu_seqlens_k, padding, scale, causal, max_seqlen or 0)
+    options = Options(
+        cu_seqlens, cu_seqlens_k, padding, block_mask, scale, causal, max_seqlen or 0,
+        tokens_per_block,
+    )  # fmt: skip
     if torch.compiler.is_compiling():
         name = dispatch.choose("packed_attention", backend, q.device.type)
         if name == "reference":
@@ -131,8 +146,7 @@ def packed_attention(
     tensors = {"q": q, "k": k, "v": v}
     for argument, tensor in tensors.items():
         require_tensor("packed_attention", argument, tensor)
-    optional = {"cu_seqlens": cu_seqlens, "cu_seqlens_k": cu_seqlens_k, "padding": padding}
-    for argument, given in optional.items():
+    for argument, given in zip(Options._fields[:_TENSORS], options[:_TENSORS], strict=True):
         if given is not None:
             require_tensor("packed_attention", argument, given)
     ops = _COMPILED
@@ -154,6 +168,8 @@ def reference(
     cu_seqlens_k: Tensor | None = None,
     max_seqlen: int | None = None,
     padding: Tensor | None = None,
+    block_mask: Tensor | None = None,
+    tokens_per_block: int = 1,
     scale: float | None = None,
     causal: bool = False,
 ) -> Tensor:
@@ -165,9 +181,10 @@ def reference(
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
     starts = (_cu_seqlens(q, cu_seqlens), _cu_seqlens(k, cu_seqlens_k, cu_seqlens))
     hidden = None if padding is None else padding.flatten()
+    blocks = None if block_mask is None else (block_mask.flatten(0, 1), tokens_per_block)
     q, k, v = (t.double().flatten(0, -3) for t in (q, k, v))
     made = [q[:0] + 0.0 * (k[:0].sum() + v[:0].sum())]  # all three, where there are no segments
-    for rows, keys, seen in _segments(q, k, *starts, hidden, causal):
+    for rows, keys, seen in _segments(q, k, *starts, hidden, blocks, causal):
         of_q, (of_k, of_v) = q[rows], (t[keys].repeat_interleave(group, 1) for t in (k, v))
         if is_fake(q) or seen.numel() * q.shape[1] <= _MOST_WEIGHTS:
             made.append(_attend(of_q, of_k, of_v, seen, scale))
@@ -203,7 +220,13 @@ def _cu_seqlens(x: Tensor, *given: Tensor | None) -> Tensor:
 
 
 def _segments(
-    q: Tensor, k: Tensor, of_q: Tensor, of_k: Tensor, hidden: Tensor | None, causal: bool
+    q: Tensor,
+    k: Tensor,
+    of_q: Tensor,
+    of_k: Tensor,
+    hidden: Tensor | None,
+    blocks: tuple[Tensor, int] | None,
+    causal: bool,
 ) -> Iterator[tuple[slice, slice, Tensor]]:
     """Queries, keys, and which of them see which; all at once where nobody knows the numbers."""
     places = []
@@ -223,6 +246,10 @@ def _segments(
             seen = seen & (key[None, keys] <= row[rows, None])
         if hidden is not None:
             seen = seen & ~(hidden[rows, None] & hidden[None, keys])
+        if blocks is not None:
+            mask, size = blocks
+            block = (torch.arange(k.shape[0], device=k.device) - of_k[key_segment])[keys] // size
+            seen = seen & mask[rows][:, block]
         yield rows, keys, seen
 
 
@@ -236,6 +263,8 @@ def _plain(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> Tensor:
         o.cu_seqlens,
         cu_seqlens_k=o.cu_seqlens_k,
         padding=o.padding,
+        block_mask=o.block_mask,
+        tokens_per_block=o.tokens_per_block,
         scale=o.scale,
         causal=o.causal,
     )
@@ -262,8 +291,8 @@ class _PackedAttention(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         o = Options(*args)
         out, statistics = _call(ops.forward, q, k, v, *o)
-        ctx.ops, ctx.numbers = ops, o[3:]
-        ctx.save_for_backward(q, k, v, out, statistics, *o[:3])
+        ctx.ops, ctx.numbers = ops, o[_TENSORS:]
+        ctx.save_for_backward(q, k, v, out, statistics, *o[:_TENSORS])
         ctx.mark_non_differentiable(statistics)
         ctx.set_materialize_grads(False)
         return out, statistics
@@ -332,7 +361,8 @@ def _backward(
 
 
 def _fake(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    same_device("packed_attention", "q", q, k=k, v=v, padding=Options(*args).padding)
+    o = Options(*args)
+    same_device("packed_attention", "q", q, k=k, v=v, padding=o.padding, block_mask=o.block_mask)
     rows = math.prod(q.shape[:-2])
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     return out, q.new_empty(2, q.shape[-2], rows, dtype=torch.float32)
@@ -341,8 +371,10 @@ def _fake(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
 def _fake_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, statistics: Tensor, *args: Any
 ) -> tuple[Tensor, ...]:
-    options, needs = _all_needs(args)
-    same_device("packed_attention", "q", q, k=k, v=v, grad=grad, padding=options.padding)
+    o, needs = _all_needs(args)
+    same_device(
+        "packed_attention", "q", q, k=k, v=v, grad=grad, padding=o.padding, block_mask=o.block_mask
+    )
     return tuple(
         t.new_empty(t.shape if needed else 0) for t, needed in zip((q, k, v), needs, strict=True)
     )

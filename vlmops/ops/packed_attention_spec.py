@@ -62,11 +62,17 @@ def _inputs(
     layout: str = "fused",
     batched: bool = False,
     padding: Sequence[int] | None = None,
+    blocks: int | None = None,
+    seen: int | None = None,
     starts_dtype: torch.dtype = torch.int32,
     spread: float = 1.0,
     **options: Any,
 ) -> Callable[[torch.dtype, torch.device], Arguments]:
-    """``padding``: rows of each segment that are. ``spread`` of q, and so of logits."""
+    """``padding``: rows of each segment that are. ``spread`` of q, and so of logits.
+
+    ``blocks`` of a segment's keys: queries see the first ``seen``, or else some of them or none,
+    and in segments beyond the first all see the first alone.
+    """
 
     def make(dtype: torch.dtype, device: torch.device) -> Arguments:
         of_k = lengths if keys is None else keys
@@ -87,11 +93,20 @@ def _inputs(
         else:
             made = _strided(made, layout)
         own = keys is not None and not batched
+        mask = None
+        if blocks is not None:
+            mask = torch.arange(blocks) <= torch.randint(-1, blocks, (len(lengths), lengths[0], 1))
+            mask[1:] = torch.arange(blocks) < 1
+            if seen is not None:
+                mask[:] = torch.arange(blocks) < seen
+            mask = mask.to(device)
         return {
             **dict(zip("qkv", made, strict=True)),
             "cu_seqlens": None if batched else _cu(lengths, starts_dtype).to(device),
             "cu_seqlens_k": _cu(of_k, starts_dtype).to(device) if own else None,
             "padding": hidden,
+            "block_mask": mask,
+            "tokens_per_block": 1 if blocks is None else of_k[0] // blocks,
             "scale": None,
             "causal": False,
             "max_seqlen": None,
@@ -116,9 +131,14 @@ _ROWS = {
                       layout="heads_first"),
     "prefill": _inputs([33] * 2, 6, 64, kv_heads=2, batched=True, causal=True),
     "qformer": _inputs([32], 2, 64, keys=[57], batched=True),
+    "mllama_text": _inputs([19] * 2, 4, 128, keys=[4 * 37] * 2, kv_heads=2, batched=True, blocks=4),
+    "mllama_decode": _inputs([1] * 3, 8, 64, keys=[4 * 41] * 3, kv_heads=2, batched=True, blocks=4,
+                             layout="heads_first"),
+    "idefics": _inputs([70] * 2, 2, 96, keys=[3 * 64] * 2, batched=True, blocks=3),
     # Options.
     "several": _inputs(_SEVERAL),
     "several_causal": _inputs(_SEVERAL, causal=True),
+    "blocks_of_one": _inputs([9] * 2, 2, 64, keys=[5] * 2, batched=True, blocks=5),
     "cross": _inputs([3, 0, 40, 2], keys=[9, 4, 70, 0]),
     "cross_causal": _inputs([3, 8, 40, 2], keys=[9, 4, 70, 0], causal=True),
     "gqa": _inputs(_SEVERAL, 6, kv_heads=2),
@@ -152,7 +172,17 @@ _ROWS = {
 }  # fmt: skip
 
 CASES = [Case(name, make) for name, make in _ROWS.items()]
-_FEW = ("qwen2_5_vl", "mllama", "decode", "several_causal", "cross", "gqa", "no_rows")
+_FEW = (
+    "qwen2_5_vl",
+    "mllama",
+    "decode",
+    "several_causal",
+    "cross",
+    "gqa",
+    "blocks_of_one",
+    "mllama_decode",
+    "no_rows",
+)
 FEW = [case for case in CASES if case.name in _FEW]
 
 
@@ -210,6 +240,8 @@ def _per_segment(attend: Callable[..., Tensor]) -> Callable[..., tuple[Tensor]]:
                 mask = torch.ones(n, m, dtype=torch.bool, device=q.device).tril(m - n)
             if hidden is not None:
                 mask = ~(hidden[rows, None] & hidden[None, keys])
+            if args["block_mask"] is not None:
+                mask = args["block_mask"][i].repeat_interleave(args["tokens_per_block"], -1)
             made.append(attend(q[:, rows], k[:, keys], v[:, keys], mask, scale))
         return (torch.cat(made, 1).transpose(0, 1).reshape(shape),)
 
@@ -225,6 +257,8 @@ def _sdpa_batched(**args: Any) -> tuple[Tensor]:
     if args["padding"] is not None:
         hidden = args["padding"].view(len(lengths), -1)
         mask = ~(hidden[:, None, :, None] & hidden[:, None, None, :])
+    if args["block_mask"] is not None:
+        mask = _expanded(args)
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     out = functional.scaled_dot_product_attention(
         q,
@@ -238,14 +272,24 @@ def _sdpa_batched(**args: Any) -> tuple[Tensor]:
     return (out.transpose(1, 2).reshape(args["q"].shape),)
 
 
+def _expanded(args: Arguments) -> Tensor:
+    """``[B, 1, S, S_k]``, as models make it of a mask of blocks, in q's dtype."""
+    hidden = ~args["block_mask"].repeat_interleave(args["tokens_per_block"], -1)[:, None]
+    q = args["q"]
+    return q.new_zeros(hidden.shape).masked_fill(hidden, torch.finfo(q.dtype).min)
+
+
 def _sdpa_folded(**args: Any) -> tuple[Tensor]:
     """The same, the heads that share keys as more queries."""
     q, k, v = args["q"], args["k"], args["v"]
     batch, rows, heads, dim = q.shape
     kv_heads = k.shape[2]
     folded = q.unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4).flatten(2, 3)
+    mask = None
+    if args["block_mask"] is not None:
+        mask = _expanded(args).repeat(1, 1, heads // kv_heads, 1)
     out = functional.scaled_dot_product_attention(
-        folded, k.transpose(1, 2), v.transpose(1, 2), scale=args["scale"]
+        folded, k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, scale=args["scale"]
     )
     out = out.view(batch, kv_heads, heads // kv_heads, rows, dim).permute(0, 3, 1, 2, 4)
     return (out.reshape(q.shape),)
@@ -276,6 +320,16 @@ def _with(**changes: Any) -> Callable[[Arguments], Arguments]:
 
 def _change(name: str, change: Callable[[Tensor], Any]) -> Callable[[Arguments], Arguments]:
     return lambda args: {**args, name: change(args[name])}
+
+
+def _in_blocks(args: Arguments) -> Arguments:
+    """The good call as a batch of four, whose keys are one block each."""
+    batched = {n: args[n].unflatten(0, (4, 11)) for n in "qkv"}
+    mask = batched["q"].new_ones(4, 11, 1, dtype=torch.bool)
+    return {
+        **args, **batched, "cu_seqlens": None, "block_mask": mask, "tokens_per_block": 11,
+        "max_seqlen": None,
+    }  # fmt: skip
 
 
 # The good call is CASES[0]: q, k, v [44, 2, 80], cu_seqlens [5].
@@ -336,6 +390,22 @@ ERRORS = [
     BadCall("padding_cross", lambda a: {**a, "padding": a["q"][:, 0, 0] > 0,
                                         "cu_seqlens_k": a["cu_seqlens"]},
             r"padding: expected none where queries and keys have segments of their own"),
+    BadCall("blocks_packed", lambda a: {**a, "block_mask": a["q"][None, :, :, 0] > 0},
+            r"block_mask: expected none beside cu_seqlens"),
+    BadCall("blocks_causal", lambda a: {**_in_blocks(a), "causal": True},
+            r"block_mask: expected none beside .*causal"),
+    BadCall("blocks_dtype", lambda a: {**_in_blocks(a), "block_mask": torch.ones(4, 11, 1)},
+            r"block_mask: expected dtype bool, got"),
+    BadCall("blocks_count", lambda a: {**_in_blocks(a), "tokens_per_block": 1},
+            r"block_mask: expected shape \[4, 11, 11\].*got .*\[4, 11, 1\]"),
+    BadCall("blocks_size", lambda a: {**_in_blocks(a), "tokens_per_block": 3},
+            r"tokens_per_block: expected a number that divides the 11 keys of k"),
+    BadCall("blocks_0", lambda a: {**_in_blocks(a), "tokens_per_block": 0},
+            r"tokens_per_block: expected 1 or more, got 0"),
+    BadCall("no_blocks", _with(tokens_per_block=2),
+            r"tokens_per_block: expected 1 where there is no block_mask, got 2"),
+    BadCall("blocks_no_tensor", lambda a: {**_in_blocks(a), "block_mask": [True]},
+            r"block_mask: expected a torch.Tensor, got list", TypeError),
     BadCall("device", _change("k", lambda t: t.to("meta")), r"expected.* on .*got"),
 ]  # fmt: skip
 
@@ -352,6 +422,8 @@ def _flops(args: Arguments) -> float:
     if args["padding"] is not None:
         hidden = args["padding"].flatten().split(of_q)
         pairs -= sum(int(h.sum()) ** 2 for h in hidden)
+    if args["block_mask"] is not None:
+        pairs = float(args["block_mask"].sum()) * args["tokens_per_block"]
     if args["causal"]:
         pairs -= sum(n * (n - 1) // 2 for n in of_q)
     return float(4 * q.shape[-1] * q.shape[-2] * pairs)
@@ -374,6 +446,12 @@ _BENCH = [
     _bench("internvit_300m_x13", [1025] * 13, 16, 64, batched=True),
     _bench("siglip_384", [729], 16, 72, batched=True),
     _bench("mllama_1_tile", [6432], 16, 80, batched=True, padding=[4831]),
+    _bench("mllama_text_1", [1], 32, 128, keys=[6404], kv_heads=8, batched=True, blocks=4,
+           seen=3),
+    _bench("mllama_text_64", [64], 32, 128, keys=[6404], kv_heads=8, batched=True, blocks=4,
+           seen=3),
+    _bench("mllama_text_512", [512], 32, 128, keys=[6404], kv_heads=8, batched=True, blocks=4,
+           seen=3),
     _bench("decode_b1", [1], 14, 64, keys=[1312], kv_heads=2, batched=True, layout="heads_first"),
     _bench("decode_b16", [1] * 16, 14, 64, keys=[1312] * 16, kv_heads=2, batched=True,
            layout="heads_first"),

@@ -148,9 +148,16 @@ def _seen(p_padding, o_first, n, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _blocks(p_blocks, o_row, m_row, o_key, m_key, n_block, n_blocks):
+    """Which queries see which keys, [rows, keys]: of blocks of n_block keys."""
+    o = o_row.to(tl.int64)[:, None] * n_blocks + (o_key // n_block)[None, :]
+    return tl.load(p_blocks + o, mask=m_row[:, None] & m_key[None, :], other=0) != 0
+
+
+@triton.jit
 def _attend(
-    b_q, b_q_2, b_y, b_y_2, b_top, b_sum, p_k, p_v, p_hidden, b_hidden, o_last, i_begin, i_end, n,
-    s_k_n, s_v_n, factor,
+    b_q, b_q_2, b_y, b_y_2, b_top, b_sum, p_k, p_v, p_hidden, b_hidden, o_last, p_blocks, o_row,
+    m_row, n_block, n_blocks, i_begin, i_end, n, s_k_n, s_v_n, factor,
     D: tl.constexpr, D_1: tl.constexpr, D_2: tl.constexpr, VEC: tl.constexpr, BN: tl.constexpr,
     CAUSAL: tl.constexpr, NEGATIVE: tl.constexpr, ALL: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -158,6 +165,9 @@ def _attend(
     for i_key in tl.range(i_begin, i_end, BN, num_stages=STAGES):
         o_key = i_key + tl.arange(0, BN)
         m_key = o_key < n
+        b_blocks = m_key
+        if p_blocks is not None:
+            b_blocks = _blocks(p_blocks, o_row, m_row, o_key, m_key, n_block, n_blocks)
         b_k = _rows(p_k, o_key, m_key, s_k_n, 0, D_1, D, VEC, ALL)
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
         if D_2 > 0:
@@ -172,6 +182,8 @@ def _attend(
             if p_hidden is not None:
                 b_h = tl.load(p_hidden + o_key, mask=m_key, other=0)
                 m = m & ((b_hidden[:, None] == 0) | (b_h[None, :] == 0))
+            if p_blocks is not None:
+                m = m & b_blocks
             b_s = tl.where(m, b_s, -_INF)
         b_new = tl.maximum(b_top, tl.max(b_s, 1) * factor)
         b_shift = b_new
@@ -193,21 +205,22 @@ def _attend(
 # What would otherwise make a new compile key: sizes and strides; memory that starts anywhere.
 _STRIDES = [f"s_{x}_{d}" for x in "qkvg" for d in "bnh"]
 _SIZES = ["n_segments", "n_rows", "n_keys", "n_length", "n_length_k", "n_tiles", "n_heads",
-          "n_group"]  # fmt: skip
-_UNALIGNED = ["p_starts", "p_starts_k", "p_padding"]
+          "n_group", "n_block", "n_blocks"]  # fmt: skip
+_UNALIGNED = ["p_starts", "p_starts_k", "p_padding", "p_blocks"]
 
 
 @triton.jit(
     do_not_specialize=[*_STRIDES, *_SIZES, "scale"], do_not_specialize_on_alignment=_UNALIGNED
 )
 def forward_kernel(
-    p_q, p_k, p_v, p_out, p_top, p_part, p_starts, p_starts_k, p_padding,
+    p_q, p_k, p_v, p_out, p_top, p_part, p_starts, p_starts_k, p_padding, p_blocks,
     s_q_b: tl.int64, s_q_n: tl.int64, s_q_h: tl.int64,
     s_k_b: tl.int64, s_k_n: tl.int64, s_k_h: tl.int64,
     s_v_b: tl.int64, s_v_n: tl.int64, s_v_h: tl.int64,
     n_segments: tl.int32, n_rows: tl.int32, n_keys: tl.int32,
     n_length: tl.int32, n_length_k: tl.int32, n_tiles: tl.int32,
-    n_heads: tl.int32, n_group: tl.int32, scale: tl.float32,
+    n_heads: tl.int32, n_group: tl.int32, n_block: tl.int32, n_blocks: tl.int32,
+    scale: tl.float32,
     D: tl.constexpr, D_1: tl.constexpr, D_2: tl.constexpr, VEC: tl.constexpr,
     CAUSAL: tl.constexpr, NEGATIVE: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, CHECK: tl.constexpr,
@@ -238,7 +251,7 @@ def forward_kernel(
         b_top, b_sum = tl.full([BM], -_INF, tl.float32), tl.zeros([BM], tl.float32)
         # Keys that some of the rows see, and that all of them do.
         i_first, i_end, i_all = n * 0, m, m // BN * BN
-        p_hidden, b_hidden = p_padding, m_row
+        p_hidden, b_hidden, p_rows = p_padding, m_row, p_blocks
         o_last = o_row + (m - n)
         if CAUSAL:
             i_end = tl.minimum(m, tl.minimum(i_row + BM, n) + (m - n))
@@ -251,17 +264,21 @@ def forward_kernel(
                 i_first, i_end = _seen(p_padding, o_first, n, 1024)
                 i_first = i_first // BN * BN
                 i_all = i_first
+        elif p_blocks is not None:
+            p_rows = p_blocks + o_first * n_blocks
+            i_all = i_first
         else:
             b_y, b_y_2, b_top, b_sum = _attend(
                 b_q, b_q_2, b_y, b_y_2, b_top, b_sum, p_k, p_v, p_hidden, b_hidden, o_last,
-                i_first, i_all, m, s_k_n, s_v_n, factor,
+                p_rows, o_row, m_row, n_block, n_blocks, i_first, i_all, m, s_k_n, s_v_n, factor,
                 D, D_1, D_2, VEC, BN, CAUSAL, NEGATIVE, True, STAGES,
             )  # fmt: skip
         # Few are left, but for padding.
         b_y, b_y_2, b_top, b_sum = _attend(
             b_q, b_q_2, b_y, b_y_2, b_top, b_sum, p_k, p_v, p_hidden, b_hidden, o_last,
-            i_all, i_end, m, s_k_n, s_v_n, factor,
-            D, D_1, D_2, VEC, BN, CAUSAL, NEGATIVE, False, 1 if p_padding is None else STAGES,
+            p_rows, o_row, m_row, n_block, n_blocks, i_all, i_end, m, s_k_n, s_v_n, factor,
+            D, D_1, D_2, VEC, BN, CAUSAL, NEGATIVE, False,
+            1 if p_padding is None and p_blocks is None else STAGES,
         )  # fmt: skip
         o_all = o_first + o_row
         m_blind = b_top == -_INF
@@ -310,13 +327,15 @@ def delta_kernel(
 )
 def backward_kv_kernel(
     p_q, p_k, p_v, p_g, p_top, p_part, p_delta, p_dk, p_dv, p_starts, p_starts_k, p_padding,
+    p_blocks,
     s_q_b: tl.int64, s_q_n: tl.int64, s_q_h: tl.int64,
     s_k_b: tl.int64, s_k_n: tl.int64, s_k_h: tl.int64,
     s_v_b: tl.int64, s_v_n: tl.int64, s_v_h: tl.int64,
     s_g_b: tl.int64, s_g_n: tl.int64, s_g_h: tl.int64,
     n_segments: tl.int32, n_rows: tl.int32, n_keys: tl.int32,
     n_length: tl.int32, n_length_k: tl.int32, n_tiles: tl.int32,
-    n_heads: tl.int32, n_group: tl.int32, scale: tl.float32,
+    n_heads: tl.int32, n_group: tl.int32, n_block: tl.int32, n_blocks: tl.int32,
+    scale: tl.float32,
     D: tl.constexpr, D_1: tl.constexpr, D_2: tl.constexpr, VEC: tl.constexpr,
     CAUSAL: tl.constexpr, EVEN: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, CHECK: tl.constexpr,
@@ -382,6 +401,10 @@ def backward_kv_kernel(
                 if p_padding is not None:
                     b_h = tl.load(p_padding + o_first + o_row, mask=m_row, other=0)
                     b_s = tl.where((b_hidden[:, None] == 0) | (b_h[None, :] == 0), b_s, -_INF)
+                if p_blocks is not None:
+                    p_seen = p_blocks + o_first * n_blocks
+                    b_seen = _blocks(p_seen, o_row, m_row, o_key, m_key, n_block, n_blocks)
+                    b_s = tl.where(tl.trans(b_seen), b_s, -_INF)
                 b_p = tl.exp2(b_s)
                 if p_part is not None:
                     b_p *= b_part[None, :]
@@ -419,13 +442,15 @@ def backward_kv_kernel(
 )
 def backward_q_kernel(
     p_q, p_k, p_v, p_g, p_top, p_part, p_delta, p_dq, p_starts, p_starts_k, p_padding,
+    p_blocks,
     s_q_b: tl.int64, s_q_n: tl.int64, s_q_h: tl.int64,
     s_k_b: tl.int64, s_k_n: tl.int64, s_k_h: tl.int64,
     s_v_b: tl.int64, s_v_n: tl.int64, s_v_h: tl.int64,
     s_g_b: tl.int64, s_g_n: tl.int64, s_g_h: tl.int64,
     n_segments: tl.int32, n_rows: tl.int32, n_keys: tl.int32,
     n_length: tl.int32, n_length_k: tl.int32, n_tiles: tl.int32,
-    n_heads: tl.int32, n_group: tl.int32, scale: tl.float32,
+    n_heads: tl.int32, n_group: tl.int32, n_block: tl.int32, n_blocks: tl.int32,
+    scale: tl.float32,
     D: tl.constexpr, D_1: tl.constexpr, D_2: tl.constexpr, VEC: tl.constexpr,
     CAUSAL: tl.constexpr, EVEN: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, CHECK: tl.constexpr,
@@ -491,6 +516,9 @@ def backward_q_kernel(
             if p_padding is not None:
                 b_h = tl.load(p_padding + o_first + o_key, mask=m_key, other=0)
                 m_s = m_s & ((b_hidden[:, None] == 0) | (b_h[None, :] == 0))
+            if p_blocks is not None:
+                p_seen = p_blocks + o_first * n_blocks
+                m_s = m_s & _blocks(p_seen, o_row, m_row, o_key, m_key, n_block, n_blocks)
             b_p = tl.exp2(tl.where(m_s, b_s, -_INF))
             if p_part is not None:
                 b_p *= b_part[:, None]
@@ -624,7 +652,12 @@ class Call:
         packed = o.cu_seqlens is not None
         self.starts = _placed(o.cu_seqlens, q)
         self.starts_k = self.starts if o.cu_seqlens_k is None else _placed(o.cu_seqlens_k, q)
-        self.padding = None if o.padding is None else o.padding.contiguous().view(torch.uint8)
+        self.padding, self.blocks = (
+            None if t is None else t.contiguous().view(torch.uint8)
+            for t in (o.padding, o.block_mask)
+        )
+        count = 0 if self.blocks is None else self.blocks.shape[-1]
+        self.blocks_sizes = o.tokens_per_block, count
         self.lengths = (0, 0) if packed else (q.shape[1], k.shape[1])
         self.segments = q.shape[0] if self.starts is None else self.starts.shape[0] - 1
         # The longest of queries and of keys; 0 where it is not known.
@@ -636,6 +669,10 @@ class Call:
         strides = [_strides(t) for t in self.tensors]
         self.vector = _VECTOR if all(x % _VECTOR == 0 for s in strides for x in s) else 1
         self.strides = [[x // self.vector for x in s] for s in strides]
+
+    def masked(self) -> bool:
+        """Whether it takes a look which keys of a tile are seen."""
+        return self.padding is not None or self.blocks is not None
 
     def typical(self) -> int:
         """Queries of the longest segment; twice the mean where it is not known."""
@@ -653,7 +690,7 @@ class Call:
         """The numbers of a kernel, in its order."""
         group = self.heads // max(self.kv_heads, 1)
         numbers = (self.segments, self.rows, self.keys, *self.lengths, max(tiles, 1), heads)
-        return [*numbers, group, self.scale]
+        return [*numbers, group, *self.blocks_sizes, self.scale]
 
     def constants(self, tile: Tile, even: bool) -> dict[str, Any]:
         """Compile-time arguments, and options of the launch."""
@@ -685,14 +722,14 @@ def forward(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor
     statistics = q.new_empty(2, call.heads, call.rows, dtype=torch.float32)
     if out.numel() == 0:
         return out, statistics
-    tile = forward_tile(call.dtype, call.dim, call.typical(), call.padding is not None)
+    tile = forward_tile(call.dtype, call.dim, call.typical(), call.masked())
     tiles, of_each = call.tiles(False, tile.rows)
     _launch(
         forward_kernel,
         (tiles, call.heads),
         call.device,
         *call.tensors, out, *statistics, call.starts, call.starts_k, call.padding,
-        *(x for s in call.strides for x in s), *call.sizes(of_each, call.heads),
+        call.blocks, *(x for s in call.strides for x in s), *call.sizes(of_each, call.heads),
         **call.constants(tile, of_each > 0), NEGATIVE=call.scale < 0, STAGES=tile.num_stages,
     )  # fmt: skip
     return out, statistics
@@ -727,9 +764,9 @@ def backward(
             num_warps=4, num_stages=1,
         )  # fmt: skip
     sums = (top, part, delta) if exact else (less, None, delta)
-    placed = call.starts, call.starts_k, call.padding
+    placed = call.starts, call.starts_k, call.padding, call.blocks
     if dk.numel() or dv.numel():
-        tile = backward_kv_tile(call.dtype, call.dim, call.padding is not None)
+        tile = backward_kv_tile(call.dtype, call.dim, call.masked())
         tiles, of_each = call.tiles(True, tile.keys)
         _launch(
             backward_kv_kernel,
@@ -739,7 +776,7 @@ def backward(
             *strides, *call.sizes(of_each, call.kv_heads), **call.constants(tile, of_each > 0),
         )  # fmt: skip
     if dq.numel():
-        tile = backward_q_tile(call.dtype, call.dim, call.padding is not None)
+        tile = backward_q_tile(call.dtype, call.dim, call.masked())
         tiles, of_each = call.tiles(False, tile.rows)
         _launch(
             backward_q_kernel,

@@ -25,10 +25,10 @@ using Sizes = std::vector<int64_t>;
 
 struct Options {
   const char* op;
-  const MaybeTensor &cu_seqlens, &cu_seqlens_k, &padding;
+  const MaybeTensor &cu_seqlens, &cu_seqlens_k, &padding, &block_mask;
   std::optional<double> scale;
   bool causal;
-  int64_t max_seqlen;
+  int64_t max_seqlen, tokens_per_block;
 };
 
 // A tensor whose channels are side by side; a copy if they are not.
@@ -98,7 +98,7 @@ struct Call {
   Params p;
   Tensor q, k, v;                // readable
   MaybeTensor starts, starts_k;  // where q is
-  MaybeTensor padding;
+  MaybeTensor padding, block_mask;
 };
 
 // On q's device, its elements side by side.
@@ -109,11 +109,35 @@ MaybeTensor placed(const MaybeTensor& given, const Tensor& q) {
   return t;
 }
 
+// A mask of blocks, for q [B, S, H, D] over k [B, S_k, H_kv, D].
+void check_blocks(const Options& o, const Argument& q, const Tensor& k) {
+  if (o.tokens_per_block < 1)
+    fail(o.op, "tokens_per_block", "expected 1 or more, got ", o.tokens_per_block);
+  if (!o.block_mask.has_value()) {
+    if (o.tokens_per_block != 1)
+      fail(o.op, "tokens_per_block", "expected 1 where there is no block_mask, got ",
+           o.tokens_per_block);
+    return;
+  }
+  const Argument mask{o.op, "block_mask", *o.block_mask};
+  mask.device_like(q);
+  if (mask.tensor.scalar_type() != ScalarType::Bool)
+    fail(o.op, mask.name, "expected dtype bool, got ", describe(mask.tensor.scalar_type()));
+  if (o.cu_seqlens.has_value() || o.padding.has_value() || o.causal)
+    fail(o.op, mask.name, "expected none beside cu_seqlens, padding or causal");
+  const auto sizes = q.tensor.sizes();
+  if (k.size(1) % o.tokens_per_block != 0)
+    fail(o.op, "tokens_per_block", "expected a number that divides the ", k.size(1), " keys of k ",
+         describe(k.sizes()), ", got ", o.tokens_per_block);
+  mask.shape(Sizes{sizes[0], sizes[1], k.size(1) / o.tokens_per_block},
+             "queries of q by blocks of tokens_per_block keys");
+}
+
 // Checks options and sizes.
 Call call_of(const Options& o, const Tensor& q, const Tensor& k, const Tensor& v) {
   const Argument of_q{o.op, "q", q}, of_k{o.op, "k", k}, of_v{o.op, "v", v};
   const int64_t rank = q.dim();
-  Call call{{}, q, k, v, {}, {}, {}};
+  Call call{{}, q, k, v, {}, {}, {}, {}};
   Params& p = call.p;
   p.dtype = of_q.floating();
   const bool packed = o.cu_seqlens.has_value();
@@ -176,6 +200,7 @@ Call call_of(const Options& o, const Tensor& q, const Tensor& k, const Tensor& v
       fail(o.op, padding.name, "expected none where queries and keys have segments of their own");
     if (o.causal) fail(o.op, padding.name, "expected none where causal");
   }
+  check_blocks(o, of_q, k);
   call.q = readable(q);
   call.k = readable(k);
   call.v = readable(v);
@@ -194,6 +219,12 @@ Call call_of(const Options& o, const Tensor& q, const Tensor& k, const Tensor& v
   p.k_starts = starts_of(call.starts_k, p.k_starts.length);
   if (call.padding.has_value())
     p.padding = static_cast<const bool*>(call.padding->const_data_ptr());
+  call.block_mask = placed(o.block_mask, q);
+  if (call.block_mask.has_value()) {
+    p.blocks = static_cast<const bool*>(call.block_mask->const_data_ptr());
+    p.block = o.tokens_per_block;
+    p.block_count = call.block_mask->size(2);
+  }
   return call;
 }
 
@@ -204,6 +235,7 @@ void allow_reads(const Launch& launch, const Call& call) {
   launch.reads(call.starts, "cu_seqlens");
   launch.reads(call.starts_k, "cu_seqlens_k");
   launch.reads(call.padding, "padding");
+  launch.reads(call.block_mask, "block_mask");
 }
 
 // Memory that a launch needs for itself.
@@ -215,9 +247,12 @@ Tensor scratch_for(const Launch& launch, const Tensor& like, int64_t bytes) {
 
 std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tensor& v,
                                    const MaybeTensor& cu_seqlens, const MaybeTensor& cu_seqlens_k,
-                                   const MaybeTensor& padding, std::optional<double> scale,
-                                   bool causal, int64_t max_seqlen) {
-  const Options o{"packed_attention", cu_seqlens, cu_seqlens_k, padding, scale, causal, max_seqlen};
+                                   const MaybeTensor& padding, const MaybeTensor& block_mask,
+                                   std::optional<double> scale, bool causal, int64_t max_seqlen,
+                                   int64_t tokens_per_block) {
+  const Options o{"packed_attention", cu_seqlens, cu_seqlens_k, padding,
+                  block_mask,         scale,      causal,       max_seqlen,
+                  tokens_per_block};
   Call call = call_of(o, q, k, v);
   Params& p = call.p;
   Tensor out = torch::stable::new_empty(q, Sizes(q.sizes().begin(), q.sizes().end()));
@@ -265,23 +300,31 @@ void check_saved(const char* op, const Params& p, const Tensor& q, const MaybeTe
 
 // What forward and backward raise of arguments that do not fit.
 void check(const Tensor& q, const Tensor& k, const Tensor& v, const MaybeTensor& cu_seqlens,
-           const MaybeTensor& cu_seqlens_k, const MaybeTensor& padding, std::optional<double> scale,
-           bool causal, int64_t max_seqlen, const MaybeTensor& grad, const MaybeTensor& out,
-           const MaybeTensor& statistics) {
+           const MaybeTensor& cu_seqlens_k, const MaybeTensor& padding,
+           const MaybeTensor& block_mask, std::optional<double> scale, bool causal,
+           int64_t max_seqlen, int64_t tokens_per_block, const MaybeTensor& grad,
+           const MaybeTensor& out, const MaybeTensor& statistics) {
   const char* const op = grad.has_value() ? "packed_attention_backward" : "packed_attention";
-  const Options o{op, cu_seqlens, cu_seqlens_k, padding, scale, causal, max_seqlen};
+  const Options o{op,    cu_seqlens, cu_seqlens_k, padding,         block_mask,
+                  scale, causal,     max_seqlen,   tokens_per_block};
   check_saved(op, call_of(o, q, k, v).p, q, grad, out, statistics);
 }
 
-std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& q, const Tensor& k,
-                                            const Tensor& v, const Tensor& out,
-                                            const Tensor& statistics, const MaybeTensor& cu_seqlens,
-                                            const MaybeTensor& cu_seqlens_k,
-                                            const MaybeTensor& padding, std::optional<double> scale,
-                                            bool causal, int64_t max_seqlen, bool needs_q,
-                                            bool needs_k, bool needs_v) {
-  const Options o{
-      "packed_attention_backward", cu_seqlens, cu_seqlens_k, padding, scale, causal, max_seqlen};
+std::tuple<Tensor, Tensor, Tensor> backward(
+    const Tensor& grad, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
+    const Tensor& statistics, const MaybeTensor& cu_seqlens, const MaybeTensor& cu_seqlens_k,
+    const MaybeTensor& padding, const MaybeTensor& block_mask, std::optional<double> scale,
+    bool causal, int64_t max_seqlen, int64_t tokens_per_block, bool needs_q, bool needs_k,
+    bool needs_v) {
+  const Options o{"packed_attention_backward",
+                  cu_seqlens,
+                  cu_seqlens_k,
+                  padding,
+                  block_mask,
+                  scale,
+                  causal,
+                  max_seqlen,
+                  tokens_per_block};
   Call call = call_of(o, q, k, v);
   attention::Backward b{};
   b.p = call.p;
@@ -328,9 +371,10 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& q,
 }  // namespace
 }  // namespace vlmops::packed_attention
 
-#define VLMOPS_PACKED_ATTENTION_OPTIONS                                                           \
-  "Tensor? cu_seqlens=None, Tensor? cu_seqlens_k=None, Tensor? padding=None, float? scale=None, " \
-  "bool causal=False, int max_seqlen=0"
+#define VLMOPS_PACKED_ATTENTION_OPTIONS                                               \
+  "Tensor? cu_seqlens=None, Tensor? cu_seqlens_k=None, Tensor? padding=None, "        \
+  "Tensor? block_mask=None, float? scale=None, bool causal=False, int max_seqlen=0, " \
+  "int tokens_per_block=1"
 
 STABLE_TORCH_LIBRARY_FRAGMENT(vlmops, m) {
   // The result, and of each query [2, H, N] what backward asks for, in float32: attention.h.

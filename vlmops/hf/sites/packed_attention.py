@@ -53,12 +53,14 @@ _HOPELESS = 4.0
 _MASKS: Mapping[tuple[str, ...], Kind] = {
     ("patch_embeds_list", "tensor"): "images",
     ("aspect_ratio_mask", "num_patches", "target_length", "dtype"): "padding",
+    ("cross_attention_mask", "num_vision_tokens", "dtype"): "blocks",
 }
 _OTHERS = {"cross_attention_states", "encoder_hidden_states", "key_value_states"}
 """Parameters of a forward that attends to other tokens than its own."""
-_CARRIED: Mapping[Kind, Callable[[Any], Callable[..., Tensor]]] = {
+_CARRIED: Mapping[Kind, Callable[[Any], Callable[..., Any]]] = {
     "images": attentions.mask_of_images,
     "padding": attentions.mask_of_padding,
+    "blocks": attentions.mask_of_blocks,
 }
 
 
@@ -152,8 +154,11 @@ def _groups(model: nn.Module) -> list[_Group]:
         if kind is None:
             continue
         mask: _Mask | None = None
-        if kind == "dense" and module in masks:
-            kind, mask = masks[module]
+        known = masks.get(module)
+        if kind == "blocks" and (known is None or known[0] != "blocks"):
+            continue  # nobody says which blocks are seen
+        if known is not None and (kind == "blocks" or (kind == "dense" and known[0] != "blocks")):
+            kind, mask = known
         host = hosts.get(module) if kind == "segments" else None
         path = ".".join("*" if part.isdigit() else part for part in path.split("."))
         key = original_class(module) or type(module), path if mask is None else mask, host
@@ -194,7 +199,7 @@ def _asked(forward: Any) -> dict[str, Any]:
 
 
 def _kind(module: nn.Module) -> Kind | None:
-    """Who attends in a module; None if it is no attention, or attends to others."""
+    """Who attends in a module; None if it is no attention, or attends to others as nobody knows."""
     forward = _forward(module)
     asked = {} if forward is None else _asked(forward)
     if not asked:
@@ -204,6 +209,8 @@ def _kind(module: nn.Module) -> Kind | None:
         return "segments"
     if "cu_seqlens" in parameters:
         return None
+    if "cross_attention_states" in parameters and "past_key_values" in parameters:
+        return "blocks"
     if _OTHERS & set(parameters):
         return None
     # Decoders have a cache, and say whether they are causal.
@@ -452,6 +459,8 @@ def _ready(tower: Any, below: tuple[str, ...]) -> bool:
             module = getattr(module, name, None)
         if _OP not in getattr(type(module), OPS, ()) or "forward" in module.__dict__:
             return False
+        if _selected(module) not in attentions.SELECTED:
+            return False
     return True
 
 
@@ -630,6 +639,11 @@ def _masks(kind: Kind, function: Any) -> Iterator[tuple[Tensor | None, Tensor | 
         yield function(lengths, like), make(lengths, like)
         return
     tokens = rehearsal.TOKENS
+    if kind == "blocks":
+        seen = torch.ones(1, tokens, 1, tokens, dtype=torch.long).tril(-1)  # the first sees none
+        (theirs, _), (ours, _) = (f(seen, 1, torch.float32) for f in (function, make))
+        yield theirs, ours
+        return
     for tiles in (torch.ones(1, 1), torch.zeros(1, 1)):
         args = (tiles.long(), tokens - 2, tokens, torch.float32)
         yield function(*args), make(*args)

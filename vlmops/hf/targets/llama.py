@@ -26,6 +26,11 @@ EXPECTED = {
             ),
         ),
         Expected(
+            "packed_attention",
+            "model.language_model.layers.*.cross_attn",
+            lambda config: len(config.text_config.cross_attention_layers),
+        ),
+        Expected(
             "mrope",
             "model.language_model",
             lambda config: (
