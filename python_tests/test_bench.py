@@ -233,6 +233,15 @@ def fixed_timings(calls, budget, rounds, *, after_round):
     }
 
 
+def test_bench_keeps_what_was_measured_before_a_budget_was_spent(monkeypatch, capsys):
+    monkeypatch.setattr(measure, "interleave", fixed_timings)
+    now = iter([0.0, 5.0, 15.0])
+    monkeypatch.setattr(measure.time, "monotonic", lambda: next(now))
+    request = dataclasses.replace(REQUEST, dtypes=["float32", "bfloat16"], budget=10.0)
+    assert {row["dtype"] for row in measure_toy(toy(), request)} == {"float32"}
+    assert "small bfloat16: not measured: --budget was spent before it" in capsys.readouterr().err
+
+
 def test_bench_rows_relate_times_to_floors_and_eager(monkeypatch):
     monkeypatch.setattr(measure, "interleave", fixed_timings)
     monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "1")

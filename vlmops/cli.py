@@ -128,7 +128,7 @@ def _parser() -> Parser:
         "--budget",
         type=float,
         metavar="SECONDS",
-        help="on a GPU that is there for a short time: start no further case after so long",
+        help="start no further case after so long; what was measured is reported",
     )
     add_json(bench)
     bench.set_defaults(run=_bench)

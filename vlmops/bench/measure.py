@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -57,7 +58,7 @@ class Request:
     """One of `gpu.DEVICES`, or the CPU."""
     against: Sequence[str] = AGAINST
     budget: float | None = None
-    """Seconds after which a GPU starts no further case."""
+    """Seconds after which no further case is started."""
 
     @property
     def compiles(self) -> bool:
@@ -96,12 +97,15 @@ def measure(request: Request, spec: Spec, device: torch.device) -> list[Row]:
         BenchError: a variant computes something wrong.
     """
     known = known_cases(spec, request.models, request.sizes)
-    return [
-        row
-        for dtype in request.dtypes
-        for case in request.cases
-        for row in measure_case(request, spec, known[case], getattr(torch, dtype), device)
-    ]
+    rows: list[Row] = []
+    start = time.monotonic()
+    for dtype in request.dtypes:
+        for case in request.cases:
+            if request.budget is not None and time.monotonic() - start > request.budget:
+                progress(f"{case} {dtype}: not measured: --budget was spent before it")
+                continue
+            rows += measure_case(request, spec, known[case], getattr(torch, dtype), device)
+    return rows
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ Pixtral, Mistral-3         cu_seqlens of images
 CLIP, SigLIP, InternViT,   q, k, v ``[B, S, H, D]``
 EVA, DINOv2, ViT, Llama-4
 Mllama's tower             ``[B, S, H, D]`` and padding: its mask hides padding from padding alone
+Mllama's text              ``[B, S, H, D]`` over ``[B, G * 1601, H_kv, D]``, block_mask of tiles
 decoders                   ``[B, 1, H, D]`` over ``[B, S, H_kv, D]``, or causal
 =========================  =========================================================================
 
