@@ -674,8 +674,8 @@ CUDA_MUTATIONS = {
         "common/attention.cuh", "hidden_row >> (2 * i + e / 2) & hidden_key >> column & 1",
         "hidden_key >> column & 1"),
     "attention: tiles of padding are left out for all": (
-        "common/attention.cuh", "if (!skips) return tile;",
-        "if (hidden.data == nullptr) return tile;"),
+        "common/attention.cuh", "if (!skips && blocks.data == nullptr) return tile;",
+        "if (hidden.data == nullptr && blocks.data == nullptr) return tile;"),
     "attention: all blocks are seen": (
         "common/attention.cuh", "!blocks.sees(row, first + column)))\n                s[i][j][e]",
         "false))\n                s[i][j][e]"),

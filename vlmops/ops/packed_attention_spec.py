@@ -275,8 +275,8 @@ def _sdpa_batched(**args: Any) -> tuple[Tensor]:
 def _expanded(args: Arguments) -> Tensor:
     """``[B, 1, S, S_k]``, as models make it of a mask of blocks, in q's dtype."""
     hidden = ~args["block_mask"].repeat_interleave(args["tokens_per_block"], -1)[:, None]
-    q = args["q"]
-    return q.new_zeros(hidden.shape).masked_fill(hidden, torch.finfo(q.dtype).min)
+    dtype = args["q"].dtype
+    return torch.zeros_like(hidden, dtype=dtype).masked_fill(hidden, torch.finfo(dtype).min)
 
 
 def _sdpa_folded(**args: Any) -> tuple[Tensor]:
