@@ -794,7 +794,7 @@ inline void few_rows_of_width(const HeadOf& h, int64_t begin, int64_t end, float
   const int rows = static_cast<int>(h.rows());
   const int64_t width = Part::width(p);
   const Base2 base(p);
-  float* const q = scratch;                      // [rows, width]
+  float* const q = scratch;                       // [rows, width]
   float* const s = q + kFewOnCpu * width;         // [rows, kKeyBlock]
   float* const wide = s + kFewOnCpu * kKeyBlock;  // [kFloats, width], keys in float32
   float* const top = part.top;
