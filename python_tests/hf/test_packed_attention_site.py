@@ -212,7 +212,7 @@ def test_the_longest_segment_reaches_the_op(family, expected):
     with torch.no_grad(), CountOps() as ran:
         image_features(model, batch)
     longest = [
-        (args[8] if len(args) > 8 else 0, int((args[3][1:] - args[3][:-1]).max()))
+        (args[9] if len(args) > 9 else 0, int((args[3][1:] - args[3][:-1]).max()))
         for func, args, _ in ran.calls
         if func._schema.name == OP
     ]
@@ -595,7 +595,7 @@ def test_causality_is_that_of_what_is_selected(attention):
         with CountOps() as ran:
             got = attend(x, attention_mask=None)[0]
     assert ran.counts[OP] == 1
-    assert ran.calls[0][1][7:8] == ((True,) if attention == "sdpa" else ())
+    assert ran.calls[0][1][8:9] == ((True,) if attention == "sdpa" else ())
     assert_agree(got, expected, attention)
 
 
