@@ -188,8 +188,6 @@ MUTATIONS = {
         "} else if (q.rows < tokens - 1) {"),
     "tokens: packed images begin at 0": (
         "ops/patch_embed/patch_embed.cpp", "token += g.images * whole.tokens();", ""),
-    "attention: a small rest is lost": (
-        "common/attention_cpu.h", "  x += rest;\n", ""),
     "attention: hide the last key that a row sees": (
         "common/attention_cpu.h", "limit >= static_cast<int32_t>(first + n) ? load",
         "limit > static_cast<int32_t>(first + n) ? load"),
@@ -209,15 +207,14 @@ MUTATIONS = {
         "common/attention_cpu.h", "static_cast<int>(p.group() == 1 ? 0 : r % p.group())",
         "static_cast<int>(p.group() == 1 ? 0 : 0 * r)"),
     "attention: few rows: a key beyond the last": (
-        "common/attention_cpu.h", "i > seen || n + i >= count ?", "i > seen ?"),
+        "common/attention_cpu.h", "i = seen < 0 ? 0 : seen + 1; i",
+        "i = seen < 0 ? 0 : seen + 2; i"),
     "attention: few rows: a result of another maximum": (
         "common/attention_cpu.h",
         "load<kFloats>(to) * alpha[r + j] + sums[j][u]", "load<kFloats>(to) + sums[j][u]"),
     "attention: few rows: parts as they are": (
         "common/attention_cpu.h",
         "sum = sum * old + more.sum[r] * by;", "sum = sum + more.sum[r] * by;"),
-    "attention: few rows: parts that saw nothing": (
-        "common/attention_cpu.h", "if (more.sum[r] == 0.0f) continue;", "if (false) continue;"),
     "attention: few rows: a part is all that follows": (
         "binding/attention.cpp", "std::min(keys, first + kPartKeys)", "keys"),
     "attention: pairs turned round": (
@@ -674,8 +671,8 @@ CUDA_MUTATIONS = {
         "common/attention.cuh", "hidden_row >> (2 * i + e / 2) & hidden_key >> column & 1",
         "hidden_key >> column & 1"),
     "attention: tiles of padding are left out for all": (
-        "common/attention.cuh", "if (!skips && blocks.data == nullptr) return tile;",
-        "if (hidden.data == nullptr && blocks.data == nullptr) return tile;"),
+        "common/attention.cuh", "if (!skips && !blocks.hide()) return tile;",
+        "if (hidden.data == nullptr && !blocks.hide()) return tile;"),
     "attention: all blocks are seen": (
         "common/attention.cuh", "!blocks.sees(row, first + column)))\n                s[i][j][e]",
         "false))\n                s[i][j][e]"),
@@ -686,12 +683,13 @@ CUDA_MUTATIONS = {
         "common/attention.cuh", "!blocks.sees(first + column, key)))", "false))"),
     "attention: all blocks are seen (float32)": (
         "common/attention.cuh",
-        "if (blocks.data != nullptr && !blocks.sees(row, key)) return false;", ""),
+        "if (blocks.hide() && !blocks.sees(row, key)) return false;", ""),
     "attention: a row's blocks are the head's": (
-        "common/attention.cuh", "data[(group == 1 ? r : r / group) * count", "data[r * count"),
+        "common/attention.cuh", "of_query(p.group() == 1 ? r : r / p.group())",
+        "of_query(r)"),
     "attention: tiles of the first block alone": (
-        "common/attention.cuh", "const int64_t last = (end_key - 1) / size;",
-        "const int64_t last = key / size;"),
+        "common/attention.cuh", "const int last = of_key(end_key - 1);",
+        "const int last = of_key(key);"),
     "attention: a segment of the first 32 steps": (
         "common/attention.cuh", "first += last * step;",
         "first = last * step;"),

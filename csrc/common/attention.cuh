@@ -187,35 +187,37 @@ struct Hidden {
   }
 };
 
-// Which blocks of keys the rows of a segment see; all of them where data is null.
+// Which blocks of keys the rows of a segment see. Nothing of it stays in registers: only few calls
+// have a mask.
 struct Blocks {
-  const bool* data;  // of the segment's first query
-  int64_t count, size;
-  int group, rows, keys;
+  const Params& p;
+  const Segment& segment;
 
+  __device__ __forceinline__ bool hide() const { return p.blocks != nullptr; }
+  __device__ __forceinline__ const bool* of_query(int i) const {
+    return p.blocks + (segment.q.first + i) * p.block_count;
+  }
+  __device__ __forceinline__ int of_key(int key) const {
+    return static_cast<int>(static_cast<uint32_t>(key) / static_cast<uint32_t>(p.block));
+  }
   // Row and key of a tile, which may lie beyond the last.
   __device__ __forceinline__ bool sees(int row, int key) const {
-    const int r = min(row, rows - 1);
-    return data[(group == 1 ? r : r / group) * count + min(key, keys - 1) / size];
+    const int r = min(row, segment.rows - 1);
+    return of_query(p.group() == 1 ? r : r / p.group())[of_key(min(key, segment.keys - 1))];
   }
   // Whether any row of [row, end_row) sees any key of [key, end_key).
   __device__ __forceinline__ bool any(int row, int end_row, int key, int end_key) const {
-    if (end_row > rows) end_row = rows;
-    if (end_key > keys) end_key = keys;
+    end_row = min(end_row, segment.rows);
+    end_key = min(end_key, segment.keys);
     if (row >= end_row || key >= end_key) return false;
-    const int64_t last = (end_key - 1) / size;
-    for (int i = row / group; i <= (end_row - 1) / group; ++i) {
-      for (int64_t block = key / size; block <= last; ++block)
-        if (data[i * count + block]) return true;
+    const int last = of_key(end_key - 1);
+    for (int i = row / p.group(); i <= (end_row - 1) / p.group(); ++i) {
+      for (int block = of_key(key); block <= last; ++block)
+        if (of_query(i)[block]) return true;
     }
     return false;
   }
 };
-
-__device__ __forceinline__ Blocks blocks_of(const Params& p, const Segment& s) {
-  const bool* const data = p.blocks == nullptr ? nullptr : p.blocks + s.q.first * p.block_count;
-  return {data, p.block_count, p.block, p.group(), s.rows, s.keys};
-}
 
 // Tiles of kSize rows up to `end`, in order, without those of nothing but padding if all that the
 // block owns is padding, and without those of which what it owns, [first_own, end_own), sees
@@ -225,16 +227,16 @@ struct Walk {
   Hidden hidden;
   bool skips;
   int end;
-  Blocks blocks = {};
-  bool owns_rows = true;  // and visits keys, or the other way round
-  int first_own = 0, end_own = 0;
+  Blocks blocks;
+  bool owns_rows;  // and visits keys, or the other way round
+  int first_own, end_own;
   int begin = 0;  // where tile 0 begins
   int base = -kWarpSize;
   uint32_t live = 0;
 
   // The first at or after `tile`; end if there is none. All lanes.
   __device__ __forceinline__ int next(int tile) {
-    if (!skips && blocks.data == nullptr) return tile;
+    if (!skips && !blocks.hide()) return tile;
     for (; tile < end; tile = base + kWarpSize) {
       if (tile >= base + kWarpSize) {
         base = tile;
@@ -248,7 +250,7 @@ struct Walk {
 
   __device__ __forceinline__ bool sees(int tile) const {
     if (tile >= end) return false;
-    if (blocks.data != nullptr) {
+    if (blocks.hide()) {
       const int first = begin + tile * kSize;
       return owns_rows ? blocks.any(first_own, end_own, first, first + kSize)
                        : blocks.any(first, first + kSize, first_own, end_own);
@@ -496,7 +498,7 @@ __device__ __forceinline__ void forward(const Params& p, const Plan& plan) {
   const auto k = keys_of<T>(p, p.k, segment, kv_head), v = keys_of<T>(p, p.v, segment, kv_head);
   const bool* const padding = padding_of(p, segment);
   const Hidden hidden_rows = {padding, group, rows}, hidden_keys = {padding, 1, keys};
-  const Blocks blocks = blocks_of(p, segment);
+  const Blocks blocks = {p, segment};
   const auto copy = [&](int tile, int buffer) {
     T* const stage = shared + buffer * Tile::kStage;
     const int first = begin + tile * Tile::kKeys;
@@ -576,7 +578,7 @@ __device__ __forceinline__ void forward(const Params& p, const Plan& plan) {
 
       const int first = begin + tile * Tile::kKeys;
       const uint64_t hidden_key = hidden_keys.bits<Tile::kKeys>(first);
-      if (first + Tile::kKeys > least || hidden_key != 0 || blocks.data != nullptr) {
+      if (first + Tile::kKeys > least || hidden_key != 0 || blocks.hide()) {
 #pragma unroll
         for (int i = 0; i < kM; ++i) {
 #pragma unroll
@@ -587,7 +589,7 @@ __device__ __forceinline__ void forward(const Params& p, const Plan& plan) {
               const bool both = (hidden_row >> (2 * i + e / 2) & hidden_key >> column & 1) != 0;
               const int row = warp_row + i * 16 + e / 2 * 8 + lane / 4;
               if (first + column >= limit[i][e / 2] || both ||
-                  (blocks.data != nullptr && !blocks.sees(row, first + column)))
+                  (blocks.hide() && !blocks.sees(row, first + column)))
                 s[i][j][e] = kNever;
             }
           }
@@ -807,7 +809,7 @@ __device__ __forceinline__ void backward_queries(const Backward& b, const Plan& 
   const auto k = keys_of<T>(p, p.k, segment, kv_head), v = keys_of<T>(p, p.v, segment, kv_head);
   const bool* const padding = padding_of(p, segment);
   const Hidden hidden_rows = {padding, group, rows}, hidden_keys = {padding, 1, keys};
-  const Blocks blocks = blocks_of(p, segment);
+  const Blocks blocks = {p, segment};
   const auto copy = [&](int tile, int buffer) {
     T* const stage = shared + Tile::kStages + buffer * Tile::kStage;
     const int first = tile * Tile::kOther;
@@ -867,7 +869,7 @@ __device__ __forceinline__ void backward_queries(const Backward& b, const Plan& 
           k_tile + Tile::kOther * kPitch);
       const int first = tile * Tile::kOther;
       const uint64_t hidden_key = hidden_keys.bits<Tile::kOther>(first);
-      const bool all = first + Tile::kOther <= least && hidden_key == 0 && blocks.data == nullptr;
+      const bool all = first + Tile::kOther <= least && hidden_key == 0 && !blocks.hide();
 #pragma unroll
       for (int j = 0; j < kN; ++j) {
 #pragma unroll
@@ -878,7 +880,7 @@ __device__ __forceinline__ void backward_queries(const Backward& b, const Plan& 
             const bool both = (hidden_row >> (e / 2) & hidden_key >> column & 1) != 0;
             const int row = warp_row + e / 2 * 8 + lane / 4;
             if (first + column >= limit[e / 2] || both ||
-                (blocks.data != nullptr && !blocks.sees(row, first + column)))
+                (blocks.hide() && !blocks.sees(row, first + column)))
               x = 0.0f;
           }
           ds[0][j][e] = x * (ds[0][j][e] - delta[e / 2]);
@@ -923,7 +925,7 @@ __device__ __forceinline__ void backward_keys(const Backward& b, const Plan& pla
   const auto deltas = statistics(p, b.delta, segment, kv_head);
   const bool* const padding = padding_of(p, segment);
   const Hidden hidden_rows = {padding, group, rows}, hidden_keys = {padding, 1, keys};
-  const Blocks blocks = blocks_of(p, segment);
+  const Blocks blocks = {p, segment};
   const auto copy = [&](int tile, int buffer) {
     T* const stage = shared + Tile::kStages + buffer * Tile::kStage;
     const int first = tile * Tile::kOther;
@@ -985,7 +987,7 @@ __device__ __forceinline__ void backward_keys(const Backward& b, const Plan& pla
           q_tile);
       const int first = tile * Tile::kOther;
       const uint64_t hidden_row = hidden_rows.bits<Tile::kOther>(first);
-      const bool all = first >= most && hidden_row == 0 && blocks.data == nullptr;
+      const bool all = first >= most && hidden_row == 0 && !blocks.hide();
 #pragma unroll
       for (int j = 0; j < kN; ++j) {
         const Pack<float, 2> of = load_pack<2>(shift + j * 8);
@@ -997,7 +999,7 @@ __device__ __forceinline__ void backward_keys(const Backward& b, const Plan& pla
             const bool both = (hidden_key >> (e / 2) & hidden_row >> column & 1) != 0;
             const int key = warp_key + e / 2 * 8 + lane / 4;
             if (first + column < limit[e / 2] || both ||
-                (blocks.data != nullptr && !blocks.sees(first + column, key)))
+                (blocks.hide() && !blocks.sees(first + column, key)))
               x = 0.0f;
           }
           s[0][j][e] = x;
@@ -1172,7 +1174,7 @@ __device__ __forceinline__ bool sees(const Params& p, const Hidden& hidden_rows,
                                      const Hidden& hidden_keys, const Blocks& blocks, int row,
                                      int key, int offset) {
   if (p.causal && key > row / p.group() + offset) return false;
-  if (blocks.data != nullptr && !blocks.sees(row, key)) return false;
+  if (blocks.hide() && !blocks.sees(row, key)) return false;
   return hidden_rows.data == nullptr || !hidden_rows.at(row) || !hidden_keys.at(key);
 }
 
@@ -1202,7 +1204,7 @@ __device__ __forceinline__ void forward_float(const Params& p, const Plan& plan)
   const auto v = keys_of<float>(p, p.v, segment, kv_head);
   const bool* const padding = padding_of(p, segment);
   const Hidden hidden_rows = {padding, group, rows}, hidden_keys = {padding, 1, keys};
-  const Blocks blocks = blocks_of(p, segment);
+  const Blocks blocks = {p, segment};
   Walk<Tile::kTile> walk = {hidden_keys,
                             all_hidden<Tile::kTile, Tile::kThreads>(hidden_rows, first_row),
                             max(end + Tile::kTile - 1, 0) / Tile::kTile,
@@ -1300,7 +1302,7 @@ __device__ __forceinline__ void backward_queries_float(const Backward& b, const 
   const auto deltas = statistics(p, b.delta, segment, kv_head);
   const bool* const padding = padding_of(p, segment);
   const Hidden hidden_rows = {padding, group, rows}, hidden_keys = {padding, 1, keys};
-  const Blocks blocks = blocks_of(p, segment);
+  const Blocks blocks = {p, segment};
   Walk<Tile::kTile> walk = {hidden_keys,
                             all_hidden<Tile::kTile, Tile::kThreads>(hidden_rows, first_row),
                             max(end + Tile::kTile - 1, 0) / Tile::kTile,
@@ -1374,7 +1376,7 @@ __device__ __forceinline__ void backward_keys_float(const Backward& b, const Pla
   const auto deltas = statistics(p, b.delta, segment, kv_head);
   const bool* const padding = padding_of(p, segment);
   const Hidden hidden_rows = {padding, group, rows}, hidden_keys = {padding, 1, keys};
-  const Blocks blocks = blocks_of(p, segment);
+  const Blocks blocks = {p, segment};
   Walk<Tile::kTile> walk = {hidden_rows,
                             all_hidden<Tile::kTile, Tile::kThreads>(hidden_keys, first_key),
                             (rows + Tile::kTile - 1) / Tile::kTile,

@@ -101,6 +101,7 @@ constexpr int kKeyBlock = 64;
 // kPartKeys whatever else is there: a result depends on nothing else. Of fewer keys backward must
 // find the very sums that forward had: one key has all the weight.
 constexpr int64_t kFewOnCpu = 8, kPartKeys = 1024;
+static_assert(kPartKeys % kKeyBlock == 0);
 static inline bool few_rows_of(const Params& p, const Job& job) {
   return job.q.count * p.group() <= kFewOnCpu && job.k.count >= kKeyBlock;
 }

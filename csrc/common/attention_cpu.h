@@ -51,11 +51,9 @@ constexpr bool kPairs<bfloat16> = true;
 
 // ---- Vectors ----
 
-// 2^(x + rest), to 1 unit in the last place, for a small rest and x <= 128; 0 below 2^-126.
-VLMOPS_INLINE Floats exp2(Floats x, Floats rest) {
+// 2^x, to 1 unit in the last place, for x <= 128; 0 below 2^-126.
+VLMOPS_INLINE Floats exp2(Floats x) {
   constexpr float kRound = 0x1.8p23f;  // added, it leaves the nearest integer in the low bits
-  const auto none = x < -126.0f;
-  x += rest;
   const Floats shifted = x + kRound;
   const Floats r = x - (shifted - kRound);
   Floats y = r * 0x1.41fbbcp-13f + 0x1.5f3e54p-10f;
@@ -65,7 +63,7 @@ VLMOPS_INLINE Floats exp2(Floats x, Floats rest) {
   y = y * r + 0x1.62e43p-1f;
   y = y * r + 1.0f;
   const Floats power = bit_cast<Floats>(bit_cast<Ints>(y) + (bit_cast<Ints>(shifted) << 23));
-  return none ? Floats{} : power;
+  return x < -126.0f ? Floats{} : power;
 }
 
 // 2^x, to 3e-6, for what bfloat16 keeps; 1 of 0, 0 below 2^-126.
@@ -106,6 +104,11 @@ VLMOPS_INLINE int32_t pair_at(const bfloat16* p) {
   return pair;
 }
 
+// Turns the signs of both numbers of each pair where a factor is negative.
+VLMOPS_INLINE Ints flip_for(float factor) {
+  return Ints{} + (factor < 0.0f ? static_cast<int32_t>(0x80008000u) : 0);
+}
+
 // The first n lanes, zeros in the others.
 VLMOPS_INLINE Ints load_pairs(const bfloat16* p, int n) {
   const auto lanes = static_cast<__mmask16>(n >= 16 ? 0xffff : (1 << n) - 1);
@@ -116,26 +119,41 @@ VLMOPS_INLINE Ints load_pairs(const bfloat16* p, int n) {
 VLMOPS_INLINE void add_product(Floats& sum, Floats a, Floats b) { sum += a * b; }
 VLMOPS_INLINE void add_product(Floats& sum, Floats a, float by) { sum += a * by; }
 
+// Lanes of a, but those of b where e & Step.
+template <int Step>
+VLMOPS_INLINE Floats blend(Floats a, Floats b) {
+#if defined(__clang__)
+  for (int e = 0; e < kFloats; ++e) a[e] = e & Step ? b[e] : a[e];
+  return a;
+#else
+  Ints order;
+  for (int e = 0; e < kFloats; ++e) order[e] = e & Step ? kFloats + e : e;
+  return __builtin_shuffle(a, b, order);
+#endif
+}
+
+// What blend leaves out of both, moved by Step to the lanes of the other.
+template <int Step>
+VLMOPS_INLINE Floats cross(Floats a, Floats b) {
+#if defined(__clang__)
+  Floats x;
+  for (int e = 0; e < kFloats; ++e) x[e] = e & Step ? b[e - Step] : a[e + Step];
+  return x;
+#else
+  Ints order;
+  for (int e = 0; e < kFloats; ++e) order[e] = e & Step ? kFloats + e - Step : e + Step;
+  return __builtin_shuffle(a, b, order);
+#endif
+}
+
 template <int Step>
 VLMOPS_INLINE void exchange(Floats (&x)[kFloats]) {
-  Ints low, high;
-  for (int e = 0; e < kFloats; ++e) {
-    low[e] = e & Step ? kFloats + e - Step : e;
-    high[e] = e & Step ? kFloats + e : e + Step;
-  }
 #pragma GCC unroll 16
   for (int i = 0; i < kFloats; ++i) {
     if (i & Step) continue;
-    const Floats a = x[i], b = x[i + Step];
-#if defined(__clang__)
-    for (int e = 0; e < kFloats; ++e) {
-      x[i][e] = e & Step ? b[e - Step] : a[e];
-      x[i + Step][e] = e & Step ? b[e] : a[e + Step];
-    }
-#else
-    x[i] = __builtin_shuffle(a, b, low);
-    x[i + Step] = __builtin_shuffle(a, b, high);
-#endif
+    const Floats a = x[i], b = x[i + Step], crossed = cross<Step>(a, b);
+    x[i] = blend<Step>(a, crossed);
+    x[i + Step] = blend<Step>(crossed, b);
   }
   if constexpr (Step > 1) exchange<Step / 2>(x);
 }
@@ -173,6 +191,9 @@ VLMOPS_INLINE void store_lanes(T* p, Floats x, int n) {
   store<8>(p, bit_cast<Halves>(x).low);
 #endif
 }
+
+inline int64_t padded(int64_t n) { return (n + kFloats - 1) / kFloats * kFloats; }
+inline int64_t panels_of(int64_t rows) { return (rows + kPanelRows - 1) / kPanelRows; }
 
 // f(Lanes<n>()) for 1 <= n <= Most.
 template <int Most, class F>
@@ -285,6 +306,12 @@ VLMOPS_INLINE const T* base_of(const Heads& of, const Starts& starts, const Head
   return static_cast<const T*>(of.data) + offset_of(starts, of, h.job.segment, range.first);
 }
 
+// Row 0 of k or v, in a KV head.
+template <class T>
+VLMOPS_INLINE const T* keys_base(const Heads& of, const HeadOf& h, int kv_head) {
+  return base_of<T>(of, h.p.k_starts, h, h.job.k) + kv_head * of.head;
+}
+
 // Rows [first, first + rows) of q, or of what has its strides, transposed: to [width, kPanelRows],
 // of read(row, from, lanes). Lanes beyond the rows repeat the last.
 template <class T, class Read>
@@ -325,7 +352,7 @@ inline void pack_queries(const Heads& of, const HeadOf& h, int64_t first, int ro
 template <class T>
 inline Rows keys_of(const Heads& of, const HeadOf& h, int64_t first, int count, bool pack,
                     float* to) {
-  const T* const base = base_of<T>(of, h.p.k_starts, h, h.job.k) + h.kv_head * of.head;
+  const T* const base = keys_base<T>(of, h, h.kv_head);
   if constexpr (sizeof(T) == 4) {
     if (!pack && h.job.k_rows == nullptr) return {base + first * of.row, of.row};
   }
@@ -354,7 +381,7 @@ void pair_rows(const T* first, const T* second, int dim, float* to);
 template <>
 inline void pack_query_pairs<bfloat16>(const Heads& of, const HeadOf& h, int64_t first, int rows,
                                        float sign, float* to) {
-  const Ints flip = Ints{} + (sign < 0.0f ? static_cast<int32_t>(0x80008000u) : 0);
+  const Ints flip = flip_for(sign);
   const auto read = [&](const bfloat16* row, int d, int lanes) VLMOPS_INLINED {
     return bit_cast<Floats>(load_pairs(row + 2 * d, lanes) ^ flip);
   };
@@ -365,7 +392,7 @@ inline void pack_query_pairs<bfloat16>(const Heads& of, const HeadOf& h, int64_t
 template <>
 inline RowsOf<bfloat16> key_rows<bfloat16>(const Heads& of, const HeadOf& h, int64_t first,
                                            int count, bool pack, float* to) {
-  const auto* const base = base_of<bfloat16>(of, h.p.k_starts, h, h.job.k) + h.kv_head * of.head;
+  const auto* const base = keys_base<bfloat16>(of, h, h.kv_head);
   if (!pack && h.job.k_rows == nullptr) return {base + first * of.row, of.row};
   auto* const packed = reinterpret_cast<bfloat16*>(to);
   for (int n = 0; n < count; ++n)
@@ -391,7 +418,7 @@ inline void pair_rows<bfloat16>(const bfloat16* first, const bfloat16* second, i
 template <>
 inline RowsOf<int32_t> key_pairs<bfloat16>(const Heads& of, const HeadOf& h, int64_t first,
                                            int count, float* to) {
-  const auto* const base = base_of<bfloat16>(of, h.p.k_starts, h, h.job.k) + h.kv_head * of.head;
+  const auto* const base = keys_base<bfloat16>(of, h, h.kv_head);
   for (int n = 0; n < count; n += 2)
     pair_rows<bfloat16>(base + h.key(first + n) * of.row,
                         n + 1 < count ? base + h.key(first + n + 1) * of.row : nullptr, h.p.dim,
@@ -405,19 +432,18 @@ inline RowsOf<int32_t> key_pairs<bfloat16>(const Heads& of, const HeadOf& h, int
 // q takes the scale's sign, so that a row's largest product is its largest logit, S c.
 inline float sign_of(const Params& p) { return p.scale < 0.0f ? -1.0f : 1.0f; }
 
-// c in two parts: rounded, its error would grow with the logits.
+// c, rounded as the scale is in models' own code.
 struct Base2 {
-  float c, rest;
+  float c;
 
   explicit Base2(const Params& p) {
-    const double of_both = sign_of(p) * (static_cast<double>(p.scale) + p.scale_rest) * kLog2E;
-    c = static_cast<float>(of_both);
-    rest = static_cast<float>(of_both - c);
+    const double scale = static_cast<double>(p.scale) + p.scale_rest;
+    c = static_cast<float>(sign_of(p) * scale * kLog2E);
     if (c == 0.0f) c = 0x1p-126f;  // 0 times what is hidden, -inf, would be NaN
   }
 
   // Of products that lie `off` below the largest.
-  VLMOPS_INLINE Floats weight(Floats off) const { return exp2(off * c, off * rest); }
+  VLMOPS_INLINE Floats weight(Floats off) const { return exp2(off * c); }
   VLMOPS_INLINE Floats weight_roughly(Floats off) const { return exp2_roughly(off * c); }
 };
 
@@ -643,33 +669,16 @@ VLMOPS_INLINE void ask_for(Ahead& ahead, const Heads& of, const T* row) {
 // as they lie, kFloats keys at a time whose products with a row are added up across lanes together.
 // Keys come in parts that any thread may do (binding/attention.cpp).
 
-// Lane i: the sum of the lanes of x[i]. Pairs of vectors are folded into one until one is left: one
-// shuffle and one blend each.
+// Lane i: the sum of the lanes of x[i]. Pairs of vectors are folded into one until one is left.
 template <int Count = kFloats>
 VLMOPS_INLINE Floats sum_each(Floats (&x)[kFloats]) {
   if constexpr (Count == 1) {
     return x[0];
   } else {
     constexpr int kStep = Count / 2;
-    Ints stay, cross;
-    for (int e = 0; e < kFloats; ++e) {
-      stay[e] = e & kStep ? kFloats + e : e;
-      cross[e] = e & kStep ? kFloats + e - kStep : e + kStep;
-    }
 #pragma GCC unroll 8
-    for (int i = 0; i < kStep; ++i) {
-#if defined(__clang__)
-      Floats a, b;
-      for (int e = 0; e < kFloats; ++e) {
-        a[e] = e & kStep ? x[i + kStep][e] : x[i][e];
-        b[e] = e & kStep ? x[i + kStep][e - kStep] : x[i][e + kStep];
-      }
-      x[i] = a + b;
-#else
-      x[i] = __builtin_shuffle(x[i], x[i + kStep], stay) +
-             __builtin_shuffle(x[i], x[i + kStep], cross);
-#endif
-    }
+    for (int i = 0; i < kStep; ++i)
+      x[i] = blend<kStep>(x[i], x[i + kStep]) + cross<kStep>(x[i], x[i + kStep]);
     return sum_each<kStep>(x);
   }
 }
@@ -687,8 +696,6 @@ VLMOPS_INLINE float largest_lane(Vec<float, N> v) {
     return largest_lane<N / 2>(halves.low > halves.high ? halves.low : halves.high);
   }
 }
-
-inline int64_t padded(int64_t n) { return (n + kFloats - 1) / kFloats * kFloats; }
 
 // What part of the keys gives few rows: sums of weighted V, not yet over the sum of weights. Of
 // each 32 channels, pairs have the first four of every eight in the first vector.
@@ -801,13 +808,13 @@ inline void few_rows_of_width(const HeadOf& h, int64_t begin, int64_t end, float
   float* const sum = part.sum;
   float alpha[kFewOnCpu];
   const T* const of_q = base_of<T>(p.q, p.q_starts, h, h.job.q);
-  const T* const of_k = base_of<T>(p.k, p.k_starts, h, h.job.k) + h.kv_head * p.k.head;
-  const T* const of_v = base_of<T>(p.v, p.k_starts, h, h.job.k) + h.kv_head * p.v.head;
+  const T* const of_k = keys_base<T>(p.k, h, h.kv_head);
+  const T* const of_v = keys_base<T>(p.v, h, h.kv_head);
   for (int r = 0; r < rows; ++r) {
     const T* const row = of_q + h.query(r) * p.q.row + h.head(r) * p.q.head;
 #if defined(__AVX512BF16__)
     if constexpr (kPairs<T>) {
-      const Ints flip = Ints{} + (p.scale < 0.0f ? static_cast<int32_t>(0x80008000u) : 0);
+      const Ints flip = flip_for(p.scale);
       for (int d = 0; d < p.dim / 2; d += kFloats)
         store<kFloats>(q + r * width + d,
                        bit_cast<Floats>(load_pairs(row + 2 * d, p.dim / 2 - d) ^ flip));
@@ -866,10 +873,7 @@ inline void few_rows_of_width(const HeadOf& h, int64_t begin, int64_t end, float
         }
         Floats logits = sum_each(x);
         const int64_t seen = h.limit(r) - first - n;  // the last lane that r sees
-        if (seen < kFloats - 1 || n + kFloats > count) {
-          for (int i = 0; i < kFloats; ++i)
-            logits[i] = i > seen || n + i >= count ? -kInfinity : logits[i];
-        }
+        for (int64_t i = seen < 0 ? 0 : seen + 1; i < kFloats; ++i) logits[i] = -kInfinity;
         store<kFloats>(s + r * kKeyBlock + n, logits);
       }
     }
@@ -903,7 +907,7 @@ inline void few_rows(const HeadOf& h, int64_t begin, int64_t end, float* scratch
   few_rows_of_width<T, false>(h, begin, end, scratch, part);
 }
 
-// The result of `count` parts that lie one after the other.
+// The result of `count` parts that lie one after the other. Each row sees keys of the first.
 template <class T>
 inline void finish_few(const HeadOf& h, float* parts, int64_t count) {
   const Params& p = h.p;
@@ -916,7 +920,6 @@ inline void finish_few(const HeadOf& h, float* parts, int64_t count) {
     float* const o = all.o + r * width;
     for (int64_t i = 1; i < count; ++i) {
       const Part more = part_of(i);
-      if (more.sum[r] == 0.0f) continue;  // it saw nothing
       const float most = more.top[r] > top ? more.top[r] : top;
       const float old = base.weight(Floats{} + (top - most))[0];
       const float by = base.weight(Floats{} + (more.top[r] - most))[0];
@@ -947,7 +950,7 @@ inline void finish_few(const HeadOf& h, float* parts, int64_t count) {
 }
 
 inline size_t scratch(const Params& p, int64_t rows, int64_t) {
-  const int64_t panels = (rows * p.group() + kPanelRows - 1) / kPanelRows;
+  const int64_t panels = panels_of(rows * p.group());
   const int64_t many = panels * panel_floats(p) + kKeyBlock * (kPanelRows + 2 * p.dim);
   const int64_t few = few_floats(p) + Part::floats(p, kFewOnCpu);
   return static_cast<size_t>(many > few ? many : few);
@@ -962,7 +965,7 @@ inline void forward_head(const HeadOf& h, bool another, float* scratch) {
     return finish_few<T>(h, all, 1);
   }
   const int64_t rows = h.rows(), keys = h.job.k.count;
-  const int panels = static_cast<int>((rows + kPanelRows - 1) / kPanelRows);
+  const int panels = static_cast<int>(panels_of(rows));
   float* const of_panels = scratch;
   float* const s = of_panels + panels * panel_floats(p);
   float* const packed_k = s + kKeyBlock * kPanelRows;
@@ -1019,17 +1022,13 @@ inline void forward_head(const HeadOf& h, bool another, float* scratch) {
     Ahead ahead;
     if (h.job.k_rows == nullptr) {
       if (first + count < end) {
-        ask_for(ahead, p.k,
-                base_of<T>(p.k, p.k_starts, h, h.job.k) + h.kv_head * p.k.head +
-                    (first + count) * p.k.row);
-        ask_for(ahead, p.v,
-                base_of<T>(p.v, p.k_starts, h, h.job.k) + h.kv_head * p.v.head +
-                    (first + count) * p.v.row);
+        ask_for(ahead, p.k, keys_base<T>(p.k, h, h.kv_head) + (first + count) * p.k.row);
+        ask_for(ahead, p.v, keys_base<T>(p.v, h, h.kv_head) + (first + count) * p.v.row);
         ahead.rows =
             static_cast<int>(end - first - count < kKeyBlock ? end - first - count : kKeyBlock);
       } else if (another && h.job.q_rows == nullptr) {
-        ask_for(ahead, p.k, base_of<T>(p.k, p.k_starts, h, h.job.k) + (h.kv_head + 1) * p.k.head);
-        ask_for(ahead, p.v, base_of<T>(p.v, p.k_starts, h, h.job.k) + (h.kv_head + 1) * p.v.head);
+        ask_for(ahead, p.k, keys_base<T>(p.k, h, h.kv_head + 1));
+        ask_for(ahead, p.v, keys_base<T>(p.v, h, h.kv_head + 1));
         if (p.group() == 1)
           ask_for(ahead, p.q,
                   base_of<T>(p.q, p.q_starts, h, h.job.q) + (h.kv_head + 1) * p.q.head +
@@ -1117,8 +1116,6 @@ struct Taken {
     delta = next(rows);
   }
 };
-
-inline int64_t panels_of(int64_t rows) { return (rows + kPanelRows - 1) / kPanelRows; }
 
 inline size_t backward_scratch(const Params& p, int64_t rows, int64_t jobs) {
   const int64_t taken = (panels_of(rows * p.group()) + jobs) * kPanelRows;

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from vlmops.ops.packed_attention import _cu_seqlens, packed_attention, reference
+from vlmops.ops.packed_attention import Options, _cu_seqlens, packed_attention, reference
 from vlmops.ops.spec import Arguments, BadCall, BenchCase, Case, Spec
 
 
@@ -24,7 +24,7 @@ def _reference(**args: Any) -> tuple[Tensor]:
     return (reference(**args),)
 
 
-_SCHEMA = ("q", "k", "v", "cu_seqlens", "cu_seqlens_k", "padding", "scale", "causal", "max_seqlen")
+_SCHEMA = ("q", "k", "v", *Options._fields)
 
 
 def _schema_arguments(args: Arguments) -> tuple[Any, ...]:

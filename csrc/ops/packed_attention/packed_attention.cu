@@ -111,8 +111,8 @@ int run_rows(const Params& p, const Plan& plan, void* stream) {
 template <class T>
 int run_16_bit(const Params& p, const Plan& plan, void* stream) {
   if (p.dim <= 64)
-    return run_rows<ForwardTile<T, 64, 2, 64, true>, ForwardTile<T, 64, 1, 64, true>>(p, plan,
-                                                                                      stream);
+    return run_rows<ForwardTile<T, 64, 2, 64, false>, ForwardTile<T, 64, 1, 64, true>>(p, plan,
+                                                                                       stream);
   if (p.dim <= 80)
     return run_rows<ForwardTile<T, 80, 2, 64, false>, ForwardTile<T, 80, 1, 64, true>>(p, plan,
                                                                                        stream);
