@@ -33,8 +33,8 @@ demo: setup
 # one core busy, so two run at a time; the tools look at the clock and have the machine for themselves.
 test: setup
 	.ci/suite lint 240 $(MAKE) --no-print-directory lint
-	$(MAKE) --no-print-directory -j2 --output-sync=target suite-contract suite-hf
-	$(MAKE) --no-print-directory -j2 --output-sync=target suite-emulator suite-triton
+	$(MAKE) --no-print-directory -j2 --output-sync=target suite-contract suite-hf suite-emulator \
+	  suite-triton
 	.ci/suite nvcc 300 $(BIN)/python bench/gpu_static.py --arch 90
 	.ci/suite tools 600 $(BIN)/python -m pytest -q --ignore=python_tests/ops \
 	  --ignore=python_tests/hf --ignore=python_tests/emulator --ignore=python_tests/test_contract.py
