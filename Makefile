@@ -30,7 +30,8 @@ demo: setup
 	OMP_PROC_BIND=true OMP_PLACES=cores $(BIN)/vlmops demo
 
 # Suite and seconds that it may take on two slow cores; .ci/suite says what it took. Most of them keep
-# one core busy, so two run at a time, the longest first; the tools look at the clock and have the machine for themselves.
+# one core busy, so two run at a time, the longest first; the tools look at the clock and have the
+# machine for themselves.
 test: setup
 	.ci/suite lint 240 $(MAKE) --no-print-directory lint
 	$(MAKE) --no-print-directory -j2 --output-sync=target suite-contract suite-triton suite-hf \
