@@ -4,7 +4,7 @@
 
 #include <algorithm>
 #include <atomic>
-#include <deque>
+#include <list>
 #include <map>
 #include <string>
 #include <vector>
@@ -116,7 +116,7 @@ class Jobs {
   const int64_t most_;
   const bool empty_;
   std::vector<int32_t> order_;
-  std::deque<std::vector<int32_t>> lists_;  // rows and keys of queries that see the same blocks
+  std::list<std::vector<int32_t>> lists_;  // rows and keys of queries that see the same blocks
   std::vector<Job> jobs_;
   std::vector<int64_t> first_;
 };
