@@ -86,6 +86,11 @@ DType Argument::floating() const {
   }
 }
 
+void Argument::boolean() const {
+  if (tensor.scalar_type() != ScalarType::Bool)
+    fail(op, name, "expected dtype bool, got ", describe(tensor.scalar_type()));
+}
+
 IntType Argument::integer() const {
   switch (tensor.scalar_type()) {
     case ScalarType::Long:

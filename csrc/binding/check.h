@@ -48,6 +48,7 @@ struct Argument {
   // The op's element type, or an error that lists the three.
   DType floating() const;
   IntType integer() const;
+  void boolean() const;
   // For in-place ops: no two elements may share memory, within a tensor or between two.
   void no_internal_overlap() const;
   void no_overlap_with(const Argument& other) const;

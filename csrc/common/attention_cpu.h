@@ -51,32 +51,36 @@ constexpr bool kPairs<bfloat16> = true;
 
 // ---- Vectors ----
 
-// 2^x, to 1 unit in the last place, for x <= 128; 0 below 2^-126.
-VLMOPS_INLINE Floats exp2(Floats x) {
+// 2^x, 0 below 2^-126, where polynomial(r) is 2^r for r within a half of 0.
+template <class Polynomial>
+VLMOPS_INLINE Floats power_of_2(Floats x, const Polynomial& polynomial) {
   constexpr float kRound = 0x1.8p23f;  // added, it leaves the nearest integer in the low bits
   const Floats shifted = x + kRound;
-  const Floats r = x - (shifted - kRound);
-  Floats y = r * 0x1.41fbbcp-13f + 0x1.5f3e54p-10f;
-  y = y * r + 0x1.3b2d4cp-7f;
-  y = y * r + 0x1.c6aee8p-5f;
-  y = y * r + 0x1.ebfbdcp-3f;
-  y = y * r + 0x1.62e43p-1f;
-  y = y * r + 1.0f;
+  const Floats y = polynomial(x - (shifted - kRound));
   const Floats power = bit_cast<Floats>(bit_cast<Ints>(y) + (bit_cast<Ints>(shifted) << 23));
   return x < -126.0f ? Floats{} : power;
 }
 
-// 2^x, to 3e-6, for what bfloat16 keeps; 1 of 0, 0 below 2^-126.
+// To 1 unit in the last place, for x <= 128.
+VLMOPS_INLINE Floats exp2(Floats x) {
+  return power_of_2(x, [](Floats r) VLMOPS_INLINED {
+    Floats y = r * 0x1.41fbbcp-13f + 0x1.5f3e54p-10f;
+    y = y * r + 0x1.3b2d4cp-7f;
+    y = y * r + 0x1.c6aee8p-5f;
+    y = y * r + 0x1.ebfbdcp-3f;
+    y = y * r + 0x1.62e43p-1f;
+    return y * r + 1.0f;
+  });
+}
+
+// To 3e-6, for what bfloat16 keeps; 1 of 0.
 VLMOPS_INLINE Floats exp2_roughly(Floats x) {
-  constexpr float kRound = 0x1.8p23f;
-  const Floats shifted = x + kRound;
-  const Floats r = x - (shifted - kRound);
-  Floats y = r * 0x1.3a02ccp-7f + 0x1.c9fc46p-5f;
-  y = y * r + 0x1.ec0378p-3f;
-  y = y * r + 0x1.62e12cp-1f;
-  y = y * r + 1.0f;
-  const Floats power = bit_cast<Floats>(bit_cast<Ints>(y) + (bit_cast<Ints>(shifted) << 23));
-  return x < -126.0f ? Floats{} : power;
+  return power_of_2(x, [](Floats r) VLMOPS_INLINED {
+    Floats y = r * 0x1.3a02ccp-7f + 0x1.c9fc46p-5f;
+    y = y * r + 0x1.ec0378p-3f;
+    y = y * r + 0x1.62e12cp-1f;
+    return y * r + 1.0f;
+  });
 }
 
 #if defined(__AVX512BF16__)
@@ -683,20 +687,6 @@ VLMOPS_INLINE Floats sum_each(Floats (&x)[kFloats]) {
   }
 }
 
-// The largest lane, NaN aside.
-template <int N>
-VLMOPS_INLINE float largest_lane(Vec<float, N> v) {
-  if constexpr (N == 1) {
-    return v[0];
-  } else {
-    struct Halves {
-      Vec<float, N / 2> low, high;
-    };
-    const auto halves = bit_cast<Halves>(v);
-    return largest_lane<N / 2>(halves.low > halves.high ? halves.low : halves.high);
-  }
-}
-
 // What part of the keys gives few rows: sums of weighted V, not yet over the sum of weights. Of
 // each 32 channels, pairs have the first four of every eight in the first vector.
 struct Part {
@@ -884,7 +874,8 @@ inline void few_rows_of_width(const HeadOf& h, int64_t begin, int64_t end, float
         const Floats x = load<kFloats>(of_row + n);
         largest = x > largest ? x : largest;
       }
-      const float most = largest_lane<kFloats>(largest);
+      const float most =
+          fold_lanes<kFloats>(largest, [](auto a, auto b) VLMOPS_INLINED { return a > b ? a : b; });
       const float from = most == -kInfinity ? 0.0f : most;
       alpha[r] = base.weight(Floats{} + (top[r] - from))[0];
       top[r] = most;

@@ -176,9 +176,9 @@ inline void store_even_odd(bfloat16* p, Vec<float, N> even, Vec<float, N> odd) {
   *reinterpret_cast<Vec<uint32_t, N>*>(p) = lower | upper;
 }
 
-// Halves added until one lane is left.
-template <int N>
-inline float sum_lanes(Vec<float, N> v) {
+// Halves made one by `join` until one lane is left.
+template <int N, class Join>
+inline float fold_lanes(Vec<float, N> v, const Join& join) {
   if constexpr (N == 1) {
     return v[0];
   } else {
@@ -186,8 +186,13 @@ inline float sum_lanes(Vec<float, N> v) {
       Vec<float, N / 2> low, high;
     };
     const auto halves = bit_cast<Halves>(v);
-    return sum_lanes<N / 2>(halves.low + halves.high);
+    return fold_lanes<N / 2>(join(halves.low, halves.high), join);
   }
+}
+
+template <int N>
+inline float sum_lanes(Vec<float, N> v) {
+  return fold_lanes<N>(v, [](auto a, auto b) VLMOPS_INLINED { return a + b; });
 }
 
 // (v1, v0, v3, v2, ..)

@@ -121,8 +121,7 @@ void check_blocks(const Options& o, const Argument& q, const Tensor& k) {
   }
   const Argument mask{o.op, "block_mask", *o.block_mask};
   mask.device_like(q);
-  if (mask.tensor.scalar_type() != ScalarType::Bool)
-    fail(o.op, mask.name, "expected dtype bool, got ", describe(mask.tensor.scalar_type()));
+  mask.boolean();
   if (o.cu_seqlens.has_value() || o.padding.has_value() || o.causal)
     fail(o.op, mask.name, "expected none beside cu_seqlens, padding or causal");
   const auto sizes = q.tensor.sizes();
@@ -193,8 +192,7 @@ Call call_of(const Options& o, const Tensor& q, const Tensor& k, const Tensor& v
   if (o.padding.has_value()) {
     const Argument padding{o.op, "padding", *o.padding};
     padding.device_like(of_q);
-    if (padding.tensor.scalar_type() != ScalarType::Bool)
-      fail(o.op, padding.name, "expected dtype bool, got ", describe(padding.tensor.scalar_type()));
+    padding.boolean();
     padding.shape(packed ? Sizes{q.size(0)} : Sizes{q.size(0), q.size(1)}, "one for each query");
     if (o.cu_seqlens_k.has_value() || p.keys != p.rows)
       fail(o.op, padding.name, "expected none where queries and keys have segments of their own");
