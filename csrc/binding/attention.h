@@ -1,9 +1,39 @@
-// The attention core on the CPU: how the work is cut, and shared among threads.
+// The attention core as ops see it: arguments and their checks, calls, and how the work is cut and
+// shared among the CPU's threads.
 #pragma once
 
+#include <optional>
+#include <tuple>
+
+#include "binding/check.h"
 #include "common/attention.h"
 
 namespace vlmops::attention {
+
+using MaybeTensor = std::optional<Tensor>;
+
+// Of an op on the core, which messages name; see vlmops/ops/packed_attention.py.
+struct Options {
+  const char* op;
+  const MaybeTensor &cu_seqlens, &cu_seqlens_k, &padding, &block_mask, &key_lengths;
+  std::optional<double> scale;
+  bool causal;
+  int64_t max_seqlen, tokens_per_block;
+};
+
+// What forward and backward raise of arguments that do not fit.
+void check(const Options& o, const Tensor& q, const Tensor& k, const Tensor& v,
+           const MaybeTensor& grad, const MaybeTensor& out, const MaybeTensor& statistics);
+
+// The result, and of each query [2, H, N] what backward asks for.
+std::tuple<Tensor, Tensor> forward(const Options& o, const Tensor& q, const Tensor& k,
+                                   const Tensor& v);
+
+// The gradients of q, k and v; those that nobody needs are empty.
+std::tuple<Tensor, Tensor, Tensor> backward(const Options& o, const Tensor& grad, const Tensor& q,
+                                            const Tensor& k, const Tensor& v, const Tensor& out,
+                                            const Tensor& statistics, bool needs_q, bool needs_k,
+                                            bool needs_v);
 
 void forward_on_cpu(const Params& p);
 void backward_on_cpu(const Backward& b);

@@ -21,6 +21,9 @@ struct Starts {
   const void* data;  // null: every segment has `length` rows
   IntType type;
   int64_t length;
+  // [segments], where data is null: how many of a segment's rows there are; null: all.
+  const void* lengths;
+  IntType lengths_type;
 };
 
 // softmax(scale q k^T) v within each of `segments` segments; KV head h / (heads / kv_heads) serves
@@ -67,10 +70,15 @@ struct Range {
 // static: see simd.h on linkage. What is read on a GPU may be anything, and is kept within `rows`.
 VLMOPS_HOST_DEVICE static inline Range range_of(const Starts& starts, int64_t rows,
                                                 int64_t segment) {
-  if (starts.data == nullptr) return {segment * starts.length, starts.length};
-  const auto clamped = [&](int64_t at) { return at < 0 ? 0 : at > rows ? rows : at; };
-  const int64_t first = clamped(load_int(starts.data, starts.type, segment));
-  const int64_t end = clamped(load_int(starts.data, starts.type, segment + 1));
+  const auto within = [](int64_t at, int64_t end) { return at < 0 ? 0 : at > end ? end : at; };
+  if (starts.data == nullptr) {
+    const int64_t first = segment * starts.length;
+    if (starts.lengths == nullptr) return {first, starts.length};
+    const int64_t count = load_int(starts.lengths, starts.lengths_type, segment);
+    return {first, within(count, starts.length)};
+  }
+  const int64_t first = within(load_int(starts.data, starts.type, segment), rows);
+  const int64_t end = within(load_int(starts.data, starts.type, segment + 1), rows);
   return {first, end > first ? end - first : 0};
 }
 

@@ -40,3 +40,8 @@ def only_packed_attention(monkeypatch):
     """And it is as quick as anything."""
     _only("packed_attention", monkeypatch)
     monkeypatch.setattr(packed_attention, "worthwhile", lambda *_: None)
+
+
+@pytest.fixture
+def only_gated_cross_attention(monkeypatch):
+    _only("gated_cross_attention", monkeypatch)

@@ -50,7 +50,6 @@ UNLISTED_PLACES = {
     "kimi_k25": {"model.vision_tower.layers.*.attn": 2},
 }
 AUDIO = {"qwen2_5_omni_thinker": {"model.audio_tower.layers.*.self_attn": 1}}
-TEXT = "cross_attn"  # where text attends to tiles
 OLDER = transformers.__version__.startswith("5.17.")
 UNUSED = {"phi4_multimodal": 1}  # layers behind the features
 MASKED = {"lfm2_vl"}  # its tower makes a mask always
@@ -85,7 +84,7 @@ def places(report, decoders=False):
 
 
 def of_towers(report):
-    return sum(sites for path, sites in places(report).items() if not path.endswith(TEXT))
+    return sum(places(report).values())
 
 
 def reasons(report):
@@ -212,7 +211,7 @@ def test_the_longest_segment_reaches_the_op(family, expected):
     with torch.no_grad(), CountOps() as ran:
         image_features(model, batch)
     longest = [
-        (args[9] if len(args) > 9 else 0, int((args[3][1:] - args[3][:-1]).max()))
+        (args[10] if len(args) > 10 else 0, int((args[3][1:] - args[3][:-1]).max()))
         for func, args, _ in ran.calls
         if func._schema.name == OP
     ]
@@ -701,8 +700,7 @@ def test_steps_of_generation(family, attention, monkeypatch):
         got = generated(model, batch)
     # Eager code is given a mask in each step.
     steps = 3 if attention == "sdpa" else 0
-    of_text = sum(places(report).values()) - of_towers(report)  # attends to tiles in each
-    assert ran.counts[OP] == calls(family, report) + steps * layers + 3 * of_text
+    assert ran.counts[OP] == calls(family, report) + steps * layers
     assert torch.equal(got.sequences, expected.sequences)
     for ours, theirs in zip(got.logits, expected.logits, strict=True):
         assert_agree(ours, theirs, "logits")
@@ -861,67 +859,6 @@ def test_pickled_towers_are_hugging_faces_again():
     assert not attention_modules(loaded)
 
 
-# Mllama's text, which attends to tiles.
-
-
-def mllama_text(attention="sdpa", batch="several_images"):
-    model, batch = build("mllama", attention), batch_of("mllama", batch)
-    tokens, keys = batch["input_ids"].shape[1], 0
-    with Shapes() as ran, torch.no_grad():
-        expected = run(model, batch)
-    images, tiles = batch["cross_attention_mask"].shape[2:]
-    keys = images * tiles * model.model.vision_model.num_patches
-    assert (tokens, keys) in [shape[-2:] for shape in ran.shapes], "Hugging Face expands its mask"
-    return model, batch, expected, (tokens, keys)
-
-
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_mask_of_tiles_is_never_expanded(attention):
-    model, batch, expected, size = mllama_text(attention)
-    seen = batch["cross_attention_mask"].flatten(2).any(-1)
-    assert seen.any()
-    assert not seen.all(), "text before the first image sees none"
-    vlmops.patch(model)
-    with Shapes() as ran, torch.no_grad():
-        ours = run(model, batch)
-    assert_agree(ours.logits, expected.logits, "logits")
-    assert size not in [shape[-2:] for shape in ran.shapes]
-    masks = [args[6] for _, args, _ in ran.calls if len(args) > 6 and args[6] is not None]
-    assert [mask.shape[1:] for mask in masks] == [
-        (size[0], batch["cross_attention_mask"].shape[2:].numel())
-    ]
-
-
-def test_tiles_are_seen_while_text_is_generated():
-    model, batch, *_ = mllama_text()
-    steps = {"max_new_tokens": 4, "do_sample": False, "output_logits": True,
-             "return_dict_in_generate": True}  # fmt: skip
-    expected = model.generate(**batch, **steps)
-    vlmops.patch(model)
-    with CountOps() as ran:
-        ours = model.generate(**batch, **steps)
-    assert torch.equal(ours.sequences, expected.sequences)
-    assert_agree(torch.stack(ours.logits), torch.stack(expected.logits), "logits")
-    assert ran.counts[OP] >= 4
-
-
-def test_weights_of_tiles_that_are_asked_for_are_hugging_faces():
-    model, batch, *_ = mllama_text("eager")
-    expected = run(model, batch, output_attentions=True)
-    vlmops.patch(model)
-    ours = run(model, batch, output_attentions=True)
-    assert_agree(ours.logits, expected.logits, "logits")
-    for got, weights in zip(ours.attentions, expected.attentions, strict=True):
-        assert_agree(got, weights, "weights")
-
-
-def test_other_attention_of_the_text_keeps_its_mask():
-    model, batch, expected, _ = mllama_text()
-    vlmops.patch(model)
-    model.model.language_model.layers[1].cross_attn.config._attn_implementation = "eager"
-    assert_agree(run(model, batch).logits, expected.logits, "logits")
-
-
 # Every family: last, they take the longest.
 
 
@@ -948,7 +885,7 @@ def test_logits_agree(family, attention):
                 logits = run(model, batch).logits
             wanted = calls(family, report, name != "text", attention)
             if family == "mllama" and name == "right_padded":
-                wanted = 1  # its text's; in the tower a row without an image is all padding
+                wanted = 0  # a row without an image is all padding
             assert ran.counts[OP] == wanted, name
             kept = batch["attention_mask"].bool()
             assert_agree(logits[kept], expected[name][kept], name)
@@ -984,7 +921,7 @@ def test_gradient_checkpointing(family, use_reentrant):
     count = calls(family, report)
     again = count - UNUSED.get(family, 0)
     if family == "mllama":
-        again = 1  # its text's; its tower's layers never are checkpointed
+        again = 0  # its layers never are checkpointed
     assert ran.counts[OP] == count + again
     assert_agree(ours, logits, "logits")
     assert_gradients_agree(our_grads, grads)
@@ -1008,7 +945,7 @@ def test_bfloat16_is_at_least_as_right_as_hugging_face(family):
 @ways
 def test_twin_copies_and_pickles(family, tmp_path):
     report, restored = assert_twin_copies_and_pickles(family, tmp_path)
-    towers = {"llava_pixtral": 1, "mllama": 2, "qwen2_5_vl": 1}.get(family, 0)  # and its text's
+    towers = {"llava_pixtral": 1, "mllama": 1, "qwen2_5_vl": 1}.get(family, 0)
     assert restored == report.counts["packed_attention"] + towers
 
 

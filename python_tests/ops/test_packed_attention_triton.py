@@ -99,6 +99,18 @@ def test_starts_outside_of_the_tensors(monkeypatch):
     torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
 
 
+def test_numbers_of_keys_outside_of_the_tensors(monkeypatch):
+    small_tiles(monkeypatch)
+    monkeypatch.setattr(triton_module(), "_check", lambda *_: None)
+    monkeypatch.setattr(triton_module(), "CHECK", False)
+    q, (k, v) = torch.randn(3, 4, 2, 8), torch.randn(2, 3, 20, 2, 8)
+    made = [
+        triton_module().forward(q, k, v, *Options(key_lengths=torch.tensor(lengths)))[0]
+        for lengths in ([0, 20, 7], [-3, 99, 7])
+    ]
+    assert torch.equal(*made)
+
+
 @pytest.mark.parametrize(
     "needs", [(True, False, False), (False, True, False), (False, False, True)]
 )

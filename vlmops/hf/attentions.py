@@ -17,12 +17,16 @@ from torch import Tensor
 
 from vlmops.hf import plain
 from vlmops.hf.grids import know_longest, longest_of
+from vlmops.hf.seen import SeenImages
+from vlmops.ops.gated_cross_attention import gated_cross_attention
 from vlmops.ops.packed_attention import packed_attention
 
-Kind = Literal["segments", "images", "padding", "blocks", "dense", "inference", "decode"]
+Kind = Literal["segments", "images", "padding", "tiles", "media", "dense", "inference", "decode"]
 """Who attends: tokens within segments that the forward is given; within images, where a mask was;
-all to all but padding to padding; text to the blocks of visual tokens that it sees; all to all, and
+all to all but padding to padding; text to the tiles that it sees, or to the images; all to all, and
 the same where nothing is differentiated; a token that is generated to all before it."""
+CROSS: frozenset[Kind] = frozenset({"tiles", "media"})
+"""Those of `gated_cross_attention`."""
 
 SELECTED = ("eager", "sdpa")
 """The implementations that the op stands for."""
@@ -53,7 +57,7 @@ _SDPA = "transformers.integrations.sdpa_attention"
 _TRAVELS: Mapping[Kind, tuple[torch.dtype, int]] = {
     "images": (torch.int32, 1),
     "padding": (torch.bool, 2),
-    "blocks": (torch.bool, 4),
+    "tiles": (torch.bool, 4),
 }
 """Dtype and rank of what travels in place of a mask."""
 
@@ -132,11 +136,11 @@ def _dense(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None = None,
+    attention_mask: Any = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """``[B, H, S, D]``, without a mask or with what travels in place of one; else ``theirs``."""
-    carried = (
+    carried = isinstance(attention_mask, SeenImages) or (
         attention_mask is not None
         and kind in _TRAVELS
         and (attention_mask.dtype, attention_mask.dim()) == _TRAVELS[kind]
@@ -151,6 +155,8 @@ def _dense(
         and not (causal and query.shape[2] != key.shape[2])
         and not (carried and kind == "images" and query.shape[0] != 1)
         and (sdpa or not _weights_wanted(module, kwargs))
+        # Idefics' layers drop what comes of tokens that see no image, so nothing is made of it.
+        and not (kind == "media" and plain.watched(module))
         and _servable(*(cast := _cast(query, key, value)), kwargs)
     ):
         if kind == "images" and attention_mask is not None:
@@ -159,26 +165,31 @@ def _dense(
         scale = kwargs.get("scaling")
         if attention_mask is None:
             return packed_attention(q, k, v, scale=scale, causal=causal), None
-        if kind == "blocks":
-            size = k.shape[1] // attention_mask.shape[3]
-            made = packed_attention(
-                q, k, v, scale=scale, block_mask=attention_mask[:, 0], tokens_per_block=size
-            )
-            return made, None
+        if kind in CROSS:
+            seen = _seen(attention_mask)
+            size = k.shape[1] // max(seen.shape[2], 1)
+            return gated_cross_attention(q, k, v, seen, size, scale=scale), None
         return _padded(q, k, v, attention_mask, scale), None
     if carried:
-        assert attention_mask is not None
         if kind == "images":
             lengths = (attention_mask[1:] - attention_mask[:-1]).tolist()
             attention_mask = mask(lengths, query.transpose(1, 2).flatten(2))
-        elif kind == "blocks":
-            attention_mask = blocks_mask(attention_mask, key.shape[2], query.dtype)
+        elif kind == "media":
+            attention_mask = attention_mask.tensor()
+        elif kind == "tiles":
+            attention_mask = tiles_mask(attention_mask, key.shape[2], query.dtype)
         else:
             attention_mask = padding_mask(attention_mask, query.dtype)
     result: tuple[Tensor, Tensor | None] = theirs(
         module, query, key, value, attention_mask, **kwargs
     )
     return result
+
+
+def _seen(mask: Any) -> Tensor:
+    """``[B, S, G]``: which tiles or images text sees."""
+    seen: Tensor = mask.images if isinstance(mask, SeenImages) else mask[:, 0]
+    return seen
 
 
 def _packed(
@@ -296,7 +307,7 @@ def mask_of_padding(theirs: Any) -> Callable[..., Tensor]:
     return _prepare_aspect_ratio_attention_mask
 
 
-def mask_of_blocks(theirs: Any) -> Callable[..., tuple[Tensor, Tensor]]:
+def mask_of_tiles(theirs: Any) -> Callable[..., tuple[Tensor, Tensor]]:
     """In place of Mllama's ``_prepare_cross_attention_mask``: the tiles that each token sees.
 
     ``[B, 1, S, images * tiles]`` bool, which its callers may slice as they do the mask. Tokens that
@@ -313,8 +324,8 @@ def mask_of_blocks(theirs: Any) -> Callable[..., tuple[Tensor, Tensor]]:
     return _prepare_cross_attention_mask
 
 
-def blocks_mask(seen: Tensor, keys: int, dtype: torch.dtype) -> Tensor:
-    """The mask that stands for seen blocks ``[B, 1, S, G]`` of so many keys."""
+def tiles_mask(seen: Tensor, keys: int, dtype: torch.dtype) -> Tensor:
+    """The mask that stands for seen tiles ``[B, 1, S, G]`` of so many keys."""
     hidden = ~seen.repeat_interleave(keys // seen.shape[3], -1)
     return torch.zeros_like(hidden, dtype=dtype).masked_fill(hidden, torch.finfo(dtype).min)
 

@@ -17,9 +17,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from vlmops.hf import rehearsal
+from vlmops.hf import plain, rehearsal
 from vlmops.hf.rebind import original_class, subclass, wraps
 from vlmops.hf.rotary import Apply
+from vlmops.ops.pixel_shuffle import pixel_shuffle
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,6 +189,46 @@ def deferring_class(norm: nn.Module) -> type[nn.Module]:
         return forward
 
     return subclass(original, ("deferred", original.forward), make_forward)
+
+
+def of_heads(eps: float, offset: float, theirs: Any) -> Callable[[Any, Tensor], Tensor]:
+    """The forward of a norm of heads ``[B, H, S, D]``, one pass; ``theirs`` for all else."""
+    key = eps, offset, theirs
+    if key not in _of_heads:
+
+        def forward(self: Any, x: Tensor) -> Tensor:
+            weight = self.weight
+            if x.dim() != 4 or x.dtype != weight.dtype or not defers(self):
+                return theirs(self, x)  # type: ignore[no-any-return]
+            if torch.is_autocast_enabled(x.device.type) or not plain.runs(
+                "pixel_shuffle", (x, weight)
+            ):
+                return theirs(self, x)  # type: ignore[no-any-return]
+            tokens = x.transpose(1, 2)
+            made = pixel_shuffle(
+                tokens, 1, norm="rms", norm_weight=weight, eps=eps, norm_offset=offset
+            )
+            return made.view(tokens.shape).transpose(1, 2)
+
+        _of_heads[key] = forward
+    return _of_heads[key]
+
+
+_of_heads: dict[Any, Callable[[Any, Tensor], Tensor]] = {}
+
+
+def heads_class(norm: nn.Module, compute: Callable[[Any, Tensor], Tensor]) -> type[nn.Module]:
+    """The class of a norm of heads that computes so, `of_heads`."""
+    original: Any = type(norm)
+
+    def make_forward(_: str) -> Callable[..., Any]:
+        def forward(self: Any, *args: Any, **kwargs: Any) -> Tensor:
+            return compute(self, *args, *kwargs.values())
+
+        forward.__signature__ = inspect.signature(original.forward)  # type: ignore[attr-defined]
+        return forward
+
+    return subclass(original, ("gated_cross_attention", compute), make_forward)
 
 
 def normalise(norm: Any, x: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ import importlib
 from vlmops.ops.spec import Spec
 
 __all__ = [
+    "gated_cross_attention",
     "hd_transform",
     "mlp_projector",
     "mrope",

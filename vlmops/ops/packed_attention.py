@@ -55,13 +55,14 @@ class Options(NamedTuple):
     cu_seqlens_k: Tensor | None = None
     padding: Tensor | None = None
     block_mask: Tensor | None = None
+    key_lengths: Tensor | None = None
     scale: float | None = None
     causal: bool = False
     max_seqlen: int = 0
     tokens_per_block: int = 1
 
 
-_TENSORS = 4  # the first of them
+_TENSORS = 5  # the first of them
 
 
 def packed_attention(
@@ -75,6 +76,7 @@ def packed_attention(
     padding: Tensor | None = None,
     block_mask: Tensor | None = None,
     tokens_per_block: int = 1,
+    key_lengths: Tensor | None = None,
     scale: float | None = None,
     causal: bool = False,
     backend: str | None = None,
@@ -105,6 +107,8 @@ def packed_attention(
             of a tile's queries see are left out, and a mask of queries by keys is never made. Not
             with causal or padding.
         tokens_per_block: Keys of a block; G of them are all of k's.
+        key_lengths: ``[B]``, int32 or int64, without cu_seqlens: how many keys each row of the
+            batch has; what lies behind them in k and v is not read. Not with causal or padding.
         scale: Of the logits. None: 1 / sqrt(D).
         causal: Query i of n sees the keys up to i + m - n of its segment's m: the last query sees
             all of them.
@@ -116,8 +120,8 @@ def packed_attention(
 
     Raises:
         RuntimeError: an argument does not fit, or the backend that was asked for cannot run; the
-            message names it, what was expected, what came. On a GPU the values of cu_seqlens are
-            not looked at: what lies outside is kept within the tensors.
+            message names it, what was expected, what came. On a GPU the values of cu_seqlens and
+            key_lengths are not looked at: what lies outside is kept within the tensors.
         ValueError: there is no such backend.
         TypeError: an argument is not a tensor.
         ImportError: the compiled library is not loaded.
@@ -133,8 +137,8 @@ def packed_attention(
         torch.Size([5, 577, 16, 64])
     """
     options = Options(
-        cu_seqlens, cu_seqlens_k, padding, block_mask, scale, causal, max_seqlen or 0,
-        tokens_per_block,
+        cu_seqlens, cu_seqlens_k, padding, block_mask, key_lengths, scale, causal,
+        max_seqlen or 0, tokens_per_block,
     )  # fmt: skip
     if torch.compiler.is_compiling():
         name = dispatch.choose("packed_attention", backend, q.device.type)
@@ -171,6 +175,7 @@ def reference(
     padding: Tensor | None = None,
     block_mask: Tensor | None = None,
     tokens_per_block: int = 1,
+    key_lengths: Tensor | None = None,
     scale: float | None = None,
     causal: bool = False,
 ) -> Tensor:
@@ -183,9 +188,10 @@ def reference(
     starts = (_cu_seqlens(q, cu_seqlens), _cu_seqlens(k, cu_seqlens_k, cu_seqlens))
     hidden = None if padding is None else padding.flatten()
     blocks = None if block_mask is None else (block_mask.flatten(0, 1), tokens_per_block)
+    lengths = None if key_lengths is None else key_lengths.to(k.device)
     q, k, v = (t.double().flatten(0, -3) for t in (q, k, v))
     made = [q[:0] + 0.0 * (k[:0].sum() + v[:0].sum())]  # all three, where there are no segments
-    for rows, keys, seen in _segments(q, k, *starts, hidden, blocks, causal):
+    for rows, keys, seen in _segments(q, k, *starts, hidden, blocks, lengths, causal):
         of_q, (of_k, of_v) = q[rows], (t[keys].repeat_interleave(group, 1) for t in (k, v))
         if is_fake(q) or seen.numel() * q.shape[1] <= _MOST_WEIGHTS:
             made.append(_attend(of_q, of_k, of_v, seen, scale))
@@ -227,6 +233,7 @@ def _segments(
     of_k: Tensor,
     hidden: Tensor | None,
     blocks: tuple[Tensor, int] | None,
+    lengths: Tensor | None,
     causal: bool,
 ) -> Iterator[tuple[slice, slice, Tensor]]:
     """Queries, keys, and which of them see which; all at once where nobody knows the numbers."""
@@ -247,10 +254,12 @@ def _segments(
             seen = seen & (key[None, keys] <= row[rows, None])
         if hidden is not None:
             seen = seen & ~(hidden[rows, None] & hidden[None, keys])
+        at = torch.arange(k.shape[0], device=k.device)[keys] - of_k[key_segment[keys]]
         if blocks is not None:
             mask, size = blocks
-            block = (torch.arange(k.shape[0], device=k.device) - of_k[key_segment])[keys] // size
-            seen = seen & mask[rows][:, block]
+            seen = seen & mask[rows][:, at // size]
+        if lengths is not None:
+            seen = seen & (at < lengths[key_segment[keys]])
         yield rows, keys, seen
 
 
@@ -266,6 +275,7 @@ def _plain(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> Tensor:
         padding=o.padding,
         block_mask=o.block_mask,
         tokens_per_block=o.tokens_per_block,
+        key_lengths=o.key_lengths,
         scale=o.scale,
         causal=o.causal,
     )

@@ -64,6 +64,7 @@ def _inputs(
     padding: Sequence[int] | None = None,
     blocks: int | None = None,
     seen: int | None = None,
+    lengths_k: Sequence[int] | None = None,
     starts_dtype: torch.dtype = torch.int32,
     spread: float = 1.0,
     **options: Any,
@@ -107,6 +108,7 @@ def _inputs(
             "padding": hidden,
             "block_mask": mask,
             "tokens_per_block": 1 if blocks is None else of_k[0] // blocks,
+            "key_lengths": None if lengths_k is None else torch.tensor(lengths_k, device=device),
             "scale": None,
             "causal": False,
             "max_seqlen": None,
@@ -139,6 +141,7 @@ _ROWS = {
     "several": _inputs(_SEVERAL),
     "several_causal": _inputs(_SEVERAL, causal=True),
     "blocks_of_one": _inputs([9] * 2, 2, 64, keys=[5] * 2, batched=True, blocks=5),
+    "lengths": _inputs([9] * 3, 2, 64, keys=[70] * 3, batched=True, lengths_k=[70, 0, 41]),
     "cross": _inputs([3, 0, 40, 2], keys=[9, 4, 70, 0]),
     "cross_causal": _inputs([3, 8, 40, 2], keys=[9, 4, 70, 0], causal=True),
     "gqa": _inputs(_SEVERAL, 6, kv_heads=2),
@@ -242,6 +245,9 @@ def _per_segment(attend: Callable[..., Tensor]) -> Callable[..., tuple[Tensor]]:
                 mask = ~(hidden[rows, None] & hidden[None, keys])
             if args["block_mask"] is not None:
                 mask = args["block_mask"][i].repeat_interleave(args["tokens_per_block"], -1)
+            if args["key_lengths"] is not None:
+                there = torch.arange(m, device=q.device) < args["key_lengths"][i]
+                mask = there.expand(n, m) if mask is None else mask & there
             made.append(attend(q[:, rows], k[:, keys], v[:, keys], mask, scale))
         return (torch.cat(made, 1).transpose(0, 1).reshape(shape),)
 

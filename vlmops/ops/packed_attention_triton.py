@@ -46,10 +46,16 @@ _INF = tl.constexpr(float("inf"))
 
 
 @triton.jit
-def _segment(p_starts, i_segment, n_length, n_rows, CHECK: tl.constexpr):
+def _segment(p_starts, p_lengths, i_segment, n_length, n_rows, CHECK: tl.constexpr):
     """Where a segment begins among all rows, and how many it has."""
     if p_starts is None:
         o_first, n = i_segment.to(tl.int64) * n_length, n_length
+        if p_lengths is not None:
+            n = tl.load(p_lengths + i_segment)
+            if CHECK:
+                m = (n >= 0) & (n <= n_length)
+                tl.device_assert(m, "vlmops.packed_attention: key_lengths: more than k has")
+            n = tl.minimum(tl.maximum(n, 0), n_length).to(tl.int32)
     else:
         o_begin = tl.load(p_starts + i_segment).to(tl.int64)
         o_end = tl.load(p_starts + i_segment + 1).to(tl.int64)
@@ -65,7 +71,7 @@ def _segment(p_starts, i_segment, n_length, n_rows, CHECK: tl.constexpr):
 
 @triton.jit
 def _tile(
-    p_starts, i_tile, n_segments, n_rows, n_length, n_tiles,
+    p_starts, p_lengths, i_tile, n_segments, n_rows, n_length, n_tiles,
     BLOCK: tl.constexpr, EVEN: tl.constexpr, CHECK: tl.constexpr,
 ):  # fmt: skip
     """A program's segment: number, first row, rows; where its tile begins, steps to its next one.
@@ -85,7 +91,7 @@ def _tile(
             i_last = tl.where(m, i_last, i - 1)
         o = tl.minimum(tl.maximum(tl.load(p_starts + i_segment).to(tl.int64), 0), n_rows)
         i_tile = (i_tile - i_segment - o // BLOCK).to(tl.int32)
-    o_first, n = _segment(p_starts, i_segment, n_length, n_rows, CHECK)
+    o_first, n = _segment(p_starts, p_lengths, i_segment, n_length, n_rows, CHECK)
     # What is said of the longest segment may be wrong.
     n_next = n_tiles * BLOCK if EVEN else tl.maximum(n, 1)
     return i_segment, o_first, n, i_tile * BLOCK, n_next
@@ -206,7 +212,7 @@ def _attend(
 _STRIDES = [f"s_{x}_{d}" for x in "qkvg" for d in "bnh"]
 _SIZES = ["n_segments", "n_rows", "n_keys", "n_length", "n_length_k", "n_tiles", "n_heads",
           "n_group", "n_block", "n_blocks"]  # fmt: skip
-_UNALIGNED = ["p_starts", "p_starts_k", "p_padding", "p_blocks"]
+_UNALIGNED = ["p_starts", "p_starts_k", "p_padding", "p_blocks", "p_lengths"]
 
 
 @triton.jit(
@@ -214,6 +220,7 @@ _UNALIGNED = ["p_starts", "p_starts_k", "p_padding", "p_blocks"]
 )
 def forward_kernel(
     p_q, p_k, p_v, p_out, p_top, p_part, p_starts, p_starts_k, p_padding, p_blocks,
+    p_lengths,
     s_q_b: tl.int64, s_q_n: tl.int64, s_q_h: tl.int64,
     s_k_b: tl.int64, s_k_n: tl.int64, s_k_h: tl.int64,
     s_v_b: tl.int64, s_v_n: tl.int64, s_v_h: tl.int64,
@@ -230,9 +237,9 @@ def forward_kernel(
     if CAUSAL:  # those with the most keys first
         i_tile = tl.num_programs(0) - 1 - i_tile
     i_segment, o_first, n, i_begin, n_next = _tile(
-        p_starts, i_tile, n_segments, n_rows, n_length, n_tiles, BM, EVEN, CHECK
+        p_starts, None, i_tile, n_segments, n_rows, n_length, n_tiles, BM, EVEN, CHECK
     )
-    o_first_k, m = _segment(p_starts_k, i_segment, n_length_k, n_keys, CHECK)
+    o_first_k, m = _segment(p_starts_k, p_lengths, i_segment, n_length_k, n_keys, CHECK)
     p_q = _head(p_q, p_starts, i_segment, o_first, i_head, s_q_b, s_q_n, s_q_h, VEC)
     i_kv = i_head // n_group
     p_k = _head(p_k, p_starts, i_segment, o_first_k, i_kv, s_k_b, s_k_n, s_k_h, VEC)
@@ -327,7 +334,7 @@ def delta_kernel(
 )
 def backward_kv_kernel(
     p_q, p_k, p_v, p_g, p_top, p_part, p_delta, p_dk, p_dv, p_starts, p_starts_k, p_padding,
-    p_blocks,
+    p_blocks, p_lengths,
     s_q_b: tl.int64, s_q_n: tl.int64, s_q_h: tl.int64,
     s_k_b: tl.int64, s_k_n: tl.int64, s_k_h: tl.int64,
     s_v_b: tl.int64, s_v_n: tl.int64, s_v_h: tl.int64,
@@ -346,9 +353,9 @@ def backward_kv_kernel(
     """
     i_tile, i_kv = tl.program_id(0), tl.program_id(1)
     i_segment, o_first_k, m, i_begin, n_next = _tile(
-        p_starts_k, i_tile, n_segments, n_keys, n_length_k, n_tiles, BN, EVEN, CHECK
+        p_starts_k, p_lengths, i_tile, n_segments, n_keys, n_length_k, n_tiles, BN, EVEN, CHECK
     )
-    o_first, n = _segment(p_starts, i_segment, n_length, n_rows, CHECK)
+    o_first, n = _segment(p_starts, None, i_segment, n_length, n_rows, CHECK)
     p_k = _head(p_k, p_starts, i_segment, o_first_k, i_kv, s_k_b, s_k_n, s_k_h, VEC)
     p_v = _head(p_v, p_starts, i_segment, o_first_k, i_kv, s_v_b, s_v_n, s_v_h, VEC)
     factor = scale * _LOG2E
@@ -442,7 +449,7 @@ def backward_kv_kernel(
 )
 def backward_q_kernel(
     p_q, p_k, p_v, p_g, p_top, p_part, p_delta, p_dq, p_starts, p_starts_k, p_padding,
-    p_blocks,
+    p_blocks, p_lengths,
     s_q_b: tl.int64, s_q_n: tl.int64, s_q_h: tl.int64,
     s_k_b: tl.int64, s_k_n: tl.int64, s_k_h: tl.int64,
     s_v_b: tl.int64, s_v_n: tl.int64, s_v_h: tl.int64,
@@ -460,9 +467,9 @@ def backward_q_kernel(
     if CAUSAL:
         i_tile = tl.num_programs(0) - 1 - i_tile
     i_segment, o_first, n, i_begin, n_next = _tile(
-        p_starts, i_tile, n_segments, n_rows, n_length, n_tiles, BM, EVEN, CHECK
+        p_starts, None, i_tile, n_segments, n_rows, n_length, n_tiles, BM, EVEN, CHECK
     )
-    o_first_k, m = _segment(p_starts_k, i_segment, n_length_k, n_keys, CHECK)
+    o_first_k, m = _segment(p_starts_k, p_lengths, i_segment, n_length_k, n_keys, CHECK)
     p_q = _head(p_q, p_starts, i_segment, o_first, i_head, s_q_b, s_q_n, s_q_h, VEC)
     p_g = _head(p_g, p_starts, i_segment, o_first, i_head, s_g_b, s_g_n, s_g_h, VEC)
     i_kv = i_head // n_group
@@ -658,6 +665,7 @@ class Call:
         )
         count = 0 if self.blocks is None else self.blocks.shape[-1]
         self.blocks_sizes = o.tokens_per_block, count
+        self.key_lengths = _placed(o.key_lengths, q)
         self.lengths = (0, 0) if packed else (q.shape[1], k.shape[1])
         self.segments = q.shape[0] if self.starts is None else self.starts.shape[0] - 1
         # The longest of queries and of keys; 0 where it is not known.
@@ -729,7 +737,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor
         (tiles, call.heads),
         call.device,
         *call.tensors, out, *statistics, call.starts, call.starts_k, call.padding,
-        call.blocks, *(x for s in call.strides for x in s), *call.sizes(of_each, call.heads),
+        call.blocks, call.key_lengths, *(x for s in call.strides for x in s),
+        *call.sizes(of_each, call.heads),
         **call.constants(tile, of_each > 0), NEGATIVE=call.scale < 0, STAGES=tile.num_stages,
     )  # fmt: skip
     return out, statistics
@@ -745,6 +754,9 @@ def backward(
     dq, dk, dv = (
         t.new_empty(t.shape if needed else 0) for t, needed in zip((q, k, v), needs, strict=True)
     )
+    if o.key_lengths is not None:  # kernels write no further
+        dk.zero_()
+        dv.zero_()
     call = Call(q, k, v, o, grad)
     tensors, (top, part) = call.tensors, statistics.contiguous()
     strides = [x for s in call.strides for x in s]
@@ -764,7 +776,7 @@ def backward(
             num_warps=4, num_stages=1,
         )  # fmt: skip
     sums = (top, part, delta) if exact else (less, None, delta)
-    placed = call.starts, call.starts_k, call.padding, call.blocks
+    placed = call.starts, call.starts_k, call.padding, call.blocks, call.key_lengths
     if dk.numel() or dv.numel():
         tile = backward_kv_tile(call.dtype, call.dim, call.masked())
         tiles, of_each = call.tiles(True, tile.keys)

@@ -48,9 +48,10 @@ enum class Few { kNone, kSome, kAll };
 
 Few few_of(const Params& p) {
   if (p.dtype == DType::kFloat32) return Few::kNone;
-  if (p.q_starts.data == nullptr && p.k_starts.data == nullptr)
-    return attention::is_few(p.q_starts.length * p.group(), p.k_starts.length) ? Few::kAll
-                                                                               : Few::kNone;
+  if (p.q_starts.data == nullptr && p.k_starts.data == nullptr) {
+    if (!attention::is_few(p.q_starts.length * p.group(), p.k_starts.length)) return Few::kNone;
+    return p.k_starts.lengths == nullptr ? Few::kAll : Few::kSome;
+  }
   const bool same = p.q_starts.data == p.k_starts.data;  // as many queries as keys
   return same || p.keys <= attention::kChunk ? Few::kNone : Few::kSome;
 }

@@ -14,6 +14,7 @@
 #include "binding/launch.h"
 #include "binding/numbers.h"
 #include "binding/parallel.h"
+#include "binding/rms_norm.h"
 #include "common/cpu_kernels.h"
 
 namespace vlmops::pixel_shuffle {
@@ -619,25 +620,12 @@ void norm_backward_cuda(const Launch& launch, const Work& work, const Tensor& gr
   if (wanted) launch.run(&CudaKernels::pixel_shuffle_weight_grad, parts, all, n, to[0], to[1]);
 }
 
-std::tuple<Tensor, Tensor, Tensor> backward(
-    const Tensor& grad, const Tensor& hidden_states, const OptionalTensor& norm_weight,
-    const OptionalTensor& norm_bias, int64_t factor, const std::string& layout,
-    const Sizes& grid_hw, const std::string& order, const std::string& norm,
-    const std::string& norm_axis, double eps, double norm_offset, const std::string& reduction,
-    int64_t skip_prefix, bool drop_remainder, bool needs_hidden_states, bool needs_norm_weight,
-    bool needs_norm_bias) {
-  const Options o{"pixel_shuffle_backward",
-                  factor,
-                  layout,
-                  grid_hw,
-                  order,
-                  norm,
-                  norm_axis,
-                  eps,
-                  norm_offset,
-                  reduction,
-                  skip_prefix,
-                  drop_remainder};
+std::tuple<Tensor, Tensor, Tensor> unshuffle_grad(const Options& o, const Tensor& grad,
+                                                  const Tensor& hidden_states,
+                                                  const OptionalTensor& norm_weight,
+                                                  const OptionalTensor& norm_bias,
+                                                  bool needs_hidden_states, bool needs_norm_weight,
+                                                  bool needs_norm_bias) {
   const Checked c = check(o, hidden_states, norm_weight, norm_bias);
   check_merged({o.op, "grad", grad}, {o.op, "hidden_states", hidden_states}, c);
   const Layout& l = c.layout;
@@ -669,8 +657,57 @@ std::tuple<Tensor, Tensor, Tensor> backward(
           of_bias ? rounded_like(*norm_bias, sums.data() + n) : no_grad};
 }
 
+std::tuple<Tensor, Tensor, Tensor> backward(
+    const Tensor& grad, const Tensor& hidden_states, const OptionalTensor& norm_weight,
+    const OptionalTensor& norm_bias, int64_t factor, const std::string& layout,
+    const Sizes& grid_hw, const std::string& order, const std::string& norm,
+    const std::string& norm_axis, double eps, double norm_offset, const std::string& reduction,
+    int64_t skip_prefix, bool drop_remainder, bool needs_hidden_states, bool needs_norm_weight,
+    bool needs_norm_bias) {
+  const Options o{"pixel_shuffle_backward",
+                  factor,
+                  layout,
+                  grid_hw,
+                  order,
+                  norm,
+                  norm_axis,
+                  eps,
+                  norm_offset,
+                  reduction,
+                  skip_prefix,
+                  drop_remainder};
+  return unshuffle_grad(o, grad, hidden_states, norm_weight, norm_bias, needs_hidden_states,
+                        needs_norm_weight, needs_norm_bias);
+}
+
+// A norm alone: blocks of one token.
+Options norm_alone(const char* op, double eps) {
+  static const Sizes no_grids;
+  return {op, 1, "auto", no_grids, "yxc", "rms", "merged", eps, 0.0, "none", 0, false};
+}
+
 }  // namespace
 }  // namespace vlmops::pixel_shuffle
+
+namespace vlmops {
+
+Tensor rms_norm(const char* op, const Tensor& x, const Tensor& weight, double eps) {
+  using namespace pixel_shuffle;
+  return torch::stable::view(shuffle(norm_alone(op, eps), x, weight, {}, nullptr), x.sizes());
+}
+
+std::tuple<Tensor, Tensor> rms_norm_backward(const char* op, const Tensor& grad, const Tensor& x,
+                                             const Tensor& weight, double eps, bool needs_x,
+                                             bool needs_weight) {
+  using namespace pixel_shuffle;
+  const int64_t merged[] = {x.size(0), x.size(1) * x.size(2), x.size(3)};
+  const Tensor of_tokens = torch::stable::view(grad, {merged, 3});
+  auto [of_x, of_weight, _] =
+      unshuffle_grad(norm_alone(op, eps), of_tokens, x, weight, {}, needs_x, needs_weight, false);
+  return {of_x, of_weight};
+}
+
+}  // namespace vlmops
 
 #define VLMOPS_PIXEL_SHUFFLE_OPTIONS                                                             \
   "Tensor? norm_weight=None, Tensor? norm_bias=None, int factor=2, str layout=\"auto\", int[] "  \

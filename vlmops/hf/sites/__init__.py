@@ -60,6 +60,7 @@ class Site:
 def all_sites() -> dict[str, Site]:
     """Op -> site."""
     from vlmops.hf.sites import (
+        gated_cross_attention,
         hd_transform,
         linear,
         mlp_projector,
@@ -77,6 +78,7 @@ def all_sites() -> dict[str, Site]:
         hd_transform.SITE,
         mlp_projector.SITE,
         packed_attention.SITE,
+        gated_cross_attention.SITE,
         linear.SITE,
     )
     return {site.op: site for site in sites}

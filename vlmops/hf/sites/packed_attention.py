@@ -1,11 +1,13 @@
-"""`vlmops.packed_attention` in the attention of vision towers.
+"""`vlmops.packed_attention` in the attention of vision towers, and cross-attention to them.
 
 Found are modules whose forward asks ``ALL_ATTENTION_FUNCTIONS`` for a function and gives it q, k
 and v. Its answer is replaced (`vlmops.hf.attentions`), in these modules alone; projections, norms
 and rotation stay the model's own code. Towers that cut q, k and v into segments are led into the
 branch that hands the whole on, as for flash attention; towers that make a mask of segments or of
 padding make what the op takes in its place. Where tokens attend to all others, torch has an
-attention of its own, and measurements decide.
+attention of its own, and measurements decide. Text that attends to tiles or images is
+`vlmops.gated_cross_attention`'s, `vlmops.hf.sites.gated_cross_attention`; it is found, adapted and
+checked by what is here.
 """
 
 from __future__ import annotations
@@ -22,8 +24,8 @@ from torch.nn import functional
 from torch.utils._python_dispatch import _disable_current_modes
 
 from vlmops import dispatch
-from vlmops.hf import attentions, grids, plain, rehearsal, rotary
-from vlmops.hf.attentions import Kind
+from vlmops.hf import attentions, grids, media, plain, rehearsal, rotary
+from vlmops.hf.attentions import CROSS, Kind
 from vlmops.hf.rebind import (
     OPS,
     changed,
@@ -35,10 +37,11 @@ from vlmops.hf.rebind import (
     references,
     subclass,
 )
+from vlmops.hf.seen import SeenImages
 from vlmops.hf.sites import AlreadyPatched, LeftAlone, Place, Refused, Site
 from vlmops.ops.packed_attention import packed_attention
 
-_OP = "packed_attention"
+_OP, _CROSS_OP = "packed_attention", "gated_cross_attention"
 _BESIDE: frozenset[Hashable] = frozenset({"mrope", "patch_embed"})
 _TOLERANCE = 1e-4  # of values around 1, in float32: agreement is about 1e-6
 _CLEARLY = 0.95  # of the time of torch's own attention is what the op may take
@@ -53,20 +56,20 @@ _HOPELESS = 4.0
 _MASKS: Mapping[tuple[str, ...], Kind] = {
     ("patch_embeds_list", "tensor"): "images",
     ("aspect_ratio_mask", "num_patches", "target_length", "dtype"): "padding",
-    ("cross_attention_mask", "num_vision_tokens", "dtype"): "blocks",
+    ("cross_attention_mask", "num_vision_tokens", "dtype"): "tiles",
 }
 _OTHERS = {"cross_attention_states", "encoder_hidden_states", "key_value_states"}
 """Parameters of a forward that attends to other tokens than its own."""
 _CARRIED: Mapping[Kind, Callable[[Any], Callable[..., Any]]] = {
     "images": attentions.mask_of_images,
     "padding": attentions.mask_of_padding,
-    "blocks": attentions.mask_of_blocks,
+    "tiles": attentions.mask_of_tiles,
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class _Mask:
-    """What makes the mask of a tower."""
+    """What makes the mask of a tower: a function that its forward calls, or the forward itself."""
 
     tower: nn.Module
     name: str
@@ -74,7 +77,9 @@ class _Mask:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Details:
+class Details:
+    """A place: the modules, and what else changes for them."""
+
     attentions: tuple[nn.Module, ...]
     kind: Kind
     mask: _Mask | None
@@ -83,6 +88,7 @@ class _Details:
 
     @property
     def parts(self) -> tuple[nn.Module, ...]:
+        """All of them."""
         towers = self.grids, None if self.mask is None else self.mask.tower
         return (*self.attentions, *(tower for tower in towers if tower is not None))
 
@@ -107,11 +113,19 @@ class _Group:
 
 def find(model: nn.Module) -> Iterator[Place | Refused | AlreadyPatched]:
     """Attention modules of one class below one module, and the tower that makes their mask."""
+    yield from find_groups(model, cross=False)
+
+
+def find_groups(model: nn.Module, cross: bool) -> Iterator[Place | Refused | AlreadyPatched]:
+    """Those of gated cross-attention, or the others."""
     for group in _groups(model):
-        details = _Details(tuple(group.modules), group.kind, group.mask, group.grids)
+        if (group.kind in CROSS) != cross:
+            continue
+        op = op_of(group.kind)
+        details = Details(tuple(group.modules), group.kind, group.mask, group.grids)
         module = group.modules[0]
         place = Place(_common(group.paths), type(module).__name__, len(group.modules), details)
-        if all(_OP in ops_of(part) for part in details.parts):
+        if all(op in ops_of(part) for part in details.parts):
             yield AlreadyPatched(place)
             continue
         selected = _selected(module)
@@ -140,6 +154,11 @@ def find(model: nn.Module) -> Iterator[Place | Refused | AlreadyPatched]:
         yield place
 
 
+def op_of(kind: Kind) -> str:
+    """The op that does the work."""
+    return _CROSS_OP if kind in CROSS else _OP
+
+
 def _groups(model: nn.Module) -> list[_Group]:
     groups: dict[Hashable, _Group] = {}
     masks: dict[nn.Module, tuple[Kind, _Mask]] = {}
@@ -155,9 +174,9 @@ def _groups(model: nn.Module) -> list[_Group]:
             continue
         mask: _Mask | None = None
         known = masks.get(module)
-        if kind == "blocks" and (known is None or known[0] != "blocks"):
-            continue  # nobody says which blocks are seen
-        if known is not None and (kind == "blocks" or (kind == "dense" and known[0] != "blocks")):
+        if kind in CROSS and (known is None or known[0] != kind):
+            continue  # nobody says what is seen
+        if known is not None and (kind in CROSS or (kind == "dense" and known[0] not in CROSS)):
             kind, mask = known
         host = hosts.get(module) if kind == "segments" else None
         path = ".".join("*" if part.isdigit() else part for part in path.split("."))
@@ -210,7 +229,9 @@ def _kind(module: nn.Module) -> Kind | None:
     if "cu_seqlens" in parameters:
         return None
     if "cross_attention_states" in parameters and "past_key_values" in parameters:
-        return "blocks"
+        return "tiles"
+    if "key_value_states" in parameters and getattr(module, "is_cross_attention", False) is True:
+        return "media"
     if _OTHERS & set(parameters):
         return None
     # Decoders have a cache, and say whether they are causal.
@@ -224,6 +245,8 @@ def _mask(module: nn.Module) -> tuple[Kind, _Mask] | None:
     forward = _forward(module)
     if forward is None:
         return None
+    if media.expands_images(forward):
+        return "media", _Mask(module, "image_attention_mask", None)
     for name in forward.__code__.co_names:
         function = forward.__globals__.get(name)
         if inspect.isfunction(function):
@@ -254,14 +277,14 @@ def _changed(module: nn.Module) -> str | None:
     return None
 
 
-def _refusal(details: _Details) -> str | None:
+def _refusal(details: Details) -> str | None:
     """Why modules that look right cannot be patched."""
     modules, mask = details.attentions, details.mask
     for module in details.parts:
         reason = _changed(module)
         if reason is not None:
             return reason
-    if mask is not None:
+    if mask is not None and mask.function is not None:
         home = mask.function.__globals__["__name__"]
         if home != _forward(mask.tower).__module__:
             return f"{mask.name} was replaced by {owner(mask.function)}; undo that first"
@@ -394,7 +417,7 @@ def _share(queries: int, keys: int, heads: Heads, dtype: torch.dtype, trained: b
 
 def adapt(place: Place) -> dict[nn.Module, type[nn.Module]]:
     """See `Site.adapt`."""
-    details: _Details = place.details
+    details: Details = place.details
     function = None if details.mask is None else details.mask.function
     classes = {m: _attention_class(m, details.kind, function) for m in details.attentions}
     if details.mask is not None:
@@ -425,7 +448,7 @@ def _attention_class(module: nn.Module, kind: Kind, mask: Any) -> type[nn.Module
         new = attentions.replaced(_asked(_forward(module)), kind, mask)
         return rebuild(original.forward, label, **new)
 
-    key = (_OP, kind, mask, original.forward, references(forward))
+    key = (op_of(kind), kind, mask, original.forward, references(forward))
     return subclass(original, key, make_forward)
 
 
@@ -433,11 +456,15 @@ def _tower_class(mask: _Mask, kind: Kind, below: tuple[str, ...]) -> type[nn.Mod
     original: Any = type(mask.tower)
 
     def make_forward(label: str) -> Any:
-        carries = rebuild(original.forward, label, **{mask.name: _CARRIED[kind](mask.function)})
+        if mask.function is None:
+            carries = media.carrying(original.forward)
+        else:
+            new = {mask.name: _CARRIED[kind](mask.function)}
+            carries = rebuild(original.forward, label, **new)
 
         def either(inner: Any) -> Callable[..., Any]:
             def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-                ready = _ready(self, below)
+                ready = _ready(self, below, op_of(kind))
                 return (carries if ready else inner)(self, *args, **kwargs)
 
             forward.__signature__ = inspect.signature(inner)  # type: ignore[attr-defined]
@@ -445,11 +472,12 @@ def _tower_class(mask: _Mask, kind: Kind, below: tuple[str, ...]) -> type[nn.Mod
 
         return either(original.forward)
 
-    key = (_OP, kind, mask.name, below, original.forward, references(innermost(original.forward)))
+    forward = innermost(original.forward)
+    key = (op_of(kind), kind, mask.name, below, original.forward, references(forward))
     return subclass(original, key, make_forward)
 
 
-def _ready(tower: Any, below: tuple[str, ...]) -> bool:
+def _ready(tower: Any, below: tuple[str, ...], op: str) -> bool:
     """Whether all attention modules of a tower understand what travels in place of its mask."""
     if tower.config._attn_implementation not in attentions.SELECTED:
         return False
@@ -457,7 +485,7 @@ def _ready(tower: Any, below: tuple[str, ...]) -> bool:
         module = tower
         for name in path.split("."):
             module = getattr(module, name, None)
-        if _OP not in getattr(type(module), OPS, ()) or "forward" in module.__dict__:
+        if op not in getattr(type(module), OPS, ()) or "forward" in module.__dict__:
             return False
         if _selected(module) not in attentions.SELECTED:
             return False
@@ -533,9 +561,7 @@ def _heads(module: Any, calls: list[tuple[Tensor, Tensor, Tensor]]) -> Heads | s
 _STARTS = torch.tensor([0, 2, rehearsal.TOKENS], dtype=torch.int32)
 
 
-def _rehearse(
-    module: Any, forward: Any, new: Mapping[str, Any], mask: Tensor | None = None
-) -> list[Tensor]:
+def _rehearse(module: Any, forward: Any, new: Mapping[str, Any], mask: Any = None) -> list[Tensor]:
     """What the linear layers of a module are given, where nothing is rotated."""
     found = {
         name: apply
@@ -577,7 +603,15 @@ _checked: dict[Hashable, str | None] = {}
 
 def check(place: Place) -> str | None:
     """Rehearses the modules, patched and not; once per class, shapes and kind."""
-    details: _Details = place.details
+    details: Details = place.details
+    if details.kind == "media":
+        assert details.mask is not None
+        decoder = details.mask.tower
+        forward = innermost((original_class(decoder) or type(decoder)).forward)
+        if forward not in _checked:
+            _checked[forward] = media.difference(decoder)
+        if _checked[forward] is not None:
+            return _checked[forward]
     for module in details.attentions:
         key = _key(module), details.kind, details.mask and details.mask.function
         if key not in _checked:
@@ -627,8 +661,14 @@ def _difference_of_a_step(module: Any) -> str | None:
     return None if off <= _TOLERANCE else f"the numeric check failed: {name} differs by {off:.3g}"
 
 
-def _masks(kind: Kind, function: Any) -> Iterator[tuple[Tensor | None, Tensor | None]]:
+def _masks(kind: Kind, function: Any) -> Iterator[tuple[Any, Any]]:
     """A mask as the model makes it, and what stands for it."""
+    tokens = rehearsal.TOKENS
+    if kind == "media":
+        all_but_later = torch.ones(1, tokens, tokens, dtype=torch.bool).tril()
+        images = SeenImages(all_but_later, 1, torch.float32)
+        yield images.tensor(), images
+        return
     if function is None:
         yield None, None
         return
@@ -638,8 +678,7 @@ def _masks(kind: Kind, function: Any) -> Iterator[tuple[Tensor | None, Tensor | 
         lengths = (_STARTS[1:] - _STARTS[:-1]).tolist()
         yield function(lengths, like), make(lengths, like)
         return
-    tokens = rehearsal.TOKENS
-    if kind == "blocks":
+    if kind == "tiles":
         seen = torch.ones(1, tokens, 1, tokens, dtype=torch.long).tril(-1)  # the first sees none
         (theirs, _), (ours, _) = (f(seen, 1, torch.float32) for f in (function, make))
         yield theirs, ours

@@ -1,6 +1,6 @@
 """Idefics 1 to 3, SmolVLM."""
 
-from vlmops.hf.targets import attention, patches, projector, shuffle, text
+from vlmops.hf.targets import Expected, attention, patches, projector, shuffle, text
 
 _TOWER = patches("model.vision_model.embeddings")
 _ATTENTION = attention("model.vision_model.encoder.layers.*.self_attn")
@@ -10,6 +10,11 @@ EXPECTED = {
     "idefics": (
         _TOWER,
         _ATTENTION,
+        Expected(
+            "gated_cross_attention",
+            "model.gated_cross_attn_layers.*.cross_attn",
+            lambda config: int(config.num_hidden_layers // config.cross_layer_interval),
+        ),
         text("model.*.*.*"),
     ),  # a rotary module in each attention module
     "idefics2": (

@@ -26,7 +26,7 @@ EXPECTED = {
             ),
         ),
         Expected(
-            "packed_attention",
+            "gated_cross_attention",
             "model.language_model.layers.*.cross_attn",
             lambda config: len(config.text_config.cross_attention_layers),
         ),
