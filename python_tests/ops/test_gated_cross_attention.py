@@ -6,8 +6,11 @@ import pytest
 import torch
 from dispatch import CountOps
 from testbed import NATIVE_BF16, TESTED_ISAS, extra_memory, reads_proc
+from torch.nn import functional
 
 import vlmops
+import vlmops.nn
+from vlmops.demo.gated_cross_attention import train
 
 every_isa = pytest.mark.parametrize("isa", TESTED_ISAS + NATIVE_BF16)
 BATCH, TEXT, KEYS, HEADS, KV_HEADS, DIM = 3, 9, 70, 4, 2, 32
@@ -133,7 +136,7 @@ def test_gradients_that_nobody_needs_are_not_computed():
 
 @reads_proc
 def test_masks_are_never_expanded_and_heads_never_repeated():
-    """Text of 2,048 over four tiles: a float mask of both would be 52 MB, repeated heads 13 each."""
+    """2,048 tokens over four tiles: a float mask of both would be 52 MB, repeated heads 13."""
     q, (k, v) = torch.randn(1, 2048, 4, 64), torch.randn(2, 1, 6404, 2, 64)
     mask = torch.arange(4) < torch.tensor([3, 1]).repeat(1024)[None, :, None]
     norms = torch.ones(2, 64)
@@ -149,3 +152,104 @@ def test_masks_are_never_expanded_and_heads_never_repeated():
     grown, largest = extra_memory(lambda: gradients(q, k, v, norms, **options))
     assert largest <= k.nbytes
     assert grown < 6 * k.nbytes + 8 * q.nbytes + 24e6
+
+
+# The layer.
+
+
+def flamingo(x, visual, mask, weights, heads, activation, eps):
+    """The paper's formulas, a token and a head at a time, in float64."""
+    w = {name: t.double() for name, t in weights.items()}
+
+    def layer_norm(y, name):
+        y = y - y.mean()
+        return y / (y.square().mean() + eps).sqrt() * w[f"{name}.weight"] + w[f"{name}.bias"]
+
+    def rms_norm(y, name):
+        if f"{name}.weight" not in w:
+            return y
+        return y / (y.square().mean() + eps).sqrt() * w[f"{name}.weight"]
+
+    kv_heads = w["k_proj.weight"].shape[0] * heads // w["q_proj.weight"].shape[0]
+    rows = []
+    for b, i in itertools.product(range(x.shape[0]), range(x.shape[1])):
+        y = x[b, i].double()
+        q = (w["q_proj.weight"] @ layer_norm(y, "attn_norm")).view(heads, -1)
+        images = [visual[b, m].double() for m in range(visual.shape[1]) if mask[b, i, m]]
+        outs = []
+        for h in range(heads):
+            of_kv = h * kv_heads // heads
+            keys, values = (
+                [(w[f"{n}_proj.weight"] @ t).view(kv_heads, -1)[of_kv] for m in images for t in m]
+                for n in "kv"
+            )
+            if not keys:
+                outs.append(torch.zeros(q.shape[1], dtype=torch.float64))
+                continue
+            keys = torch.stack([rms_norm(k, "k_norm") for k in keys])
+            logits = keys @ rms_norm(q[h], "q_norm") / q.shape[1] ** 0.5
+            outs.append(logits.softmax(0) @ torch.stack(values))
+        y = y + w["attn_gate"].tanh() * (w["o_proj.weight"] @ torch.cat(outs))
+        hidden = activation(w["fc1.weight"] @ layer_norm(y, "mlp_norm"))
+        rows.append(y + w["mlp_gate"].tanh() * (w["fc2.weight"] @ hidden))
+    return torch.stack(rows).view(x.shape)
+
+
+BLOCKS = {
+    "flamingo": {"num_heads": 2, "activation": "squared_relu"},
+    "norms": {"num_heads": 4, "num_kv_heads": 2, "qk_norm": True, "vector_gates": True},
+    "head_dim": {"num_heads": 3, "head_dim": 8, "activation": "silu"},
+}
+
+
+def block_of(name):
+    block = vlmops.nn.GatedCrossAttentionBlock(32, 24, **BLOCKS[name])
+    for p in block.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    where = torch.zeros(2, 7, dtype=torch.bool)
+    where[0, [1, 4]] = where[1, [0]] = True
+    return block, torch.randn(2, 7, 32), torch.randn(2, 2, 5, 24), where
+
+
+@pytest.mark.parametrize("only_latest", [True, False])
+@pytest.mark.parametrize("name", BLOCKS)
+def test_block_is_what_the_paper_says(name, only_latest):
+    block, text, images, where = block_of(name)
+    mask = vlmops.nn.image_mask(where, 2, only_latest)
+    assert not mask[0, 0].any(), "before the first image"
+    activation = {"gelu": functional.gelu, "silu": functional.silu}.get(
+        block.activation, lambda x: functional.relu(x) ** 2
+    )
+    exact = flamingo(text, images, mask, block.state_dict(), block.num_heads, activation, block.eps)
+    torch.testing.assert_close(block(text, images, mask).double(), exact, rtol=1e-5, atol=1e-5)
+    kept = block.keys_and_values(images)
+    step = block(text[:, -1:], None, mask[:, -1:], keys_and_values=kept)
+    torch.testing.assert_close(step.double(), exact[:, -1:], rtol=1e-5, atol=1e-5)
+    made = vlmops.nn.gated_cross_attention_block(
+        text, *kept, block.state_dict(), num_heads=block.num_heads, block_mask=mask,
+        tokens_per_block=5, activation=block.activation,
+    )  # fmt: skip
+    assert torch.equal(made, block(text, images, mask))
+
+
+def test_block_without_images_and_with_closed_gates():
+    block, text, images, where = block_of("flamingo")
+    assert block(text, None) is text
+    torch.nn.init.zeros_(block.attn_gate)
+    torch.nn.init.zeros_(block.mlp_gate)
+    assert torch.equal(block(text, images, vlmops.nn.image_mask(where, 2)), text)
+
+
+def test_block_learns_where_text_is_frozen():
+    """Gates that are closed learn first, and open the way for the rest."""
+    losses = train(40)
+    assert losses[0] == pytest.approx(2.2, abs=0.3), "chance, by a model that nobody trained"
+    assert losses[-1] < 0.5
+
+
+def test_block_names_what_it_does_not_know():
+    with pytest.raises(ValueError, match=r"activation: expected one of gelu, .* got 'swish'"):
+        vlmops.nn.GatedCrossAttentionBlock(32, 24, activation="swish")
+    block, text, images, where = block_of("flamingo")
+    with pytest.raises(RuntimeError, match="block_mask: expected shape"):
+        block(text, images, vlmops.nn.image_mask(where, 2)[:, 1:])

@@ -68,13 +68,12 @@ def keeping_class(
             continues = None if torch.compiler.is_compiling() else _steps.get()
             if continues is None or not _keeps(self, x):
                 return compute(self, x)
-            storage = x.untyped_storage()
             given = _identity(self, x)
             kept = _kept.get(self) if continues else None
-            if kept is not None and kept.given == given and kept.storage() is storage:
+            if kept is not None and kept.given == given:
                 return kept.out
             out = compute(self, x)
-            _kept[self] = _Kept(given, weakref.ref(storage, _forgetting(self)), out)
+            _kept[self] = _Kept(given, weakref.ref(x.untyped_storage(), _forgetting(self)), out)
             return out
 
         forward.__signature__ = inspect.signature(original.forward)  # type: ignore[attr-defined]
@@ -92,7 +91,10 @@ def _keeps(module: Any, x: Tensor) -> bool:
 
 
 def _identity(module: Any, x: Tensor) -> Hashable:
-    """What a result depends on, but for the numbers; those of inference mode have no version."""
+    """What a result depends on, but for the numbers; those of inference mode have no version.
+
+    Nothing else can lie where x does before what was made of x has been forgotten.
+    """
     tensors = (x, *plain.tensors(module))
     versions = [None if t.is_inference() else t._version for t in tensors]
     places = [(t.data_ptr(), t.dtype, t.shape, t.stride()) for t in tensors]

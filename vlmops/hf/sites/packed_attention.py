@@ -124,7 +124,7 @@ def find_groups(model: nn.Module, cross: bool) -> Iterator[Place | Refused | Alr
         op = op_of(group.kind)
         details = Details(tuple(group.modules), group.kind, group.mask, group.grids)
         module = group.modules[0]
-        place = Place(_common(group.paths), type(module).__name__, len(group.modules), details)
+        place = Place(common(group.paths), type(module).__name__, len(group.modules), details)
         if all(op in ops_of(part) for part in details.parts):
             yield AlreadyPatched(place)
             continue
@@ -188,10 +188,15 @@ def _groups(model: nn.Module) -> list[_Group]:
     return list(groups.values())
 
 
-def _common(paths: list[str]) -> str:
+def common(paths: list[str]) -> str:
     """model.visual.blocks.*.attn for a group of several."""
     parts = zip(*(path.split(".") for path in paths), strict=False)
     return ".".join(names[0] if len(set(names)) == 1 else "*" for names in parts)
+
+
+def is_cross(module: nn.Module) -> bool:
+    """Whether a module is attention of text to tiles or images."""
+    return _kind(module) in CROSS
 
 
 def _forward(module: nn.Module) -> Any:
