@@ -5,6 +5,7 @@ from vlmops._library import cpu_isa
 from vlmops.dispatch import backend
 from vlmops.hf.patch import patch, patched, unpatch
 from vlmops.hf.report import PatchReport
+from vlmops.ops.gated_residual import gated_residual
 from vlmops.ops.hd_transform import hd_token_counts, hd_transform
 from vlmops.ops.mlp_projector import mlp_projector
 from vlmops.ops.mrope import mrope, mrope_, mrope_freq_axis
@@ -21,6 +22,7 @@ __all__ = [
     "Warmup",
     "backend",
     "cpu_isa",
+    "gated_residual",
     "hd_token_counts",
     "hd_transform",
     "mlp_projector",

@@ -7,6 +7,7 @@ import importlib
 from vlmops.ops.spec import Spec
 
 __all__ = [
+    "gated_residual",
     "hd_transform",
     "mlp_projector",
     "mrope",
