@@ -462,8 +462,8 @@ MUTATIONS = {
         "ops/gated_residual/gated_residual_cpu.h", "for (int r = 0; r < together; ++r)",
         "for (int r = 1; r < together; ++r)"),
     "residual: one lane of a single gate": (
-        "ops/gated_residual/gated_residual_cpu.h", "for (const double lane : lanes) *total += lane;",
-        "*total += lanes[0];"),
+        "ops/gated_residual/gated_residual_cpu.h",
+        "for (const double lane : lanes) *total += lane;", "*total += lanes[0];"),
     "residual: the slope of another curve": (
         "ops/gated_residual/gated_residual.cpp", "4.0 * e / ((1.0 + e) * (1.0 + e))",
         "4.0 * e / (1.0 + e)"),

@@ -149,8 +149,8 @@ def test_large_results_are_those_of_small_ones(isa, use_cpu_isa, dtype):
     use_cpu_isa(isa)
     x, y = torch.randn(2, 1100, 4096).to(dtype)
     gate, added = torch.randn(4096).to(dtype), torch.rand(1100) < 0.8
-    each = [vlmops.gated_residual(*rows) for rows in
-            zip(x.split(100), y.split(100), [gate] * 11, added.split(100), strict=True)]  # fmt: skip
+    parts = zip(*(t.split(100) for t in (x, y, added)), strict=True)
+    each = [vlmops.gated_residual(a, b, gate, rows) for a, b, rows in parts]
     assert torch.equal(vlmops.gated_residual(x, y, gate, added), torch.cat(each))
     of_y, _ = torch.ops.vlmops.gated_residual_backward(x, y, gate, added)
     small, _ = torch.ops.vlmops.gated_residual_backward(x[:100], y[:100], gate, added[:100])

@@ -5,21 +5,21 @@
     out[r] = x[r] + tanh(gate) * y[r]     where row_mask[r], or without one
     out[r] = x[r]                         elsewhere; y is not read there
 
-================  ================================================================================
-model             arguments
-================  ================================================================================
-Mllama            gate [1]: attention without a mask; MLP with row_mask, the rows that see an image
-                  (its ``full_text_row_masked_out_mask``)
-Idefics           gate [1] or [1, 1, C]: attention with row_mask (its ``cross_attention_gate != 0``),
-                  MLP without
-Flamingo          gate [1], no mask
-================  ================================================================================
+========  =========================================================================================
+model     arguments
+========  =========================================================================================
+Mllama    gate [1]: attention without a mask; MLP with row_mask, the rows that see an image (its
+          ``full_text_row_masked_out_mask``)
+Idefics   gate [1] or [1, 1, C]: attention with row_mask (its ``cross_attention_gate != 0``), MLP
+          without
+Flamingo  gate [1], no mask
+========  =========================================================================================
 
 Where Hugging Face multiplies the rows of y by 0 (Mllama) or fills them with zeros (Idefics), this
 leaves them out: the same for finite y, and x to the bit, while 0 * NaN is NaN.
 
 tanh and sum are float32, rounded once. The gradient of x is the gradient of the result itself, no
-copy. y is saved for the gate's gradient alone: frozen gates save none. Sums over rows are in float64
+copy. y is saved for the gate's gradient alone: frozen gates save none. Sums over rows are float64,
 or as exact, in one order.
 
 Sources: Alayrac et al., Flamingo (arXiv 2204.14198); Laurençon et al., OBELICS (Idefics, arXiv

@@ -9,8 +9,8 @@ tokens of Mllama's 4,096 channels in bfloat16, 12 us at the 4.3 TB/s that a copy
 PREDICTED, never measured: 85 % of a copy from 512 tokens on, a launch (5 us) below.
 
 C, dtypes, the form of the gate and whether 8 divides strides are in the compile key; numbers of
-rows and strides are not. Tensors whose rows no single stride leads through, or whose channels do not
-lie side by side, are copied first.
+rows and strides are not. Tensors whose rows no single stride leads through, or whose channels do
+not lie side by side, are copied first.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def backward_kernel(
     C: tl.constexpr, CHANNELS: tl.constexpr, VEC: tl.constexpr, BM: tl.constexpr,
     BC: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of y, and sums [blocks of rows, C], or one number a program; either may be None."""
+    """Gradients of y, and sums [blocks of rows, C], or one number a program; either may be None."""
     o_row, o_c, m_row, m_c = _place(n_rows, C, BM, BC)
     m_added = _added(p_mask, o_row, m_row)
     m = m_added[:, None] & m_c[None, :]

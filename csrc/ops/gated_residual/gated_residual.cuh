@@ -187,7 +187,7 @@ __device__ __forceinline__ double warp_sum(double x) {
 
 // Grid: blocks of channels times parts of the rows.
 template <class T, bool kWide>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads)  // 3 blocks spill on sm_100 and sm_120
     gated_residual_backward_kernel(const VLMOPS_GRID_CONSTANT Params p, double* partial) {
   constexpr int V = kPack<T>;
   VLMOPS_SHARED(double, shared, kThreads* V);
