@@ -1,4 +1,4 @@
-"""Measures the HD transform: the same as ``vlmops bench packed_attention``."""
+"""Measures attention: the same as ``vlmops bench packed_attention``."""
 
 import sys
 

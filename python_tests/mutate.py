@@ -433,10 +433,71 @@ MUTATIONS = {
         "for (int y = 1; y < p.side; ++y) add(whole_at"),
     "learned rows: all but the last 64": (
         "ops/hd_transform/hd_transform_cpu.h", "  flush(newline);\n  for", "  for"),
+    "residual: tanh of small gates": (
+        "common/tanh.h", "near = near * square - 0x1.555532p-2f;", ""),
+    "residual: tanh without its sign": ("common/tanh.h", "(far) | sign", "(far)"),
+    "residual: the mask ignored": (
+        "ops/gated_residual/gated_residual.h",
+        "p.row_mask == nullptr || p.row_mask[row_at(p, p.mask_stride, row)]", "true"),
+    "residual: a mask side by side": (
+        "ops/gated_residual/gated_residual.h", "row_at(p, p.mask_stride, row)", "row"),
+    "residual: rows of the last dimension alone": (
+        "ops/gated_residual/gated_residual.h", "return outer * s.outer + ", "return "),
+    "residual: gates of bfloat16 in their own order": (
+        "ops/gated_residual/gated_residual_cpu.h", "ordered[A::place(i)] = to[first + i];",
+        "ordered[i] = to[first + i];"),
+    "residual: sums of bfloat16 in vectors' order": (
+        "ops/gated_residual/gated_residual_cpu.h", "ordered[i] = total[first + A::place(i)];",
+        "ordered[i] = total[first + i];"),
+    "residual: NaN of gates with a payload": (
+        "ops/gated_residual/gated_residual_cpu.h",
+        'y == y ? y : Vec<float, width>{} + __builtin_nanf("")', "y"),
+    "residual: channels side by side": (
+        "ops/gated_residual/gated_residual_cpu.h", "one(y + i * y_step);", "one(y + i);"),
+    "residual: hidden rows keep their gradient": (
+        "ops/gated_residual/gated_residual_cpu.h",
+        "__builtin_memset(static_cast<T*>(p.out) + row * p.channels, 0, p.channels * sizeof(T));",
+        ";"),
+    "residual: rows beyond the last four": (
+        "ops/gated_residual/gated_residual_cpu.h", "for (int r = 0; r < together; ++r)",
+        "for (int r = 1; r < together; ++r)"),
+    "residual: one lane of a single gate": (
+        "ops/gated_residual/gated_residual_cpu.h",
+        "for (const double lane : lanes) *total += lane;", "*total += lanes[0];"),
+    "residual: the slope of another curve": (
+        "ops/gated_residual/gated_residual.cpp", "4.0 * e / ((1.0 + e) * (1.0 + e))",
+        "4.0 * e / (1.0 + e)"),
+    "residual: gradients of the first rows": (
+        "ops/gated_residual/gated_residual.cpp", "for (double& all : total) all += *sum++;",
+        "for (double& all : total) all = *sum++;"),
+    "residual: let y of another shape through": (
+        "ops/gated_residual/gated_residual.cpp", "a.shape(x.tensor.sizes(), x.name);", ""),
+    "residual: let gates of rows through": (
+        "ops/gated_residual/gated_residual.cpp", "(n != channels || last != n)", "n != channels"),
+    "residual: an expanded gate for one": (
+        "ops/gated_residual/gated_residual.cpp", "g.per_channel = n != 1;",
+        "g.per_channel = n != 1 && t.stride(t.dim() - 1) != 0;"),
+    "residual: more strides than two": (
+        "ops/gated_residual/gated_residual.cpp", "if (merged.size() > 2) return false;", ""),
 }  # fmt: skip
 
 # op -> name -> (text in vlmops/ops/<op>_triton.py, replacement)
-TRITON_MUTATIONS = {"hd_transform": {
+TRITON_MUTATIONS = {"gated_residual": {
+    "unchanged": ("import os", "import os"),
+    "the mask ignored": (
+        "m = m & (tl.load(p_mask + o_row, mask=m_row, other=0) != 0)", "m = m & True"),
+    "the first gate for all": ("o_c if CHANNELS else o_c * 0", "o_c * 0"),
+    "tanh of large gates": ("tl.where(b_size < 0.625, b_near,", "tl.where(b_size < 9.0, b_near,"),
+    "tanh without its sign": ("tl.where(b_x < 0.0, -b_far, b_far)", "b_far"),
+    "hidden rows are rounded": (
+        "tl.where(m_added[:, None], b_sum.to(p_out.dtype.element_ty), b_x)",
+        "b_sum.to(p_out.dtype.element_ty)"),
+    "gradients of hidden rows": ("b_out = tl.where(m_added[:, None], b_out, 0.0)", "b_out = b_out"),
+    "the slope of another curve": ("4.0 * b_e / ((1.0 + b_e) * (1.0 + b_e))", "4.0 * b_e"),
+    "sums of the first parts": ("range(0, tl.cdiv(n_parts, BM))", "range(0, 1)"),
+    "strides of 16 bytes where there are none": (
+        "vector = _VECTOR if all(", "vector = _VECTOR if True or all("),
+}, "hd_transform": {
     "unchanged": ("import math", "import math"),
     "one row of crops": ("i_y // n_side * n_w_crop + i_x", "i_x"),
     "prefixes are read": ("i_first = n_prefix + (i_y", "i_first = (i_y"),
@@ -726,6 +787,30 @@ CUDA_MUTATIONS = {
         "ops/hd_transform/hd_transform.cuh", "y < p.side; y += kSlices", "y < 0; y += kSlices"),
     "learned rows: the last launch's images": (
         "ops/hd_transform/hd_transform.cuh", "column] += static_cast", "column] = static_cast"),
+    "residual: rows of one warp": (
+        "ops/gated_residual/gated_residual.cuh", "tile.number * kWarps + tile.warp",
+        "tile.number * kWarps"),
+    "residual: the first gate for all": (
+        "ops/gated_residual/gated_residual.cuh", "from[(column + e) * gate.stride]",
+        "from[column * gate.stride]"),
+    "residual: channels beyond the last": (
+        "ops/gated_residual/gated_residual.cuh", "if (e >= n) continue;", ""),
+    "residual: gradients of hidden rows": (
+        "ops/gated_residual/gated_residual.cuh", "added[k] ? g[e] * t[e] : 0.0f", "g[e] * t[e]"),
+    "residual: what rounding takes from sums": (
+        "ops/gated_residual/gated_residual.cuh",
+        "static_cast<double>(sum) + static_cast<double>(lost)", "static_cast<double>(sum)"),
+    "residual: no barrier before sums of warps": (
+        "ops/gated_residual/gated_residual.cuh", "  __syncthreads();\n  if (p.gate.per_channel) {",
+        "  if (p.gate.per_channel) {"),
+    "residual: no barrier between halves": (
+        "ops/gated_residual/gated_residual.cuh",
+        "+= shared[thread + n];\n    __syncthreads();", "+= shared[thread + n];"),
+    "residual: packs of what is not aligned": (
+        "ops/gated_residual/gated_residual.cu", "% 16 == 0 && s.channel == 1 &&",
+        "% 2 == 0 && s.channel == 1 &&"),
+    "residual: packs of channels apart": (
+        "ops/gated_residual/gated_residual.cu", "s.channel == 1 &&", "true &&"),
     "flip a sign (half)": ("ops/mrope/mrope.cuh", "p.sine_sign * p.scaling", "p.scaling"),
     "flip a sign (pairs)": (
         "ops/mrope/mrope.cuh", "y * c.v[e] + x * s.v[e]", "y * c.v[e] - x * s.v[e]"),

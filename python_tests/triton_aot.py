@@ -26,6 +26,7 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
 from vlmops.ops import (
+    gated_residual_triton,
     hd_transform_triton,
     mlp_projector_triton,
     mrope_triton,
@@ -39,8 +40,8 @@ from vlmops.ops.pixel_shuffle import Options
 ARCHITECTURES = (80, 90, 100, 120)
 SHARED = 99 * 1024  # what a block may have on sm_86, 89 and 120; on the others it is more
 POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32",
-            torch.int64: "*i64", torch.int32: "*i32", torch.int16: "*i16",
-            torch.uint8: "*u8"}  # fmt: skip
+            torch.float64: "*fp64", torch.int64: "*i64", torch.int32: "*i32",
+            torch.int16: "*i16", torch.uint8: "*u8"}  # fmt: skip
 
 
 class Recorder:
@@ -254,6 +255,48 @@ def hd_transform_calls():
     }  # fmt: skip
 
 
+def gated(rows=512, gates=1, dtype=torch.bfloat16, masked=False):
+    """The arguments of the op; only dtypes, shapes and strides matter."""
+    x = torch.empty(1, rows, 4096, dtype=dtype)
+    mask = torch.ones(1, rows, dtype=torch.bool) if masked else None
+    return x, x, torch.empty(gates, dtype=dtype), mask
+
+
+def gated_residual_calls():
+    run = gated_residual_triton
+
+    def budget(kernel, registers, wide, **inputs):
+        function = run.forward if kernel == "forward_kernel" else run.backward
+        return Budget(run, kernel, functools.partial(function, *gated(**inputs)), registers, wide)
+
+    channels = {"gates": 4096, "masked": True}
+    return {
+        "residual bf16": budget("forward_kernel", 64, 2),
+        "residual channels bf16": budget("forward_kernel", 64, 2, **channels),
+        "residual fp32": budget("forward_kernel", 64, 2, dtype=torch.float32),
+        "residual backward bf16": budget("backward_kernel", 128, 2, masked=True),
+        "residual backward channels bf16": budget("backward_kernel", 128, 2, **channels),
+        "residual gate bf16": budget("gate_grad_kernel", 64, 0),
+        "residual gate channels bf16": budget("gate_grad_kernel", 64, 0, **channels),
+    }
+
+
+def gated_residual_keys():
+    """name -> number of compile keys over numbers of rows."""
+    run, sizes = gated_residual_triton, (1, 16, 17, 512)
+
+    def number(kernel, function, **inputs):
+        calls = [functools.partial(function, *gated(n, **inputs)) for n in sizes]
+        return number_of_keys(run, kernel, calls)
+
+    return {
+        "forward": number("forward_kernel", run.forward),
+        "forward, channels": number("forward_kernel", run.forward, gates=4096, masked=True),
+        "backward": number("backward_kernel", run.backward, masked=True),
+        "gate": number("gate_grad_kernel", run.backward, gates=4096),
+    }
+
+
 def shuffled(tiles=13, channels=1024, dtype=torch.bfloat16, vectors=0, grid=None, **options):
     """The arguments of the op, for tiles of 32 x 32 or a packed grid."""
     shape = (tiles, 1024, channels) if grid is None else (grid[0] * grid[1], channels)
@@ -416,6 +459,7 @@ def packed_attention_keys():
 def calls():
     """name -> `Budget`"""
     calls = (
+        gated_residual_calls,
         hd_transform_calls,
         mlp_projector_calls,
         mrope_calls,

@@ -6,6 +6,7 @@ from vlmops.dispatch import backend
 from vlmops.hf.patch import patch, patched, unpatch
 from vlmops.hf.report import PatchReport
 from vlmops.ops.gated_cross_attention import gated_cross_attention
+from vlmops.ops.gated_residual import gated_residual
 from vlmops.ops.hd_transform import hd_token_counts, hd_transform
 from vlmops.ops.mlp_projector import mlp_projector
 from vlmops.ops.mrope import mrope, mrope_, mrope_freq_axis
@@ -23,6 +24,7 @@ __all__ = [
     "backend",
     "cpu_isa",
     "gated_cross_attention",
+    "gated_residual",
     "hd_token_counts",
     "hd_transform",
     "mlp_projector",

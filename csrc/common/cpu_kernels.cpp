@@ -1,6 +1,7 @@
 // Compiled once per instruction set with -DVLMOPS_ISA=portable|avx2|avx512 and the matching -march.
 #include "common/cpu_kernels.h"
 
+#include "ops/gated_residual/gated_residual_cpu.h"
 #include "ops/hd_transform/hd_transform_cpu.h"
 #include "ops/mlp_projector/mlp_projector_cpu.h"
 #include "ops/mrope/mrope_cpu.h"
@@ -38,6 +39,9 @@ const CpuKernels VLMOPS_CONCAT(kernels_, VLMOPS_ISA) = {
     &mlp_projector::activate_backward,
     &hd_transform::forward,
     &hd_transform::backward,
-    &hd_transform::sums};
+    &hd_transform::sums,
+    &gated_residual::tanh_of_gate,
+    &gated_residual::forward,
+    &gated_residual::backward};
 
 }  // namespace vlmops

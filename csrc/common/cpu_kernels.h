@@ -1,6 +1,7 @@
 // The CPU kernels of every op, one table per instruction set; chosen at run time.
 #pragma once
 
+#include "ops/gated_residual/gated_residual.h"
 #include "ops/hd_transform/hd_transform.h"
 #include "ops/mlp_projector/mlp_projector.h"
 #include "ops/mrope/mrope.h"
@@ -33,6 +34,9 @@ struct CpuKernels {
   hd_transform::CpuKernel hd_transform;
   hd_transform::CpuKernel hd_transform_backward;
   hd_transform::CpuSums hd_transform_sums;
+  gated_residual::CpuTanh gated_residual_tanh;
+  gated_residual::CpuKernel gated_residual;
+  gated_residual::CpuBackward gated_residual_backward;
 };
 
 // The table in force: the best that this machine runs, capped by VLMOPS_CPU_ISA. Throws

@@ -5,6 +5,7 @@
 
 #include <cstddef>
 
+#include "ops/gated_residual/gated_residual.h"
 #include "ops/hd_transform/hd_transform.h"
 #include "ops/mlp_projector/mlp_projector.h"
 #include "ops/mrope/mrope.h"
@@ -38,6 +39,10 @@ struct CudaKernels {
   hd_transform::CudaKernel hd_transform;
   hd_transform::CudaKernel hd_transform_backward;
   hd_transform::CudaSums hd_transform_sums;
+  gated_residual::CudaKernel gated_residual;
+  gated_residual::CudaParts gated_residual_parts;
+  gated_residual::CudaBackward gated_residual_backward;
+  gated_residual::CudaGateGrad gated_residual_gate_grad;
   packed_attention::CudaScratch packed_attention_forward_scratch;
   packed_attention::CudaForward packed_attention_forward;
   packed_attention::CudaBackwardScratch packed_attention_backward_scratch;

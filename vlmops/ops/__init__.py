@@ -8,6 +8,7 @@ from vlmops.ops.spec import Spec
 
 __all__ = [
     "gated_cross_attention",
+    "gated_residual",
     "hd_transform",
     "mlp_projector",
     "mrope",
