@@ -4,7 +4,7 @@ import pytest
 
 from vlmops.hf import patch as patching
 from vlmops.hf import shuffles
-from vlmops.hf.sites import packed_attention
+from vlmops.hf.sites import gated_residual, packed_attention
 
 
 def _only(op, monkeypatch):
@@ -45,3 +45,10 @@ def only_packed_attention(monkeypatch):
 @pytest.fixture
 def only_gated_cross_attention(monkeypatch):
     _only("gated_cross_attention", monkeypatch)
+
+
+@pytest.fixture
+def only_gated_residual(monkeypatch):
+    """And no tensor is too small for it."""
+    _only("gated_residual", monkeypatch)
+    monkeypatch.setattr(gated_residual, "SMALL", 0)

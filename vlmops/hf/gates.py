@@ -35,6 +35,9 @@ class Lazy:
     def __mul__(self, other: Any) -> Any:
         return self.value() * _plain(other)
 
+    def __add__(self, other: Any) -> Any:
+        return self.value() + _plain(other)
+
     def __eq__(self, other: object) -> Any:
         return self.value() == other
 

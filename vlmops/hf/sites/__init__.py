@@ -61,6 +61,7 @@ def all_sites() -> dict[str, Site]:
     """Op -> site."""
     from vlmops.hf.sites import (
         gated_cross_attention,
+        gated_residual,
         hd_transform,
         linear,
         mlp_projector,
@@ -79,6 +80,7 @@ def all_sites() -> dict[str, Site]:
         mlp_projector.SITE,
         packed_attention.SITE,
         gated_cross_attention.SITE,
+        gated_residual.SITE,
         linear.SITE,
     )
     return {site.op: site for site in sites}

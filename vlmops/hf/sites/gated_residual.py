@@ -40,14 +40,14 @@ class _Details:
 
 def find(model: nn.Module) -> Iterator[Place | Refused | AlreadyPatched]:
     """Layers of one class."""
-    groups: dict[Hashable, tuple[list[str], list[nn.Module]]] = {}
+    groups: dict[Any, tuple[list[str], list[nn.Module]]] = {}
     for path, module in model.named_modules():
         crosses = any(packed_attention.is_cross(child) for child in module.children())
         if crosses and _candidates(module):
             key = original_class(module) or type(module)
             paths, modules = groups.setdefault(key, ([], []))
             if module not in modules:
-                paths.append(path)
+                paths.append(packed_attention.starred(path))
                 modules.append(module)
     for paths, modules in groups.values():
         layer = modules[0]
@@ -140,7 +140,7 @@ class _Noise(nn.Module):
 
 def _twin(layer: Any) -> Any:
     """The same layer with noise for its children, but for those without parameters (nn.Tanh)."""
-    made: Any = type(layer).__new__(type(layer))
+    made: Any = type(layer).__new__(type(layer))  # type: ignore[call-overload]
     made.__dict__.update({k: v for k, v in layer.__dict__.items() if k != "forward"})
     draw = torch.Generator().manual_seed(0)
     made._parameters = {
@@ -183,7 +183,7 @@ def adapt(place: Place) -> dict[nn.Module, type[nn.Module]]:
 
 def _class(module: nn.Module, names: tuple[str, ...]) -> type[nn.Module]:
     original: Any = type(module)
-    inner = original.forward
+    inner, own = original.forward, innermost(original.forward)
     signature = inspect.signature(inner)
     parameters = list(signature.parameters)[1:]
 
@@ -198,12 +198,12 @@ def _class(module: nn.Module, names: tuple[str, ...]) -> type[nn.Module]:
             )
             kwargs = {name: _rows(name, value, x) for name, value in kwargs.items()}
             stand_in = StandIn(self, {name: Gate(getattr(self, name)) for name in names})
-            return inner(stand_in, *args, **kwargs)
+            return own(stand_in, *args, **kwargs)
 
         forward.__signature__ = signature  # type: ignore[attr-defined]
         return forward
 
-    key = (OP, names, inner, references(innermost(inner)))
+    key = (OP, names, inner, references(own))
     return subclass(original, key, make_forward)
 
 
@@ -245,7 +245,7 @@ def _difference(layer: nn.Module, names: tuple[str, ...]) -> str | None:
     stand_in = StandIn(made, {n: Gate(getattr(made, n)) for n in names})
     with torch.no_grad():
         expected = _first(forward(made, **given))
-        with _Count() as ran:
+        with _Count() as ran:  # type: ignore[no-untyped-call]
             got = _first(forward(stand_in, **followed))
     if ran.calls != len(names):
         return f"{name} does something else than to add a branch times {', '.join(names)}"

@@ -179,13 +179,18 @@ def _groups(model: nn.Module) -> list[_Group]:
         if known is not None and (kind in CROSS or (kind == "dense" and known[0] not in CROSS)):
             kind, mask = known
         host = hosts.get(module) if kind == "segments" else None
-        path = ".".join("*" if part.isdigit() else part for part in path.split("."))
+        path = starred(path)
         key = original_class(module) or type(module), path if mask is None else mask, host
         group = groups.setdefault(key, _Group(kind, mask, host))
         if module not in group.modules:
             group.paths.append(path)
             group.modules.append(module)
     return list(groups.values())
+
+
+def starred(path: str) -> str:
+    """With a * for numbers of layers."""
+    return ".".join("*" if part.isdigit() else part for part in path.split("."))
 
 
 def common(paths: list[str]) -> str:

@@ -15,6 +15,11 @@ EXPECTED = {
             "model.gated_cross_attn_layers.*.cross_attn",
             lambda config: int(config.num_hidden_layers // config.cross_layer_interval),
         ),
+        Expected(
+            "gated_residual",
+            "model.gated_cross_attn_layers.*",
+            lambda config: int(2 * (config.num_hidden_layers // config.cross_layer_interval)),
+        ),
         text("model.*.*.*"),
     ),  # a rotary module in each attention module
     "idefics2": (

@@ -31,6 +31,11 @@ EXPECTED = {
             lambda config: len(config.text_config.cross_attention_layers),
         ),
         Expected(
+            "gated_residual",
+            "model.language_model.layers.*",
+            lambda config: 2 * len(config.text_config.cross_attention_layers),
+        ),
+        Expected(
             "mrope",
             "model.language_model",
             lambda config: (
