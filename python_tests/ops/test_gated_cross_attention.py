@@ -243,7 +243,7 @@ def test_block_without_images_and_with_closed_gates():
 def test_block_learns_where_text_is_frozen():
     """Gates that are closed learn first, and open the way for the rest."""
     losses = train(40)
-    assert losses[0] == pytest.approx(2.2, abs=0.3), "chance, by a model that nobody trained"
+    assert losses[0] > 2.0, "chance, by a model that nobody trained"
     assert losses[-1] < 0.5
 
 

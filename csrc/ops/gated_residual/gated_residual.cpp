@@ -74,24 +74,27 @@ Params check(const Argument& x, const OptionalTensor& y, const Tensor& gate,
 
 // What a kernel reads of a tensor, but for its channels: strides of two leading dimensions.
 struct Rows {
-  Tensor tensor;
+  const Tensor* tensor;  // null where there is none
   Strides* to;
 };
+constexpr size_t kRead = 3;  // x, y and row_mask
 
 // Makes the leading dimensions of all tensors two, those of `sizes` but its last; false where their
 // strides need more.
-bool merge_dimensions(const Sizes& sizes, const std::vector<Rows>& all, Params& p) {
+bool merge_dimensions(const Sizes& sizes, const Rows (&all)[kRead], Params& p) {
   struct Dimension {
     int64_t size;
-    Sizes strides;
+    int64_t strides[kRead];
   };
   std::vector<Dimension> merged;  // the last first
   for (size_t i = sizes.size() - 1; i-- > 0;) {
     if (sizes[i] == 1) continue;
     Dimension d{sizes[i], {}};
-    for (const Rows& of : all) d.strides.push_back(of.tensor.stride(static_cast<int64_t>(i)));
+    for (size_t t = 0; t < kRead; ++t) {
+      if (all[t].tensor != nullptr) d.strides[t] = all[t].tensor->stride(static_cast<int64_t>(i));
+    }
     bool follows = !merged.empty();
-    for (size_t t = 0; follows && t < all.size(); ++t)
+    for (size_t t = 0; follows && t < kRead; ++t)
       follows = d.strides[t] == merged.back().strides[t] * merged.back().size;
     if (follows) {
       merged.back().size *= d.size;
@@ -101,7 +104,7 @@ bool merge_dimensions(const Sizes& sizes, const std::vector<Rows>& all, Params& 
   }
   if (merged.size() > 2) return false;
   p.inner = merged.size() == 2 ? merged[0].size : p.rows;
-  for (size_t t = 0; t < all.size(); ++t) {
+  for (size_t t = 0; t < kRead; ++t) {
     all[t].to->row = merged.empty() ? 0 : merged[0].strides[t];
     all[t].to->outer = merged.size() == 2 ? merged[1].strides[t] : 0;
   }
@@ -117,9 +120,9 @@ struct Operands {
            const OptionalTensor& row_mask_, Params& p)
       : x(x_), y(y_), row_mask(row_mask_) {
     const auto merge = [&] {
-      std::vector<Rows> all = {{x, &p.x_stride}};
-      if (y.has_value()) all.push_back({*y, &p.y_stride});
-      if (row_mask.has_value()) all.push_back({*row_mask, &p.mask_stride});
+      const auto given = [](const OptionalTensor& t) { return t.has_value() ? &*t : nullptr; };
+      const Rows all[] = {
+          {&x, &p.x_stride}, {given(y), &p.y_stride}, {given(row_mask), &p.mask_stride}};
       return merge_dimensions(sizes_of(x), all, p);
     };
     if (!merge()) {
