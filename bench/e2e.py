@@ -1,14 +1,15 @@
 """Measures a whole model: prefill and decoding as Hugging Face has them, and patched.
 
-    python bench/e2e.py [--isa avx2] [--dtype bfloat16] [--json PATH]
+    python bench/e2e.py [--model internvl] [--isa avx2] [--dtype bfloat16] [--json PATH]
 
-A Qwen2-VL of the 2B model's width, 4 + 4 layers, random weights, one picture of 1,024 tokens. The
-variants are copies that share their weights, timed in turns by vlmops.bench's clock, which voids
-what other programs disturbed. Their logits are compared first.
+A Qwen2-VL of the 2B model's width, 4 + 4 layers, random weights, one picture of 1,024 tokens; or
+one of bench/models.py. The variants are copies that share their weights, timed in turns by
+vlmops.bench's clock, which voids what other programs disturbed. Their logits are compared first.
 """
 
 import argparse
 import copy
+import itertools
 import json
 import os
 import subprocess
@@ -17,6 +18,7 @@ import time
 from datetime import datetime, timezone
 from pathlib import Path
 
+import models
 import torch
 
 import vlmops
@@ -27,6 +29,7 @@ from vlmops.demo.inputs import pictures, random_subject
 STARTED = "_VLMOPS_BENCH_STARTED"
 """In the environment of a command that was started again; OMP_PROC_BIND may be the caller's."""
 
+QWEN2_VL = "qwen2_vl"
 VARIANTS = {"unpatched": [], "linear": ["linear"], "all": None}
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.1, "float16": 0.02}  # of the largest logit
 
@@ -42,7 +45,8 @@ def calls_of(model, inputs):
     """Prefill of the prompt, and decoding of one token after it."""
 
     def prefill():
-        model.model.rope_deltas = None
+        if hasattr(model.model, "rope_deltas"):
+            model.model.rope_deltas = None
         return model(**inputs, use_cache=True, logits_to_keep=1)
 
     out = prefill()
@@ -56,17 +60,25 @@ def calls_of(model, inputs):
     return out.logits, {"prefill": prefill, "decode": decode}
 
 
-@torch.no_grad()
-def measured(dtype, options):
-    """Rows of one dtype."""
+def subject_of(name, dtype, options):
+    """A model and its inputs."""
+    if name != QWEN2_VL:
+        return models.made(name, dtype)
     shown = pictures([], options.side)[:1]
     shown[0].image = shown[0].image.resize((options.side, options.side))
-    subject = random_subject(shown, 4, 4, getattr(torch, dtype))
-    twins, reports = variants(subject.model)
+    subject = random_subject(shown, 4, 4, dtype)
+    return subject.model, subject.inputs
+
+
+@torch.no_grad()
+def measured(name_of_model, dtype, options):
+    """Rows of one model and dtype."""
+    model, inputs = subject_of(name_of_model, getattr(torch, dtype), options)
+    twins, reports = variants(model)
     calls: dict = {}
     logits = {}
     for name, model in twins.items():
-        logits[name], of_model = calls_of(model, subject.inputs)
+        logits[name], of_model = calls_of(model, inputs)
         calls |= {(stage, name): call for stage, call in of_model.items()}
     largest = logits["unpatched"].abs().max()
     for name, got in logits.items():
@@ -80,9 +92,10 @@ def measured(dtype, options):
         for (_, name), timing in timings.items():
             median = timing.median
             yield {
+                "model": name_of_model,
                 "dtype": dtype,
                 "stage": stage,
-                "tokens": subject.inputs["input_ids"].shape[1],
+                "tokens": inputs["input_ids"].shape[1],
                 "variant": name,
                 "sites": reports[name].counts,
                 "samples": timing.samples,
@@ -138,15 +151,21 @@ def write(options, op, rows):
 
 
 def main():
-    options = options_of(__doc__, side=(896, "pixels of the picture, 28 to a token"))
+    of_qwen = f"pixels of {QWEN2_VL}'s picture, 28 to a token"
+    known = f"{QWEN2_VL}, {', '.join(models.MAKERS)}, or all"
+    options = options_of(__doc__, side=(896, of_qwen), model=(QWEN2_VL, known))
+    names = [QWEN2_VL, *models.MAKERS] if options.model == "all" else [options.model]
+    unknown = set(names) - {QWEN2_VL, *models.MAKERS}
+    if unknown:
+        raise SystemExit(f"e2e: --model: expected {known}, got {options.model}")
     rows = []
-    for dtype in options.dtype or ("float32", "bfloat16"):
-        for row in measured(dtype, options):
+    for name, dtype in itertools.product(names, options.dtype or ("float32", "bfloat16")):
+        for row in measured(name, dtype, options):
             rows.append(row)
             shown = "busy" if row["median_ms"] is None else f"{row['median_ms']:.1f} ms"
             ratio = row["times_unpatched"]
             print(
-                f"{dtype:9} {row['stage']:8} {row['variant']:10}{shown:>12}"
+                f"{name:10} {dtype:9} {row['stage']:8} {row['variant']:10}{shown:>12}"
                 f"{f'{ratio:.2f}x' if ratio else '':>8}  void {row['voided']}",
                 flush=True,
             )

@@ -101,7 +101,7 @@ def random_subject(
     start = time.perf_counter()
     images = _process(processor, shown)
     preprocessing = time.perf_counter() - start
-    model = _random_model(config, dtype)
+    model = random_model(config, dtype)
     ids = _random_prompt(config, images["image_grid_thw"])
     inputs = {**_around(ids, config.image_token_id), **images}
     return Subject(
@@ -233,7 +233,8 @@ class _SkipRandomInit(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _random_model(config: Any, dtype: torch.dtype) -> Any:
+def random_model(config: Any, dtype: torch.dtype) -> Any:
+    """The image-text-to-text model of a config, with random weights."""
     transformers = need("transformers")
     with _SkipRandomInit():
         model = transformers.AutoModelForImageTextToText.from_config(config, dtype=dtype)
