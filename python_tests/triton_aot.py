@@ -274,8 +274,8 @@ def gated_residual_calls():
         "residual bf16": budget("forward_kernel", 64, 2),
         "residual channels bf16": budget("forward_kernel", 64, 2, **channels),
         "residual fp32": budget("forward_kernel", 64, 2, dtype=torch.float32),
-        "residual backward bf16": budget("backward_kernel", 128, 2, masked=True),
-        "residual backward channels bf16": budget("backward_kernel", 128, 2, **channels),
+        "residual backward bf16": budget("backward_kernel", 64, 2, masked=True),
+        "residual backward channels bf16": budget("backward_kernel", 64, 2, **channels),
         "residual gate bf16": budget("gate_grad_kernel", 64, 0),
         "residual gate channels bf16": budget("gate_grad_kernel", 64, 0, **channels),
     }

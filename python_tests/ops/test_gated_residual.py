@@ -56,6 +56,14 @@ def test_reference_is_what_transformers_computes(layer, form):
     torch.testing.assert_close(reference(x, y, gate, added), layer(x, y, gate, added))
 
 
+def run_by(backend, use_cpu_isa):
+    """An instruction set of the CPU, or the emulated GPU."""
+    if backend == "emulator":
+        return emulated("checked")
+    use_cpu_isa(backend)
+    return contextlib.nullcontext()
+
+
 def bits(t):
     return t.view(torch.int32 if t.element_size() == 4 else torch.int16)
 
@@ -72,10 +80,7 @@ def test_rows_that_are_not_added_to_are_moved_and_what_they_hide_is_not_read(
     y, grad = torch.randn(2, 3, 5, 70).to(dtype)
     gate, added = -torch.rand(FORMS[form]).to(dtype), torch.rand(3, 5) < 0.6
     poisoned = [t.masked_fill(~added[..., None], float("nan")) for t in (y, grad)]
-    on = contextlib.nullcontext() if backend in TESTED_ISAS else emulated("checked")
-    if backend in TESTED_ISAS:
-        use_cpu_isa(backend)
-    with on:
+    with run_by(backend, use_cpu_isa):
         out = vlmops.gated_residual(x, poisoned[0], gate, added)
         of_clean = vlmops.gated_residual(x, y, gate, added)
         of_y, of_gate = torch.ops.vlmops.gated_residual_backward(
@@ -132,14 +137,16 @@ def test_threads_and_strides_change_no_bit_of_gradients(dtype, form):
 
 
 @every_form
-def test_strides_change_no_bit_of_gradients_on_a_gpu(form):
-    grad, y = torch.randn(2, 40, 40)
+@pytest.mark.parametrize("backend", [*TESTED_ISAS, "emulator"])
+def test_the_gates_gradient_is_rounded_once_whatever_is_aligned(backend, use_cpu_isa, form):
+    grad, y = torch.randn(2, 130, 40)
     gate = torch.randn((1,) if form == "one" else (40,))
     shifted = torch.cat((y.new_zeros(1), y.flatten()))[1:].view(y.shape)  # not on 16 bytes
-    with emulated("checked"):
-        _, first = torch.ops.vlmops.gated_residual_backward(grad, y, gate)
-        _, second = torch.ops.vlmops.gated_residual_backward(grad, shifted, gate)
-    assert torch.equal(first, second)
+    with run_by(backend, use_cpu_isa):
+        results = [torch.ops.vlmops.gated_residual_backward(grad, t, gate)[1] for t in (y, shifted)]
+    sums = (grad.double() * y.double()).sum(0).sum_to_size(gate.shape)
+    exact = (1 - gate.double().tanh() ** 2) * sums
+    assert all(torch.equal(got, exact.float()) for got in results)
 
 
 @every_isa

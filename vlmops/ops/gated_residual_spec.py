@@ -30,6 +30,8 @@ def _strided(x: Tensor, layout: str) -> Tensor:
         return big.copy_(x)
     if layout == "transposed":  # channels first in memory
         return x.transpose(-1, -2).contiguous().transpose(-1, -2)
+    if layout == "apart":  # channels two apart, rows on 16 bytes
+        return torch.stack((x, x), -1)[..., 0]
     if layout == "swapped":  # the first dimensions the other way round in memory
         return x.transpose(0, -2).contiguous().transpose(0, -2)
     if layout == "expanded":  # one row seen as many
@@ -99,6 +101,7 @@ _ROWS = {
     "sliced": _inputs((14, 40), "channels", "mixed", layouts=("sliced", "sliced")),
     "swapped": _inputs((2, 3, 4, 40), mask="strided", layouts=("swapped", "sliced")),
     "transposed": _inputs((2, 7, 40), "channels", layouts=("", "transposed")),
+    "apart": _inputs((7, 40), "channels", layouts=("", "apart")),
     "expanded": _inputs((2, 7, 40), mask="strided", layouts=("expanded", "")),
     "unaligned": _inputs((2, 7, 40), "channels", layouts=("unaligned", "unaligned")),
 }
@@ -192,7 +195,7 @@ SPEC = Spec(
     few=FEW,
     alike=("idefics", "mllama", "flamingo", "channels", "gate_fp32", "gate_bf16", "gate_fp16",
            "none_added", "all_added", "one_row", "odd", "wide", "threads", "no_rows", "sliced",
-           "swapped", "transposed", "expanded", "unaligned"),
+           "swapped", "transposed", "apart", "expanded", "unaligned"),
     bench={case.name: case for case in _BENCH},
     errors=ERRORS,
 )  # fmt: skip
