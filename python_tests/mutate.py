@@ -253,6 +253,33 @@ MUTATIONS = {
         "binding/attention.cpp", "rows.back() - rows.front() == count - 1", "count > 0"),
     "attention: backward: all blocks are seen": (
         "common/attention_cpu.h", "return !h_.job.blocks[key / h_.p.block];", "return false;"),
+    "attention: keys behind their number": (
+        "common/attention.h", "return {first, within(count, starts.length)};",
+        "return {first, starts.length};"),
+    "attention: numbers of keys in 32 bits": (
+        "binding/attention_call.cpp", "lengths_type = width_of(*call.key_lengths);",
+        "lengths_type = IntType::kInt32;"),
+    "attention: gradients behind the last key": (
+        "binding/attention_call.cpp", "    torch::stable::zero_(dk);\n", ""),
+    "attention: numbers of keys of any size": (
+        "binding/attention_call.cpp", "if (count < 0 || count > k.size(1))", "if (count < 0)"),
+    "gated: q's norm for k": (
+        "ops/gated_cross_attention/gated_cross_attention.cpp",
+        "normed(o, q, q_norm_weight), normed(o, k, k_norm_weight), v);",
+        "normed(o, q, q_norm_weight), normed(o, k, q_norm_weight), v);"),
+    "gated: backward of q without its norm": (
+        "ops/gated_cross_attention/gated_cross_attention.cpp",
+        "grad, normed(o, q, q_norm_weight)", "grad, q"),
+    "gated: backward: q's weight for k": (
+        "ops/gated_cross_attention/gated_cross_attention.cpp",
+        "rms_norm_backward(o.op, dk, k, *k_norm_weight", "rms_norm_backward(o.op, dk, k, "
+        "*(q_norm_weight ? q_norm_weight : k_norm_weight)"),
+    "gated: no gradient for a norm alone": (
+        "ops/gated_cross_attention/gated_cross_attention.cpp", "needs_k || of_k_norm, needs_v);",
+        "needs_k, needs_v);"),
+    "gated: any eps": (
+        "ops/gated_cross_attention/gated_cross_attention.cpp", "if (!(eps > 0.0f &&",
+        "if (!(eps >= 0.0f &&"),
     "attention: backward: blocks that begin behind the first key": (
         "common/attention_cpu.h", "int64_t i = block.first / h.p.block; i <= last;",
         "int64_t i = (block.first + h.p.block - 1) / h.p.block; i <= last;"),
@@ -269,10 +296,10 @@ MUTATIONS = {
         "ops/pixel_shuffle/pixel_shuffle_cpu.h", "each = by_row ? p.factor : 1;",
         "each = p.factor + 0 * by_row;"),
     "shuffle: streamed where memory is not aligned": (
-        "ops/pixel_shuffle/pixel_shuffle_cpu.h", "if (!streams || !aligned(to)) {",
+        "common/stream.h", "if (!streams || !aligned(to)) {",
         "if (!streams) {"),
     "shuffle: the tail of a streamed run": (
-        "ops/pixel_shuffle/pixel_shuffle_cpu.h",
+        "common/stream.h",
         "  __builtin_memcpy(out + i, in + i, bytes - i);\n", ""),
     "shuffle: pixels interleaved in another order": (
         "ops/pixel_shuffle/pixel_shuffle_cpu.h",
@@ -543,8 +570,24 @@ TRITON_MUTATIONS = {"gated_residual": {
     "strides of 16 bytes where there are none": (
         "_VECTOR if all(x % _VECTOR == 0 for s in used for x in s[:3]) else 1", "_VECTOR"),
     "let ids beyond 2^24 through": ("(ids < -MAX_ID) | (ids > MAX_ID)", "ids < -MAX_ID - 2**30"),
+}, "gated_cross_attention": {
+    "unchanged": ("import torch", "import torch"),
+    "q's norm for k": (
+        "normed = _normed(o, q, o.q_norm_weight), _normed(o, k, o.k_norm_weight)",
+        "normed = _normed(o, q, o.q_norm_weight), _normed(o, k, o.q_norm_weight)"),
+    "numbers of keys ignored": ("        key_lengths=o.key_lengths,\n", ""),
+    "masks ignored": ("        block_mask=o.block_mask,\n", "        block_mask=None,\n"),
+    "backward without norms": (
+        "normed = _normed(o, q, weights[0]), _normed(o, k, weights[1])", "normed = q, k"),
+    "backward: only what is needed of q": (
+        "needs[0] or of_norms[0], needs[1] or of_norms[1]", "needs[0], needs[1]"),
+    "eps of others": ("eps=o.norm_eps", "eps=1e-2"),
 }, "packed_attention": {
     "unchanged": ("import math", "import math"),
+    "numbers of keys anywhere": (
+        "n = tl.minimum(tl.maximum(n, 0), n_length).to(tl.int32)", "n = n.to(tl.int32)"),
+    "gradients behind the last key": (
+        "        dk.zero_()\n        dv.zero_()\n", "        dv.zero_()\n"),
     "tiles of segments side by side": ("m = o // BLOCK + i <= i_tile", "m = o // BLOCK <= i_tile"),
     "the first tile of each segment": ("n_next = n_tiles * BLOCK if EVEN else", "n_next ="),
     "starts anywhere": (
@@ -704,6 +747,9 @@ CUDA_MUTATIONS = {
     "attention: no sum for backward": (
         "common/attention.cuh", "*parts.at(row) = inverse[i][half];",
         "*parts.at(row) = 1.0f;"),
+    "attention: few rows of fewer keys": (
+        "ops/packed_attention/packed_attention.cu", "? Few::kAll : Few::kSome",
+        "? Few::kAll : Few::kAll"),
     "attention: sums of chunks as they are": (
         "common/attention.cuh", "power_of_2(stats[i * step].x - most) * stats[i * step].y",
         "stats[i * step].y"),
@@ -1411,7 +1457,7 @@ ATTENTION_MUTATIONS = {
                    "if False:"),
     "replaced masks": (ATTENTION_SITE, "if home != _forward(mask.tower).__module__:", "if False:"),
     "replaced layers": (
-        ATTENTION_SITE, 'if _OP not in getattr(type(module), OPS, ()) or', "if"),
+        ATTENTION_SITE, 'if op not in getattr(type(module), OPS, ()) or', "if"),
     "weights in float64": (ATTENTION_SITE, "if dtype == torch.float64:", "if False:"),
     "implementations that are left alone": (
         ATTENTION_SITE, "if selected not in attentions.SELECTED:", "if False:"),
@@ -1434,6 +1480,69 @@ ATTENTION_MUTATIONS = {
     "the longest of images": (ATTENTIONS, "know_longest(starts, max(lengths))", "pass"),
     "another longest": (GRIDS, "(result[1:] - result[:-1]).max()", "(result[1:]).max()"),
 }  # fmt: skip
+KEPT, MEDIA, SEEN = "vlmops.hf.kept", "vlmops.hf.media", "vlmops.hf.seen"
+CROSS_SITE = "vlmops.hf.sites.gated_cross_attention"
+CROSS_MUTATIONS = {
+    "unchanged": (KEPT, "import weakref", "import weakref"),
+    "tokens that were written to": (KEPT, "return *places, *versions, autocast",
+                                    "return *places, autocast"),
+    "another dtype of autocast": (KEPT, "return *places, *versions, autocast",
+                                  "return *places, *versions"),
+    "the step before of another generation": (
+        KEPT, "_kept.get(self) if continues else None", "_kept.get(self)"),
+    "what is differentiated": (KEPT, "if torch.is_grad_enabled() and any(", "if False and any("),
+    "what somebody watches": (KEPT, "return not plain.watched(module) and ", "return "),
+    "whatever was kept": (KEPT, "if kept is not None and kept.given == given:",
+                          "if kept is not None:"),
+    "kept for ever": (KEPT, "            del _kept[alive]\n", "            pass\n"),
+    "nothing is kept": (MEDIA, 'step_of(given.get("past_key_values"))', "step_of(None)"),
+    "the mask is expanded": (MEDIA, "if type(mask) is Tensor and mask.dim() == 3:", "if False:"),
+    "decoders are not compared": (MEDIA, "(seen.tensor() == mask).all()", "True"),
+    "tokens that see all images": (SEEN, "self._mask.images.any(-1)", "self._mask.images.all(-1)"),
+    "images of one token": (
+        SEEN, "mask.repeat_interleave(self.tokens_per_image, -1)",
+        "mask.repeat(1, 1, self.tokens_per_image)"),
+    "weights of images": (ATTENTIONS, "            attention_mask = attention_mask.tensor()\n",
+                          "            attention_mask = None\n"),
+    "weights of tiles": (
+        ATTENTIONS, "tiles_mask(attention_mask, key.shape[2], query.dtype)", "None"),
+    "hooks see nothing of the text": (
+        ATTENTIONS, '        and not (kind == "media" and plain.watched(module))\n', ""),
+    "tokens without a tile": (ATTENTIONS, "return seen | ~some, some", "return seen, some"),
+    "scale of other models": (
+        ATTENTIONS, "gated_cross_attention(q, k, v, seen, size, scale=scale)",
+        "gated_cross_attention(q, k, v, seen, size, scale=1.0)"),
+    "all projections are kept": (CROSS_SITE, "if any(x is visual for x in inputs)", "if True"),
+    "projections that are hooked": (
+        CROSS_SITE, "and plain.refusal(getattr(module, name), nn.Linear) is None", "and True"),
+    "norms in two steps": (CROSS_SITE, "norms.defers(child):", "False:"),
+    "norms of other widths": ("vlmops.hf.norms", "x.dim() != 4 or ", ""),
+    "norms of other dtypes": ("vlmops.hf.norms", "x.dtype != weight.dtype or ", ""),
+    "norms under autocast": (
+        "vlmops.hf.norms", "torch.is_autocast_enabled(x.device.type) or ", ""),
+}  # fmt: skip
+GATES, GATE_SITE = "vlmops.hf.gates", "vlmops.hf.sites.gated_residual"
+GATE_MUTATIONS = {
+    "unchanged": (GATES, "_WHOLE = slice(None)", "_WHOLE = slice(None)"),
+    "masks of rows the other way round": (
+        GATES, "return ~mask if self.stopped else mask != 0", "return mask != 0"),
+    "masks of any shape": (GATES, "if self.mask.shape != (*like.shape[:-1], 1):", "if False:"),
+    "gates without tanh": (GATES, "if self.squashed and isinstance(branch, Tensor):",
+                           "if isinstance(branch, Tensor):"),
+    "tanh of tanh": (GATES, "isinstance(gate, Gate) and not gate.squashed",
+                     "isinstance(gate, Gate)"),
+    "any dtype": (GATES, " or not x.dtype == y.dtype == gate.dtype:", ":"),
+    "rows that are not stopped": (GATES, "    if gated.stopped is not None:\n", "    if False:\n"),
+    "filled with anything": (GATES, "rows.stopped and value == 0.0", "rows.stopped"),
+    "masks that are none": (
+        GATE_SITE, "not bool(((value == 0) | (value == 1)).all())", "False"),
+    "small tensors": (GATE_SITE, " or x.numel() < SMALL:", ":"),
+    "autocast": (GATE_SITE, "if torch.is_autocast_enabled(x.device.type):", "if False:"),
+    "not compared": (GATE_SITE, "return None if off <= _TOLERANCE else f", "return None and f"),
+    "calls not counted": (GATE_SITE, "if ran.calls != len(names):", "if False:"),
+    "replaced forwards": (GATE_SITE, "next((r for r in reasons if r is not None), None)", "None"),
+    "compiled as it is": (GATE_SITE, "torch.compiler.is_compiling() or ", ""),
+}  # fmt: skip
 HD_MUTATIONS = {
     "unchanged": (HD_SITE, "_SECONDS = 0.5", "_SECONDS = 0.5"),
     "another activation": (HD_SITE, 'activation="gelu"', 'activation="gelu_tanh"'),
@@ -1446,6 +1555,8 @@ HD_MUTATIONS = {
         "weights = first.weight, second.bias, second.weight, first.bias"),
 }  # fmt: skip
 SITES = {
+    "gated_cross_attention": CROSS_MUTATIONS,
+    "gated_residual": GATE_MUTATIONS,
     "hd_transform": HD_MUTATIONS,
     "packed_attention": ATTENTION_MUTATIONS,
     "patch_embed": SITE_MUTATIONS,

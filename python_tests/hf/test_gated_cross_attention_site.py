@@ -388,6 +388,48 @@ def test_hooked_and_replaced_projections_run():
     assert len(called) == 4
 
 
+def test_hooks_that_come_later_run_in_each_step():
+    """On what a projection made, not on what they made of it the step before."""
+    model, batch = build("idefics"), batch_of("idefics", "several_images")
+    vlmops.patch(model)
+    projection = model.model.gated_cross_attn_layers[0].cross_attn.v_proj
+    projection.register_forward_hook(lambda _, __, out: out.mul_(1.5))
+    ours = generated(model, batch).logits
+    vlmops.unpatch(model)
+    for got, theirs in zip(ours, generated(model, batch).logits, strict=True):
+        assert_agree(got, theirs, "logits")
+
+
+def test_each_generation_projects_anew():
+    """Whatever became of weights in between, where no version counter sees it."""
+    model, batch = build("idefics"), batch_of("idefics", "several_images")
+    vlmops.patch(model)
+
+    def twice():
+        images, made = None, []
+        for _ in range(2):
+            given = {"perceiver_embeddings" if model.config.use_resampler else
+                     "image_encoder_embeddings": images}  # fmt: skip
+            given = {"pixel_values": batch["pixel_values"]} if images is None else given
+            cache = DynamicCache(config=model.config)
+            names = ("input_ids", "attention_mask", "image_attention_mask")
+            given |= {name: batch[name] for name in names}
+            out = model.model(**given, past_key_values=cache)
+            images = out.image_hidden_states if images is None else images
+            made.append(out.last_hidden_state)
+            for layer in model.model.gated_cross_attn_layers:
+                layer.cross_attn.v_proj.weight.data *= 1.5
+        return made
+
+    with torch.no_grad():
+        before = {k: v.clone() for k, v in model.state_dict().items()}
+        ours = twice()
+        vlmops.unpatch(model)
+        model.load_state_dict(before)
+        for got, theirs in zip(ours, twice(), strict=True):
+            assert_agree(got, theirs, "hidden states")
+
+
 # What is refused.
 
 
