@@ -199,7 +199,7 @@ def test_in_place_writes_what_it_says_and_equals_out_of_place(subject):
 def test_runs_and_thread_counts_agree_bit_for_bit(subject):
     first = subject.forward(subject.spec.function)
     threads = torch.get_num_threads()
-    for n in (1, 2, threads, threads):
+    for n in (*({1, 2} - {threads}), threads):
         torch.set_num_threads(n)
         assert_bit_equal(subject.forward(subject.spec.function), first, f"{n} threads")
 
