@@ -250,7 +250,7 @@ def test_opcheck(subject, backend):
         torch.library.opcheck(getattr(torch.ops.vlmops, f"{subject.op}_").default, (), subject.args)
 
 
-@subjects(cases=2)
+@subjects(cases=2, thinned=True)
 def test_compiles_to_one_graph_forward_and_backward(subject):
     spec, upstream = subject.spec, subject.upstream()
     torch._dynamo.reset()  # each case has a graph of its own
