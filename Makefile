@@ -7,7 +7,8 @@ BIN = .venv/bin
 SOURCES = CMakeLists.txt $(shell find csrc -type f)
 PYTHON_FILES = vlmops python_tests bench csrc
 
-.PHONY: setup demo test suite-contract suite-emulator suite-triton suite-hf lint families tables check-tables bench gpu gpu-static triton-static mutants clean FORCE
+.PHONY: setup demo test lint families tables check-tables bench gpu gpu-static triton-static mutants \
+  clean FORCE suite-lint suite-nvcc suite-tools suite-contract suite-emulator suite-triton suite-hf
 
 setup: .venv/built
 
@@ -30,15 +31,25 @@ demo: setup
 	OMP_PROC_BIND=true OMP_PLACES=cores $(BIN)/vlmops demo
 
 # Suite and seconds that it may take on two slow cores; .ci/suite says what it took. Most of them keep
-# one core busy, so two run at a time, the longest first; the tools look at the clock and have the
-# machine for themselves.
+# one core busy, so two run at a time, the longest first behind lint; those that look at the clock
+# have the machine for themselves.
+LOOK_AT_THE_CLOCK = $(addprefix python_tests/,test_bench.py test_compare.py test_demo.py)
+
 test: setup
+	$(MAKE) --no-print-directory -j2 --output-sync=target suite-lint suite-triton suite-hf suite-nvcc \
+	  suite-contract suite-emulator suite-tools
+	.ci/suite clock 400 $(BIN)/python -m pytest -q $(LOOK_AT_THE_CLOCK)
+
+suite-lint:
 	.ci/suite lint 240 $(MAKE) --no-print-directory lint
-	$(MAKE) --no-print-directory -j2 --output-sync=target suite-contract suite-triton suite-hf \
-	  suite-emulator
+
+suite-nvcc:
 	.ci/suite nvcc 300 $(BIN)/python bench/gpu_static.py --arch 90
-	.ci/suite tools 600 $(BIN)/python -m pytest -q --ignore=python_tests/ops \
-	  --ignore=python_tests/hf --ignore=python_tests/emulator --ignore=python_tests/test_contract.py
+
+suite-tools:
+	.ci/suite tools 600 $(BIN)/python -m pytest -q python_tests --ignore=python_tests/ops \
+	  --ignore=python_tests/hf --ignore=python_tests/emulator \
+	  $(addprefix --ignore=,python_tests/test_contract.py $(LOOK_AT_THE_CLOCK))
 
 suite-contract:
 	OMP_NUM_THREADS=1 .ci/suite contract 1200 $(BIN)/python -m pytest -q python_tests/test_contract.py \

@@ -20,10 +20,14 @@ CEILINGS = gpu.Ceilings(1e12, {"float32": 1e12}, 2e-6)
 
 
 class Fake(gpu.Rehearsal):
-    """Keeps what is asked of it; `host` is how much faster the host's clock runs."""
+    """Keeps what is asked of it; `host` is how much faster the host's clock runs.
 
-    def __init__(self, host=1.0, capturable=True):
+    Memory is small, and so is what ceilings are measured with.
+    """
+
+    def __init__(self, host=1.0, capturable=True, free_bytes=1 << 22):
         super().__init__()
+        self.free_bytes = free_bytes
         self.host, self.capturable, self.log = host, capturable, []
         self.captures = 0
 
@@ -81,7 +85,7 @@ def test_gpu_graphs_hold_calls_until_a_sample_is_long_or_memory_is_full():
 
 
 def test_gpu_ceilings_are_those_of_the_device():
-    ceilings = gpu.measure_ceilings(Fake(), ["float32"], quick=True)
+    ceilings = gpu.measure_ceilings(Fake(free_bytes=1 << 28), ["float32"], quick=True)
     assert 0.8e12 < ceilings.copy_bytes_per_s < 1e12
     assert 0.2e15 < ceilings.matmul_flops["float32"] <= 1e15
     assert ceilings.launch_s == pytest.approx(gpu.Rehearsal.LAUNCH)

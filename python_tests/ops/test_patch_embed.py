@@ -481,7 +481,7 @@ def test_the_other_backends_and_what_is_no_position():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("case", SPEC.cases, ids=lambda case: case.name)
-def test_panels_on_the_emulated_gpu(case, dtype, monkeypatch):
+def test_panels_on_the_emulator(case, dtype, monkeypatch):
     """What a GPU does with large inputs: a kernel that packs, a product, one that finishes."""
     monkeypatch.setattr(panels, "LARGE_ON_GPU", 0)
     monkeypatch.setattr(panels, "PANEL_ON_GPU", 2**11)
@@ -493,7 +493,7 @@ def test_panels_on_the_emulated_gpu(case, dtype, monkeypatch):
     assert mismatch(found, exact, yardstick.dtype, largest_error(yardstick, exact)) is None
 
 
-def test_rows_of_panels_on_a_gpu_are_padded_with_zeros():
+def test_rows_of_panels_are_padded_with_zeros_on_the_emulator():
     x, w = drawn(2, 3, 10, 15).bfloat16(), drawn(D, 3, 5, 5).bfloat16()
     args = panels.Arguments([x], w, [], [])
     expected = args.pack(3, 11, torch.bfloat16)
