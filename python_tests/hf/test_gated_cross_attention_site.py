@@ -3,6 +3,7 @@
 import copy
 import gc
 import inspect
+import types
 
 import pytest
 import torch
@@ -271,6 +272,35 @@ def test_steps_of_generation(family, attention, beams):
     assert ran.counts[OP] == 4 * sites(model)[1]
 
 
+@both
+@ways
+def test_prompts_that_come_in_chunks(family, attention):
+    """The second has images of its own that text before it did not see."""
+    model, batch = build(family, attention), batch_of(family, "several_images")
+    tokens = ("input_ids", "image_attention_mask", "cross_attention_mask")
+
+    def chunks():
+        cache, made = DynamicCache(config=model.config), []
+        given = {k: v for k, v in batch.items() if k not in (*tokens, "attention_mask")}
+        for part in (slice(0, 9), slice(9, None)):
+            cut = {k: batch[k][:, part] for k in tokens if k in batch}
+            end = part.stop or batch["input_ids"].shape[1]
+            cut["attention_mask"] = batch["attention_mask"][:, :end]
+            if family == "mllama" and made:
+                given = {}
+            out = model(**cut, **given, past_key_values=cache)
+            made.append(out.logits)
+        return torch.cat(made, 1)
+
+    with torch.no_grad():
+        expected = chunks()
+        vlmops.patch(model)
+        with CountOps() as ran:
+            ours = chunks()
+    assert_agree(ours, expected, "logits")
+    assert ran.counts[OP] == 2 * sites(model)[1]
+
+
 def cross_products(model, batch):
     """How often Idefics' layers project visual tokens while four tokens are generated."""
     calls = []
@@ -359,6 +389,19 @@ def test_what_was_kept_is_not_used_for_something_else(change):
         assert_agree(ours, theirs, "a step")
 
 
+def test_what_was_kept_is_of_the_dtype_that_is_asked_for():
+    layer, x = torch.nn.Linear(8, 8).requires_grad_(False), torch.randn(1, 3, 8)
+    layer.__class__ = kept.keeping_class(layer)
+    later = types.SimpleNamespace(get_seq_length=lambda: 1)
+    with kept.step_of(later):
+        first = layer(x)
+        assert layer(x) is first
+        with torch.autocast("cpu", torch.bfloat16):
+            assert layer(x).dtype == torch.bfloat16
+        assert layer(x).dtype == torch.float32
+    assert layer(x) is not first
+
+
 def test_what_was_kept_goes_with_the_images():
     model, batch = build("idefics"), batch_of("idefics", "several_images")
     vlmops.patch(model)
@@ -372,7 +415,7 @@ def test_what_was_kept_goes_with_the_images():
 def test_training_keeps_nothing():
     model, batch = build("idefics"), batch_of("idefics", "several_images")
     vlmops.patch(model)
-    out = run(model, batch, use_cache=True)
+    out = run(model, batch, past_key_values=DynamicCache(config=model.config))
     assert not [m for m in kept._kept if m in set(model.modules())]
     assert out.logits.requires_grad
 

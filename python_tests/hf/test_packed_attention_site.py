@@ -315,6 +315,14 @@ def to(batch, dtype):
     return {k: v.to(dtype) if v.is_floating_point() else v for k, v in batch.items()}
 
 
+def test_dropout_in_training_is_in_the_report():
+    model = build("qwen2_5_vl")
+    for block in model.model.visual.blocks:
+        block.attn.attention_dropout = 0.1
+    row = next(row for row in vlmops.patch(model).rows if row.path.startswith("model.visual"))
+    assert row.reason == "in training its own attention, which drops some weights"
+
+
 def test_dropout_in_training_runs_the_models_own_code():
     model, batch = build("qwen2_5_vl"), batch_of("qwen2_5_vl", "several_images")
     plain = copy.deepcopy(model)

@@ -58,6 +58,8 @@ _MASKS: Mapping[tuple[str, ...], Kind] = {
     ("aspect_ratio_mask", "num_patches", "target_length", "dtype"): "padding",
     ("cross_attention_mask", "num_vision_tokens", "dtype"): "tiles",
 }
+_DROPOUT = ("dropout", "attention_dropout", "dropout_p")
+"""Attributes of attention modules: the share of weights that is dropped in training."""
 _OTHERS = {"cross_attention_states", "encoder_hidden_states", "key_value_states"}
 """Parameters of a forward that attends to other tokens than its own."""
 _CARRIED: Mapping[Kind, Callable[[Any], Callable[..., Any]]] = {
@@ -143,6 +145,9 @@ def find_groups(model: nn.Module, cross: bool) -> Iterator[Place | Refused | Alr
             continue
         if group.kind == "decode":
             place = dataclasses.replace(place, note=DECODES)
+        elif _drops(module):
+            dropped = "in training its own attention, which drops some weights"
+            place = dataclasses.replace(place, note="; ".join(filter(None, (place.note, dropped))))
         reason = _left_alone(module, group.kind)
         if reason is not None:
             yield LeftAlone(place, reason)
@@ -152,6 +157,12 @@ def find_groups(model: nn.Module, cross: bool) -> Iterator[Place | Refused | Alr
             note = f"where nothing is differentiated; there {reason}"
             place = dataclasses.replace(place, details=details, note=note)
         yield place
+
+
+def _drops(module: nn.Module) -> bool:
+    """Whether attention weights are dropped in training."""
+    shares = (getattr(module, name, None) for name in _DROPOUT)
+    return any(isinstance(share, float) and share > 0.0 for share in shares)
 
 
 def op_of(kind: Kind) -> str:
