@@ -47,6 +47,7 @@ BENCHES = {
     "hd_transform": (60, ("bfloat16",), ("--no-compile",)),
     "patch_embed": (120, ("bfloat16",), ()),
     "packed_attention": (150, ("bfloat16",), ("--no-compile",)),
+    "gated_cross_attention": (90, ("bfloat16",), ("--no-compile",)),
 }
 """Seconds, dtypes and options of what is measured beside mrope, whose numbers have targets."""
 
@@ -56,13 +57,14 @@ REHEARSED = {
     "hd_transform": "phi4_4x4",
     "patch_embed": "siglip_so400m_384",
     "packed_attention": "decode_b1",
+    "gated_cross_attention": "idefics_1",
 }
 """What a dry run measures; mlp_projector's products take a CPU minutes."""
 
 FAMILIES = (
     *("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v", "mistral3", "llama4", "mllama", "gemma3"),
     *("paligemma", "llava", "llava_next", "llava_onevision", "internvl", "idefics3"),
-    "phi4_multimodal",
+    *("phi4_multimodal", "idefics"),
 )
 TARGETS = {"percent_of_ceiling": 85.0, "times_eager": 8.0, "times_compiled": 1.5, "launches": 1.2}
 

@@ -1518,8 +1518,6 @@ CROSS_MUTATIONS = {
     "norms in two steps": (CROSS_SITE, "norms.defers(child):", "False:"),
     "norms of other widths": ("vlmops.hf.norms", "x.dim() != 4 or ", ""),
     "norms of other dtypes": ("vlmops.hf.norms", "x.dtype != weight.dtype or ", ""),
-    "norms under autocast": (
-        "vlmops.hf.norms", "torch.is_autocast_enabled(x.device.type) or ", ""),
 }  # fmt: skip
 GATES, GATE_SITE = "vlmops.hf.gates", "vlmops.hf.sites.gated_residual"
 GATE_MUTATIONS = {

@@ -420,8 +420,39 @@ def test_training_keeps_nothing():
     assert out.logits.requires_grad
 
 
-def test_hooked_and_replaced_projections_run():
-    """LoRA and hooks on a projection are not passed by."""
+class Doubled(torch.nn.Linear):
+    """As adapters are: a linear layer with a forward of its own."""
+
+    def forward(self, x):
+        return 2.0 * super().forward(x)
+
+
+def test_projections_of_another_class_run():
+    model, batch = build("idefics"), batch_of("idefics", "several_images")
+    for layer in model.model.gated_cross_attn_layers:
+        layer.cross_attn.v_proj.__class__ = Doubled
+    expected = generated(model, batch).logits
+    vlmops.patch(model)
+    for ours, theirs in zip(generated(model, batch).logits, expected, strict=True):
+        assert_agree(ours, theirs, "logits")
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"), [((2, 3, 5, 16), torch.bfloat16), ((3, 16), torch.float32)]
+)
+def test_norms_of_something_else_are_the_models_own(shape, dtype):
+    model, x = build("mllama"), torch.randn(shape).to(dtype)
+    norm = model.model.language_model.layers[1].cross_attn.q_norm
+    expected = norm(x)
+    vlmops.patch(model)
+    with CountOps() as ran:
+        got = norm(x)
+    assert got.dtype == expected.dtype
+    assert torch.equal(got, expected)
+    assert ran.counts[NORM] == 0
+
+
+def test_hooked_projections_run():
     model, batch = build("idefics"), batch_of("idefics", "several_images")
     projection = model.model.gated_cross_attn_layers[0].cross_attn.k_proj
     called = []

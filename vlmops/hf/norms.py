@@ -200,9 +200,7 @@ def of_heads(eps: float, offset: float, theirs: Any) -> Callable[[Any, Tensor], 
             weight = self.weight
             if x.dim() != 4 or x.dtype != weight.dtype or not defers(self):
                 return theirs(self, x)  # type: ignore[no-any-return]
-            if torch.is_autocast_enabled(x.device.type) or not plain.runs(
-                "pixel_shuffle", (x, weight)
-            ):
+            if not plain.runs("pixel_shuffle", (x, weight)):
                 return theirs(self, x)  # type: ignore[no-any-return]
             tokens = x.transpose(1, 2)
             made = pixel_shuffle(

@@ -175,18 +175,16 @@ _ROWS = {
 }  # fmt: skip
 
 CASES = [Case(name, make) for name, make in _ROWS.items()]
-_FEW = (
-    "qwen2_5_vl",
-    "mllama",
-    "decode",
-    "several_causal",
-    "cross",
-    "gqa",
-    "blocks_of_one",
-    "mllama_decode",
-    "no_rows",
-)
+_FEW = ("qwen2_5_vl", "mllama", "several_causal", "cross", "gqa", "blocks_of_one", "no_rows")
+# Interpreted programs are one to a head and segment.
+_TINY = {
+    "tiny_decode": _inputs([1] * 2, 4, 64, keys=[67] * 2, kv_heads=2, batched=True,
+                           layout="heads_first"),
+    "tiny_mllama_decode": _inputs([1] * 2, 4, 64, keys=[4 * 41] * 2, kv_heads=2, batched=True,
+                                  blocks=4, layout="heads_first"),
+}  # fmt: skip
 FEW = [case for case in CASES if case.name in _FEW]
+FEW += [Case(name, make) for name, make in _TINY.items()]
 
 
 def eager_for(args: Arguments) -> Callable[..., tuple[Tensor]]:
