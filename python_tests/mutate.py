@@ -1535,7 +1535,6 @@ GATE_MUTATIONS = {
     "masks that are none": (
         GATE_SITE, "not bool(((value == 0) | (value == 1)).all())", "False"),
     "small tensors": (GATE_SITE, " or x.numel() < SMALL:", ":"),
-    "autocast": (GATE_SITE, "if torch.is_autocast_enabled(x.device.type):", "if False:"),
     "not compared": (GATE_SITE, "return None if off <= _TOLERANCE else f", "return None and f"),
     "calls not counted": (GATE_SITE, "if ran.calls != len(names):", "if False:"),
     "replaced forwards": (GATE_SITE, "next((r for r in reasons if r is not None), None)", "None"),

@@ -3,7 +3,7 @@
 Found are modules with parameters of their own around cross-attention to visual tokens. Which of the
 parameters are gates is read off by running a layer's forward with `vlmops.hf.gates` in their place
 and with noise in the place of its children. Small tensors, where a few functions of torch's cost
-less than following them, run the layer's own code, and so do torch.compile and autocast.
+less than following them, run the layer's own code, and so do torch.compile and mixed dtypes.
 """
 
 from __future__ import annotations
@@ -210,8 +210,6 @@ def _class(module: nn.Module, names: tuple[str, ...]) -> type[nn.Module]:
 def _serves(layer: Any, names: tuple[str, ...], x: Any) -> bool:
     """Whether a layer's branches are followed in this call."""
     if torch.compiler.is_compiling() or type(x) is not Tensor or x.numel() < SMALL:
-        return False
-    if torch.is_autocast_enabled(x.device.type):
         return False
     return plain.runs(OP, (x, *(getattr(layer, name) for name in names)))
 
