@@ -86,7 +86,8 @@ def mllama(text, vision):
     config = transformers.MllamaConfig(
         text_config={"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32,
                      "num_key_value_heads": 8, "vocab_size": 32000, "num_hidden_layers": text,
-                     "cross_attention_layers": [1]},
+                     "cross_attention_layers": [1], "bos_token_id": 1, "eos_token_id": 2,
+                     "pad_token_id": 0},
         vision_config={"hidden_size": 1280, "intermediate_size": 5120, "attention_heads": 16,
                        "num_hidden_layers": vision - 1, "num_global_layers": 1,
                        "image_size": 560, "patch_size": 14, "max_num_tiles": 4,
