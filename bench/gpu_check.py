@@ -48,6 +48,7 @@ BENCHES = {
     "patch_embed": (120, ("bfloat16",), ()),
     "packed_attention": (150, ("bfloat16",), ("--no-compile",)),
     "gated_cross_attention": (90, ("bfloat16",), ("--no-compile",)),
+    "spatial_aggregate": (60, ("bfloat16",), ("--no-compile",)),
 }
 """Seconds, dtypes and options of what is measured beside mrope, whose numbers have targets."""
 
@@ -58,6 +59,7 @@ REHEARSED = {
     "patch_embed": "siglip_so400m_384",
     "packed_attention": "decode_b1",
     "gated_cross_attention": "idefics_1",
+    "spatial_aggregate": "cambrian",
 }
 """What a dry run measures; mlp_projector's products take a CPU minutes."""
 

@@ -506,10 +506,80 @@ MUTATIONS = {
         "g.per_channel = n != 1 && t.stride(t.dim() - 1) != 0;"),
     "residual: more strides than two": (
         "ops/gated_residual/gated_residual.cpp", "if (merged.size() > 2) return false;", ""),
+    "aggregation: another row of the map": (
+        "ops/spatial_aggregate/spatial_aggregate_cpu.h", "cell.y * of.height + i,", "cell.y + i,"),
+    "aggregation: another column of the map": (
+        "ops/spatial_aggregate/spatial_aggregate_cpu.h", "cell.x * of.width + j}", "cell.x + j}"),
+    "aggregation: cells of a square grid": (
+        "ops/spatial_aggregate/spatial_aggregate_cpu.h", "i / p.grid_w % p.grid_h",
+        "i / p.grid_h % p.grid_h"),
+    "aggregation: the mask ignored": (
+        "ops/spatial_aggregate/spatial_aggregate_cpu.h",
+        "of.mask == nullptr || of.mask[at(of.mask_stride, c)]", "true"),
+    "aggregation: gradients of no token stay": (
+        "ops/spatial_aggregate/spatial_aggregate_cpu.h",
+        "__builtin_memset(static_cast<T*>(grad) + place, 0, depth * sizeof(T));", ";"),
+    "aggregation: tokens beyond the last four": (
+        "ops/spatial_aggregate/spatial_aggregate_cpu.h", "for (; i < n; ++i) f(Lanes<1>(), i);",
+        ""),
+    "aggregation: channels beyond the last vector": (
+        "ops/spatial_aggregate/spatial_aggregate_cpu.h", "for (; i < d; i += kRest) rest(i);", ""),
+    "aggregation: weights that do not add up to 1": (
+        "ops/spatial_aggregate/spatial_aggregate_cpu.h", "s[i] /= sum;", "s[i] = s[i];"),
+    "aggregation: logits as they are": (
+        "ops/spatial_aggregate/spatial_aggregate_cpu.h", "exp<width>(load<width>(s + i) - most)",
+        "exp<width>(load<width>(s + i))"),
+    "aggregation: the first block of heads": (
+        "ops/spatial_aggregate/spatial_aggregate_cpu.h",
+        "row<kRow, kStride>(t + i, h);\n        products",
+        "row<kRow, kStride>(t + i, h - first);\n        products"),
+    "aggregation: heads side by side": (
+        "ops/spatial_aggregate/spatial_aggregate_cpu.h",
+        "(first + h) * (tokens[t].of->*kStride).head", "(first + h) * p.head_dim"),
+    "aggregation: weights without their mean": (
+        "ops/spatial_aggregate/spatial_aggregate_cpu.h", "p[i] * (r[i] - mean) * scale",
+        "p[i] * r[i] * scale"),
+    "aggregation: gradients without the scale": (
+        "ops/spatial_aggregate/spatial_aggregate_cpu.h", "(r[i] - mean) * scale", "(r[i] - mean)"),
+    "aggregation: gradients of maps of one image": (
+        "ops/spatial_aggregate/spatial_aggregate_cpu.h",
+        "row = c.batch * p.grid_h * of.height + c.y", "row = c.y"),
+    "aggregation: heads' gradients in the first's place": (
+        "ops/spatial_aggregate/spatial_aggregate_cpu.h",
+        "static_cast<int64_t>(first) * p.head_dim;", "0;"),
+    "aggregation: as many keys as there are": (
+        "ops/spatial_aggregate/spatial_aggregate.cpp", "p.keys + height * width > kMaxKeys",
+        "false"),
+    "aggregation: let values of another shape through": (
+        "ops/spatial_aggregate/spatial_aggregate.cpp", "value.shape(sizes, key.name);", ""),
+    "aggregation: channels anywhere": (
+        "ops/spatial_aggregate/spatial_aggregate.cpp", "t.stride(4) == 1 && on_packs(t)",
+        "on_packs(t)"),
+    "aggregation: gradients of q alone": (
+        "ops/spatial_aggregate/spatial_aggregate.cpp", "p.needs_weights || i <= count",
+        "p.needs_weights || i == 0"),
 }  # fmt: skip
 
 # op -> name -> (text in vlmops/ops/<op>_triton.py, replacement)
-TRITON_MUTATIONS = {"gated_residual": {
+TRITON_MUTATIONS = {"spatial_aggregate": {
+    "unchanged": ("import os", "import os"),
+    "another row of the map": ("(i_y * M + o_t // W)", "(i_y + o_t // W)"),
+    "another column of the map": ("i_x * W + o_t % W)", "i_x + o_t % W)"),
+    "the mask ignored": ("(tl.load(p_m + o_all, mask=m_listed, other=0) != 0)", "m_listed"),
+    "masks of the first image": ("tl.load(p_m + o_all,", "tl.load(p_m + o_token,"),
+    "heads beyond the last": ("(o_h < n_heads)[:, None] & ", ""),
+    "sums of another maximum": ("b_out * b_before[:, None] +", "b_out +"),
+    "a mean of another maximum": ("b_mean * b_before +", "b_mean +"),
+    "the first block of a window": ("range(0, tl.cdiv(M * W, N))", "range(0, 1)"),
+    "weights without their mean": ("(b_r - b_mean[None, :])", "b_r"),
+    "gradients without the scale": ("(b_r - b_mean[None, :]) * scale", "(b_r - b_mean[None, :])"),
+    "no token, no number": ("tl.where(b_sum == 0.0, 1.0, b_sum)[:, None]", "b_sum[:, None]"),
+    "gradients of values as keys'": ("zip(others[:count], others[count:]",
+                                     "zip(others[count:], others[:count]"),
+    "any strides": ("x.stride(4) == 1 and x.stride(3) == channels and", "x.stride(4) == 1 and"),
+    "strides of 16 bytes where there are none": (
+        "vector = _VECTOR if all(", "vector = _VECTOR if True or all("),
+}, "gated_residual": {
     "unchanged": ("import os", "import os"),
     "the mask ignored": (
         "m = m & (tl.load(p_mask + o_row, mask=m_row, other=0) != 0)", "m = m & True"),
@@ -833,6 +903,61 @@ CUDA_MUTATIONS = {
         "ops/hd_transform/hd_transform.cuh", "y < p.side; y += kSlices", "y < 0; y += kSlices"),
     "learned rows: the last launch's images": (
         "ops/hd_transform/hd_transform.cuh", "column] += static_cast", "column] = static_cast"),
+    "aggregation: rows of a map side by side": (
+        "ops/spatial_aggregate/spatial_aggregate.cuh",
+        "key += e.key_stride.y - e.width * e.key_stride.x;", ""),
+    "aggregation: tokens of the first row": (
+        "ops/spatial_aggregate/spatial_aggregate.cuh", "token += (p_.grid_w - 1) * e.width;", ""),
+    "aggregation: masks of the first row": (
+        "ops/spatial_aggregate/spatial_aggregate.cuh",
+        "mask_ += e.mask_stride.y - e.width * e.mask_stride.x;", ""),
+    "aggregation: the mask ignored": (
+        "ops/spatial_aggregate/spatial_aggregate.cuh",
+        "exists[n] = walk.exists();", "exists[n] = true;"),
+    "aggregation: heads beyond the last": (
+        "ops/spatial_aggregate/spatial_aggregate.cuh", "place.head < p.heads && ", ""),
+    "aggregation: channels beyond the last": (
+        "ops/spatial_aggregate/spatial_aggregate.cuh",
+        " && place.channel + i * kLanes * kPack<T> < p.head_dim", ""),
+    "aggregation: products of half of the lanes": (
+        "ops/spatial_aggregate/spatial_aggregate.cuh", "distance = kLanes / 2;",
+        "distance = kLanes / 4;"),
+    "aggregation: sums of another maximum": (
+        "ops/spatial_aggregate/spatial_aggregate.cuh", "sums[i][c] *= before;", ";"),
+    "aggregation: the largest logit of one lane": (
+        "ops/spatial_aggregate/spatial_aggregate.cuh", "most = of_lanes<kLanes, true>(most);", ""),
+    "aggregation: a mean of one lane's tokens": (
+        "ops/spatial_aggregate/spatial_aggregate.cuh", "return of_lanes<kLanes>(mean);",
+        "return mean;"),
+    "aggregation: weights without their mean": (
+        "ops/spatial_aggregate/spatial_aggregate.cuh", "(of.y - mean)", "of.y"),
+    "aggregation: every lane keeps logits": (
+        "ops/spatial_aggregate/spatial_aggregate.cuh", " && place.channel == 0) kept", ") kept"),
+    "aggregation: no barrier before the softmax": (
+        "ops/spatial_aggregate/spatial_aggregate.cuh", "  __syncwarp();\n  const float mean",
+        "  const float mean"),
+    "aggregation: no barrier behind the softmax": (
+        "ops/spatial_aggregate/spatial_aggregate.cuh", "  __syncwarp();\n  float sums",
+        "  float sums"),
+    "aggregation: heads of a warp keep one": (
+        "ops/spatial_aggregate/spatial_aggregate.cuh",
+        "(place.warp * (kWarpSize / kLanes) + place.of_warp) * p.keys", "place.warp * p.keys"),
+    "aggregation: gradients of no token are what a NaN makes": (
+        "ops/spatial_aggregate/spatial_aggregate.cuh", "x[c] = exists ? factor * row[i][c] : 0.0f;",
+        "x[c] = factor * row[i][c];"),
+    "aggregation: no token, no number": (
+        "ops/spatial_aggregate/spatial_aggregate.cuh", "sum == 0.0f ? 0.0f : 1.0f / sum",
+        "1.0f / sum"),
+    "aggregation: more than 48 KiB": (
+        "ops/spatial_aggregate/spatial_aggregate.cu",
+        "std::min<int64_t>(kMostWarps, kShared / std::max<int64_t>(bytes, 1))",
+        "int64_t{kMostWarps}"),
+    "aggregation: one pack of two": (
+        "ops/spatial_aggregate/spatial_aggregate.cu", "return run<T, 32, 2>(p, backward, stream);",
+        "return run<T, 32, 1>(p, backward, stream);"),
+    "aggregation: packs of what is not aligned": (
+        "ops/spatial_aggregate/spatial_aggregate.cpp", "return on || launch.kernels == nullptr;",
+        "return true;"),
     "residual: rows of one warp": (
         "ops/gated_residual/gated_residual.cuh", "tile.number * kWarps + tile.warp",
         "tile.number * kWarps"),

@@ -33,6 +33,7 @@ from vlmops.ops import (
     packed_attention_triton,
     patch_embed_triton,
     pixel_shuffle_triton,
+    spatial_aggregate_triton,
 )
 from vlmops.ops.patch_embed import Position, arguments
 from vlmops.ops.pixel_shuffle import Options
@@ -456,6 +457,59 @@ def packed_attention_keys():
     }
 
 
+def aggregated(sides=(24, 96), grid=24, batch=1, heads=16, dtype=torch.bfloat16, masked=False):
+    """The arguments of the op; only dtypes, shapes and strides matter."""
+    q = torch.empty(batch, grid, grid, heads, 64, dtype=dtype)
+    maps = [torch.empty(batch, side, side, heads, 64, dtype=dtype) for side in sides]
+    masks = [torch.empty(x.shape[:3], dtype=torch.bool) for x in maps] if masked else []
+    return q, maps, maps, masks
+
+
+def spatial_aggregate_calls():
+    run = spatial_aggregate_triton
+
+    def forward(registers, wide, **inputs):
+        call = functools.partial(run.forward, *aggregated(**inputs))
+        return Budget(run, "forward_kernel", call, registers, wide)
+
+    def backward(registers, wide, **inputs):
+        q, *rest = aggregated(**inputs)
+        call = functools.partial(run.backward, q, [True] * (1 + 2 * len(rest[0])), q, *rest)
+        return Budget(run, "backward_kernel", call, registers, wide)
+
+    cambrian = {"sides": (24, 24, 24, 96)}
+    return {
+        "aggregate bf16": forward(255, 8, **cambrian),
+        "aggregate fp32": forward(255, 8, **cambrian, dtype=torch.float32),
+        "aggregate masks bf16": forward(255, 4, masked=True),
+        "aggregate backward bf16": backward(255, 8, **cambrian),
+    }
+
+
+def spatial_aggregate_keys():
+    """name -> number of compile keys over batches, grids and numbers of heads."""
+    run = spatial_aggregate_triton
+    sizes = [{"grid": n, "sides": (n, 4 * n), "batch": b, "heads": h}
+             for n, b, h in ((1, 1, 16), (16, 2, 16), (17, 3, 13))]  # fmt: skip
+
+    def number(kernel, function, **inputs):
+        calls = [functools.partial(function, **inputs, **size) for size in sizes]
+        return number_of_keys(run, kernel, calls)
+
+    def forward(**inputs):
+        run.forward(*aggregated(**inputs))
+
+    def backward(**inputs):
+        q, *rest = aggregated(**inputs)
+        run.backward(q, [True] * 5, q, *rest)
+
+    return {
+        "forward": number("forward_kernel", forward),
+        "forward, masks": number("forward_kernel", forward, masked=True),
+        "backward": number("backward_kernel", backward),
+    }
+
+
 def calls():
     """name -> `Budget`"""
     calls = (
@@ -466,6 +520,7 @@ def calls():
         packed_attention_calls,
         patch_embed_calls,
         pixel_shuffle_calls,
+        spatial_aggregate_calls,
     )
     return {name: call for of_op in calls for name, call in of_op().items()}
 

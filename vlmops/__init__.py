@@ -13,6 +13,7 @@ from vlmops.ops.mrope import mrope, mrope_, mrope_freq_axis
 from vlmops.ops.packed_attention import packed_attention
 from vlmops.ops.patch_embed import Position, patch_embed
 from vlmops.ops.pixel_shuffle import pixel_shuffle, pixel_shuffle_inverse
+from vlmops.ops.spatial_aggregate import spatial_aggregate
 from vlmops.warmup import Warmup, warmup
 
 __version__ = "0.1.0"
@@ -37,6 +38,7 @@ __all__ = [
     "patched",
     "pixel_shuffle",
     "pixel_shuffle_inverse",
+    "spatial_aggregate",
     "unpatch",
     "warmup",
 ]

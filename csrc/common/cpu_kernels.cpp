@@ -7,6 +7,7 @@
 #include "ops/mrope/mrope_cpu.h"
 #include "ops/patch_embed/patch_embed_cpu.h"
 #include "ops/pixel_shuffle/pixel_shuffle_cpu.h"
+#include "ops/spatial_aggregate/spatial_aggregate_cpu.h"
 
 #define VLMOPS_CONCAT_(a, b) a##b
 #define VLMOPS_CONCAT(a, b) VLMOPS_CONCAT_(a, b)
@@ -42,6 +43,8 @@ const CpuKernels VLMOPS_CONCAT(kernels_, VLMOPS_ISA) = {
     &hd_transform::sums,
     &gated_residual::tanh_of_gate,
     &gated_residual::forward,
-    &gated_residual::backward};
+    &gated_residual::backward,
+    &spatial_aggregate::forward,
+    &spatial_aggregate::backward};
 
 }  // namespace vlmops

@@ -7,6 +7,7 @@
 #include "ops/mrope/mrope.h"
 #include "ops/patch_embed/patch_embed.h"
 #include "ops/pixel_shuffle/pixel_shuffle.h"
+#include "ops/spatial_aggregate/spatial_aggregate.h"
 
 namespace vlmops {
 
@@ -37,6 +38,8 @@ struct CpuKernels {
   gated_residual::CpuTanh gated_residual_tanh;
   gated_residual::CpuKernel gated_residual;
   gated_residual::CpuBackward gated_residual_backward;
+  spatial_aggregate::CpuKernel spatial_aggregate;
+  spatial_aggregate::CpuKernel spatial_aggregate_backward;
 };
 
 // The table in force: the best that this machine runs, capped by VLMOPS_CPU_ISA. Throws

@@ -53,7 +53,9 @@ const CudaKernels kernels = {&describe_status,
                              &packed_attention::forward_scratch_cuda,
                              &packed_attention::forward_cuda,
                              &packed_attention::backward_scratch_cuda,
-                             &packed_attention::backward_cuda};
+                             &packed_attention::backward_cuda,
+                             &spatial_aggregate::forward_cuda,
+                             &spatial_aggregate::backward_cuda};
 
 }  // namespace
 }  // namespace vlmops

@@ -12,6 +12,7 @@
 #include "ops/packed_attention/packed_attention.h"
 #include "ops/patch_embed/patch_embed.h"
 #include "ops/pixel_shuffle/pixel_shuffle.h"
+#include "ops/spatial_aggregate/spatial_aggregate.h"
 
 namespace vlmops {
 
@@ -47,6 +48,8 @@ struct CudaKernels {
   packed_attention::CudaForward packed_attention_forward;
   packed_attention::CudaBackwardScratch packed_attention_backward_scratch;
   packed_attention::CudaBackward packed_attention_backward;
+  spatial_aggregate::CudaKernel spatial_aggregate;
+  spatial_aggregate::CudaKernel spatial_aggregate_backward;
 };
 
 }  // namespace vlmops

@@ -6,5 +6,18 @@ from vlmops.nn.gated_cross_attention import (
     image_mask,
 )
 from vlmops.nn.hd_transform import HDTransform
+from vlmops.nn.spatial_vision_aggregator import (
+    SpatialVisionAggregator,
+    VisionTokenSampler,
+    existing_tokens,
+)
 
-__all__ = ["GatedCrossAttentionBlock", "HDTransform", "gated_cross_attention_block", "image_mask"]
+__all__ = [
+    "GatedCrossAttentionBlock",
+    "HDTransform",
+    "SpatialVisionAggregator",
+    "VisionTokenSampler",
+    "existing_tokens",
+    "gated_cross_attention_block",
+    "image_mask",
+]

@@ -15,6 +15,7 @@ __all__ = [
     "packed_attention",
     "patch_embed",
     "pixel_shuffle",
+    "spatial_aggregate",
 ]
 
 
