@@ -234,7 +234,8 @@ class VisionTokenSampler(nn.Module):
         return result
 
     def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.num_heads, -1))
+        heads: Tensor = x.unflatten(-1, (self.num_heads, -1))
+        return heads
 
     def extra_repr(self) -> str:
         """What ``repr`` shows beside the layers."""
@@ -243,7 +244,7 @@ class VisionTokenSampler(nn.Module):
 
 def _placed(x: Tensor, embedding: Tensor, m: int) -> Tensor:
     """Tokens with the embeddings of their places in windows; no window is copied."""
-    windows = x.unflatten(2, (-1, m)).unflatten(1, (-1, m))  # [B, G_h, m, G_w, m, C]
+    windows: Tensor = x.unflatten(2, (-1, m)).unflatten(1, (-1, m))  # [B, G_h, m, G_w, m, C]
     return (windows + embedding.to(x.dtype).view(m, 1, m, -1)).flatten(3, 4).flatten(1, 2)
 
 

@@ -109,8 +109,10 @@ _ROWS = {
     "padded": _inputs(masks=("none", "mixed")),
     "rectangles": _inputs((2, 3), ((2, 1), (1, 3)), 3, 8, batch=2),
     # As models have it.
-    "cambrian": _inputs((2, 2), ((1, 1), (1, 1), (1, 1), (4, 4)), 2, 64),
-    "all_padded": _inputs((3, 2), ((1, 1), (2, 2), (1, 1)), masks=("mixed", "strided", "mixed")),
+    "cambrian": _inputs((2, 2), ((1, 1), (1, 1), (1, 1), (4, 4)), 4, 64),
+    "all_padded": _inputs(
+        (3, 2), ((1, 1), (2, 2), (1, 1)), 4, 32, masks=("mixed", "strided", "mixed")
+    ),
     "one_token": _inputs((2, 2), ((1, 1),), 2, 16),
     "one_query": _inputs((1, 1), ((3, 5), (7, 2)), 2, 16),
     "steep": _inputs((2, 2), ((3, 3),), 2, 64, steep=20.0),
@@ -123,12 +125,12 @@ _ROWS = {
     "threads": _inputs((4, 4), ((1, 1), (4, 4)), 4, 64),
     "no_images": _inputs(batch=0),
     # Strides.
-    "fused": _inputs(layout="fused"),
+    "fused": _inputs(heads=4, dim=32, layout="fused"),
     "sliced": _inputs(layout="sliced", masks=("mixed", "strided")),
-    "heads_first": _inputs(layout="heads_first"),
-    "channels_apart": _inputs(layout="channels_apart"),
-    "expanded": _inputs(layout="expanded"),
-    "unaligned": _inputs(layout="unaligned"),
+    "heads_first": _inputs(heads=4, dim=32, layout="heads_first"),
+    "channels_apart": _inputs(heads=4, dim=32, layout="channels_apart"),
+    "expanded": _inputs(heads=4, dim=32, batch=2, layout="expanded"),
+    "unaligned": _inputs(heads=4, dim=32, layout="unaligned"),
 }
 
 CASES = [Case(name, make) for name, make in _ROWS.items()]
@@ -179,6 +181,12 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) ->
 def eager_for(args: Arguments) -> Callable[..., tuple[Tensor]]:
     """Copies of windows, one row of keys, softmax."""
     return lambda **given: _published(given, _softmax)
+
+
+def yardstick_for(args: Arguments) -> Callable[..., tuple[Tensor]]:
+    """float32 is judged by torch's fused attention, which is what the published code runs."""
+    attend = _sdpa if args["q"].dtype == torch.float32 else _softmax
+    return lambda **given: _published(given, attend)
 
 
 def peers(args: Arguments) -> dict[str, Callable[..., Any]]:
@@ -308,4 +316,5 @@ SPEC = Spec(
     errors=ERRORS,
     schema_arguments=_schema_arguments,
     peers=peers,
+    yardstick_for=yardstick_for,
 )

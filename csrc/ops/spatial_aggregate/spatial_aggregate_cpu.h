@@ -92,7 +92,7 @@ VLMOPS_INLINE void by_channels(int d, const Whole& whole, const Rest& rest) {
 template <int N, class T>
 VLMOPS_INLINE void products(const T* x, const T* const (&rows)[N], int d, float (&of)[N]) {
   using A = AccessOf<T>;
-  Vec<float, kFloats> sums[N] = {};
+  Vec<float, kFloats> sums[N] = {}, others[N] = {};
   Vec<float, kRest> rest[N] = {};
   by_channels<T>(
       d,
@@ -101,13 +101,18 @@ VLMOPS_INLINE void products(const T* x, const T* const (&rows)[N], int d, float 
         for (int n = 0; n < N; ++n) {
           const auto b = A::read(rows[n] + i);
           for (int v = 0; v < A::kVectors; ++v) sums[n] += a.v[v] * b.v[v];
+          if (i + A::kStep == d / (2 * A::kStep) * A::kStep) {  // half of them: shorter chains
+            others[n] = sums[n];
+            sums[n] = Vec<float, kFloats>{};
+          }
         }
       },
       [&](int i) VLMOPS_INLINED {
         const auto a = load<kRest>(x + i);
         for (int n = 0; n < N; ++n) rest[n] += a * load<kRest>(rows[n] + i);
       });
-  for (int n = 0; n < N; ++n) of[n] = sum_lanes<kFloats>(sums[n]) + sum_lanes<kRest>(rest[n]);
+  for (int n = 0; n < N; ++n)
+    of[n] = sum_lanes<kFloats>(sums[n] + others[n]) + sum_lanes<kRest>(rest[n]);
 }
 
 // sums += weights[n] * rows[n], in the order in which channels come into vectors.
