@@ -107,7 +107,7 @@ def _inputs(
 
 _ROWS = {
     "padded": _inputs(masks=("none", "mixed")),
-    "rectangles": _inputs((2, 3), ((2, 1), (1, 3)), 3, 8, batch=2),
+    "rectangles": _inputs((2, 3), ((2, 1), (1, 3)), 5, 24, batch=2),
     # As models have it.
     "cambrian": _inputs((2, 2), ((1, 1), (1, 1), (1, 1), (4, 4)), 4, 64),
     "all_padded": _inputs(
@@ -121,7 +121,7 @@ _ROWS = {
     "dim_8": _inputs((2, 2), ((2, 2),), 5, 8),
     "dim_72": _inputs((1, 2), ((2, 2), (1, 1)), 3, 72),
     "dim_136": _inputs((1, 2), ((2, 1), (1, 1)), 2, 136),
-    "dim_256": _inputs((1, 2), ((2, 2), (1, 1)), 2, 256),
+    "dim_256": _inputs((1, 2), ((2, 2), (1, 1)), 4, 256),
     "threads": _inputs((4, 4), ((1, 1), (4, 4)), 4, 64),
     "no_images": _inputs(batch=0),
     # Strides.
