@@ -474,7 +474,7 @@ def spatial_aggregate_calls():
 
     def backward(registers, wide, **inputs):
         q, *rest = aggregated(**inputs)
-        call = functools.partial(run.backward, q, [True] * (1 + 2 * len(rest[0])), q, *rest)
+        call = functools.partial(run.backward, q, [1] * (1 + 2 * len(rest[0])), q, *rest)
         return Budget(run, "backward_kernel", call, registers, wide)
 
     cambrian = {"sides": (24, 24, 24, 96)}
@@ -501,7 +501,7 @@ def spatial_aggregate_keys():
 
     def backward(**inputs):
         q, *rest = aggregated(**inputs)
-        run.backward(q, [True] * 5, q, *rest)
+        run.backward(q, [1] * 5, q, *rest)
 
     return {
         "forward": number("forward_kernel", forward),

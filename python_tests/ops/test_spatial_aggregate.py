@@ -79,7 +79,7 @@ def test_queries_without_tokens_and_tokens_that_do_not_exist(on, backend):
         [x.masked_fill(~m[..., None, None], float("nan")) for x, m in zip(of, masks, strict=True)]
         for of in (keys, values)
     ]
-    needs = [True] * 5
+    needs = [1] * 5
     with on(backend):
         out = vlmops.spatial_aggregate(q, *poisoned, masks=masks)
         clean = vlmops.spatial_aggregate(q, keys, values, masks=masks)
@@ -103,7 +103,7 @@ def test_one_token_is_the_result_and_logits_get_no_gradient(on, backend):
     with on(backend):
         out = vlmops.spatial_aggregate(q, [key], [value])
         of_q, of_key, of_value = torch.ops.vlmops.spatial_aggregate_backward(
-            grad, [True] * 3, q, [key], [value], []
+            grad, [1] * 3, q, [key], [value], []
         )
     assert torch.equal(out, value)
     assert torch.equal(of_value, grad)
@@ -121,7 +121,7 @@ def test_eight_encoders_and_a_thousand_tokens(on, backend):
     args = (q, keys, values, [])
     with on(backend):
         out = vlmops.spatial_aggregate(q, keys, values)
-        grads = torch.ops.vlmops.spatial_aggregate_backward(grad, [True] * 17, *args)
+        grads = torch.ops.vlmops.spatial_aggregate_backward(grad, [1] * 17, *args)
     leaves = [t.double().requires_grad_() for t in (q, *keys, *values)]
     exact = reference(leaves[0], leaves[1:9], leaves[9:])
     expected = torch.autograd.grad(exact, leaves, grad.double())
@@ -137,7 +137,7 @@ def test_heads_threads_and_masks_change_no_bit(use_cpu_isa, isa, dtype):
     grid, windows, heads = (6, 6), ((1, 1), (6, 6)), 12
     q, grad = torch.randn(2, 2, *grid, heads, 128).to(dtype)
     keys, values = maps(grid, windows, heads, 128, batch=2, dtype=dtype)
-    needs = [True] * 5
+    needs = [1] * 5
     assert keys[1].nbytes >= 8 << 20 or dtype != torch.float32
 
     def run(part=slice(None), masks=()):
@@ -170,9 +170,7 @@ def test_computes_what_is_needed(on, backend, wanted):
                "values[1]": values[1]}  # fmt: skip
     grad = torch.randn_like(q)
     with on(backend):
-        everything = torch.ops.vlmops.spatial_aggregate_backward(
-            grad, [True] * 5, q, keys, values, []
-        )
+        everything = torch.ops.vlmops.spatial_aggregate_backward(grad, [1] * 5, q, keys, values, [])
         tensors[wanted].requires_grad_()
         with CountOps() as ran:
             out = vlmops.spatial_aggregate(q, keys, values)
@@ -180,7 +178,7 @@ def test_computes_what_is_needed(on, backend, wanted):
     names = list(tensors)
     assert torch.equal(got, everything[names.index(wanted)])
     (_, given, _) = ran.calls[-1]
-    assert list(given[1]) == [name == wanted for name in names]
+    assert list(given[1]) == [int(name == wanted) for name in names]
 
 
 def test_saves_its_arguments_alone():
@@ -197,9 +195,9 @@ def test_backward_refuses_needs_that_do_not_fit():
     q = torch.randn(1, 1, 1, 1, 8)
     for op in ("spatial_aggregate_backward", "spatial_aggregate_triton_backward"):
         with pytest.raises(RuntimeError, match=r"needs: expected 3, one for q, .*, got 2"):
-            getattr(torch.ops.vlmops, op)(q, [True, True], q, [q], [q], [])
+            getattr(torch.ops.vlmops, op)(q, [1, 1], q, [q], [q], [])
         with pytest.raises(RuntimeError, match=r"grad: expected shape \[1, 1, 1, 1, 8\]"):
-            getattr(torch.ops.vlmops, op)(q[0], [True] * 3, q, [q], [q], [])
+            getattr(torch.ops.vlmops, op)(q[0], [1] * 3, q, [q], [q], [])
 
 
 @reads_proc
@@ -210,7 +208,7 @@ def test_copies_no_window_and_no_map():
     grown, largest = extra_memory(lambda: vlmops.spatial_aggregate(q, keys, values))
     assert largest == q.nbytes
     assert grown < 2 * q.nbytes
-    args = (q, [True, *[False] * 4], q, list(keys), list(values), [])
+    args = (q, [1, *[0] * 4], q, list(keys), list(values), [])
     call = torch.ops.vlmops.spatial_aggregate_backward
     assert extra_memory(lambda: call(*args))[1] == q.nbytes
 

@@ -41,7 +41,7 @@ def test_tokens_that_do_not_exist_are_not_read():
     out = vlmops.spatial_aggregate(q, *poisoned, masks=masks, backend="triton")
     torch.testing.assert_close(out, vlmops.spatial_aggregate(q, keys, values, masks=masks))
     got, expected = (
-        getattr(torch.ops.vlmops, op)(grad, [True] * 5, q, *maps, masks)
+        getattr(torch.ops.vlmops, op)(grad, [1] * 5, q, *maps, masks)
         for op, maps in (
             ("spatial_aggregate_triton_backward", poisoned),
             ("spatial_aggregate_backward", (keys, values)),
@@ -55,11 +55,11 @@ def test_tokens_that_do_not_exist_are_not_read():
 @pytest.mark.parametrize("wanted", range(5))
 def test_computes_what_is_needed(wanted):
     q, grad, keys, values = drawn((1, 1), (5, 5))  # two blocks of tokens
-    needs = [i == wanted for i in range(5)]
+    needs = [int(i == wanted) for i in range(5)]
     got = torch.ops.vlmops.spatial_aggregate_triton_backward(grad, needs, q, keys, values, [])
-    expected = torch.ops.vlmops.spatial_aggregate_backward(grad, [True] * 5, q, keys, values, [])
+    expected = torch.ops.vlmops.spatial_aggregate_backward(grad, [1] * 5, q, keys, values, [])
     torch.testing.assert_close(got[wanted], expected[wanted])
-    assert [len(g) for g in got] == [int(needed) for needed in needs]
+    assert [len(g) for g in got] == needs
 
 
 def test_refuses_more_encoders_than_it_takes():
@@ -67,7 +67,7 @@ def test_refuses_more_encoders_than_it_takes():
     with pytest.raises(RuntimeError, match=r"'triton': keys: expected maps of at most 4 .*got 5"):
         vlmops.spatial_aggregate(q, keys, values, backend="triton")
     with pytest.raises(RuntimeError, match=r"'triton': keys: expected maps of at most 4 .*got 5"):
-        torch.ops.vlmops.spatial_aggregate_triton_backward(grad, [True] * 11, q, keys, values, [])
+        torch.ops.vlmops.spatial_aggregate_triton_backward(grad, [1] * 11, q, keys, values, [])
 
 
 def test_strides_of_16_bytes_where_there_are_and_copies_of_what_is_not_in_a_row(monkeypatch):

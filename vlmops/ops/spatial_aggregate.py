@@ -209,7 +209,7 @@ class _SpatialAggregate(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         a = ctx.pack(*ctx.saved_tensors)
         count = len(a.differentiable)
-        needs = ctx.needs_input_grad[2 : 2 + count]
+        needs = [int(needed) for needed in ctx.needs_input_grad[2 : 2 + count]]
         grads = _backward(ctx.ops, grad, needs, *a)
         used = [g if needed else None for g, needed in zip(grads, needs, strict=True)]
         return None, None, *used, *[None] * len(a.masks)
@@ -244,7 +244,7 @@ def _forward(ops: _Ops, *args: Any) -> Tensor:
     return result
 
 
-def _backward(ops: _Ops, grad: Tensor, needs: Sequence[bool], *args: Any) -> list[Tensor]:
+def _backward(ops: _Ops, grad: Tensor, needs: Sequence[int], *args: Any) -> list[Tensor]:
     """The gradients of q, keys and values; an empty tensor for one that nobody needs."""
     a = Arguments(*args)
     if not wants_grad(grad, *a.differentiable):
@@ -256,7 +256,7 @@ def _backward(ops: _Ops, grad: Tensor, needs: Sequence[bool], *args: Any) -> lis
     def plain(q: Tensor, *given: Any) -> Tensor:
         return _plain(q, given[:count], given[count:], a.masks, a.scale)
 
-    return plain_gradients(plain, a.differentiable, (), needs, grad)
+    return plain_gradients(plain, a.differentiable, (), [n != 0 for n in needs], grad)
 
 
 def _fake(*args: Any) -> Tensor:
@@ -271,7 +271,7 @@ def _names(a: Arguments) -> list[str]:
     return ["q", *(f"{name}[{i}]" for name, of in lists.items() for i in range(len(of)))]
 
 
-def _fake_backward(grad: Tensor, needs: Sequence[bool], *args: Any) -> list[Tensor]:
+def _fake_backward(grad: Tensor, needs: Sequence[int], *args: Any) -> list[Tensor]:
     a = Arguments(*args)
     same_device("spatial_aggregate_backward", "q", a.q, grad=grad)
     return [

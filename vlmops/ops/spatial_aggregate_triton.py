@@ -379,7 +379,7 @@ def forward(*args: Any) -> Tensor:
     return out
 
 
-def backward(grad: Tensor, needs: Sequence[bool], *args: Any) -> list[Tensor]:
+def backward(grad: Tensor, needs: Sequence[int], *args: Any) -> list[Tensor]:
     """``vlmops::spatial_aggregate_triton_backward``."""
     a = Arguments(*args)
     grads: list[Tensor] = torch.ops.vlmops.spatial_aggregate_backward_empty(grad, needs, *args)

@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <cmath>
+#include <new>
 #include <optional>
 #include <string>
 #include <vector>
@@ -12,6 +13,14 @@
 #include "binding/launch.h"
 #include "binding/parallel.h"
 #include "common/cpu_kernels.h"
+
+#if defined(__GLIBCXX__)
+// What a list of tensors is returned by asks for a C++ library of 2021, for this alone.
+namespace std {
+[[noreturn]] void __throw_bad_array_new_length() { throw std::bad_alloc(); }
+}  // namespace std
+__asm__(".hidden _ZSt28__throw_bad_array_new_lengthv");  // libstdc++'s declaration says default
+#endif
 
 namespace vlmops::spatial_aggregate {
 namespace {
@@ -78,8 +87,6 @@ void check_encoder(const Call& call, size_t i, const Argument& q, Params& p) {
          "], h and w multiples of the grid ", p.grid_h, " x ", p.grid_w, " of q ", describe(of_q),
          ", got shape ", describe(sizes));
   }
-  check_like_q(value, q);
-  value.shape(sizes, key.name);
   Encoder& of = p.encoders[i];
   const int64_t height = sizes[1] / p.grid_h, width = sizes[2] / p.grid_w;
   if (height > kMaxKeys || width > kMaxKeys || p.keys + height * width > kMaxKeys) {
@@ -87,6 +94,8 @@ void check_encoder(const Call& call, size_t i, const Argument& q, Params& p) {
          " keys for a query, over all encoders, got a window of ", height, " x ", width, " beside ",
          p.keys, " others");
   }
+  check_like_q(value, q);
+  value.shape(sizes, key.name);
   of.height = static_cast<int>(height);
   of.width = static_cast<int>(width);
   p.keys += of.height * of.width;
@@ -199,9 +208,8 @@ Tensor forward(const Tensor& q, const Tensors& keys, const Tensors& values, cons
 
 // The gradients of q, of keys and of values, in this order.
 template <bool kMade>
-Tensors backward(const Tensor& grad, const std::vector<bool>& needs, const Tensor& q,
-                 const Tensors& keys, const Tensors& values, const Masks& masks,
-                 std::optional<double> scale) {
+Tensors backward(const Tensor& grad, const Sizes& needs, const Tensor& q, const Tensors& keys,
+                 const Tensors& values, const Masks& masks, std::optional<double> scale) {
   const Call call{"spatial_aggregate_backward", q, keys, values, masks, scale};
   Params p = check(call);
   check_grad({call.op, "grad", grad}, {call.op, "q", q});
@@ -212,18 +220,18 @@ Tensors backward(const Tensor& grad, const std::vector<bool>& needs, const Tenso
   }
   Tensors grads;
   const auto make = [&](const Tensor& like, size_t i) {
-    grads.push_back(torch::stable::new_empty(like, needs[i] ? sizes_of(like) : Sizes{0}));
+    grads.push_back(torch::stable::new_empty(like, needs[i] != 0 ? sizes_of(like) : Sizes{0}));
   };
   make(q, 0);
   for (size_t i = 0; i < count; ++i) make(keys[i], 1 + i);
   for (size_t i = 0; i < count; ++i) make(values[i], 1 + count + i);
   bool wanted = false;
-  for (const bool needed : needs) wanted = wanted || needed;
+  for (const int64_t needed : needs) wanted = wanted || needed != 0;
   if (!kMade || !wanted || q.numel() == 0) return grads;
   const Launch launch(call.op, q);
   const Operands operands(call, launch, grad, p);
   const auto of = [&](size_t i) -> void* {
-    if (!needs[i]) return nullptr;
+    if (needs[i] == 0) return nullptr;
     launch.writes(grads[i], "a gradient");
     p.needs_weights = p.needs_weights || i <= count;
     p.streams = p.streams || bytes_spanned(grads[i]) >= kStreamBytes;
@@ -247,8 +255,8 @@ Tensors backward(const Tensor& grad, const std::vector<bool>& needs, const Tenso
 
 STABLE_TORCH_LIBRARY_FRAGMENT(vlmops, m) {
   m.def("spatial_aggregate(" VLMOPS_SPATIAL_AGGREGATE_ARGUMENTS ") -> Tensor");
-  // The gradients of q, of each key and of each value, empty where nobody needs them.
-  m.def("spatial_aggregate_backward(Tensor grad, bool[] needs, " VLMOPS_SPATIAL_AGGREGATE_ARGUMENTS
+  // The gradients of q, of each key and of each value, empty where needs has 0.
+  m.def("spatial_aggregate_backward(Tensor grad, int[] needs, " VLMOPS_SPATIAL_AGGREGATE_ARGUMENTS
         ") -> Tensor[]");
   // Memory for the results of both, once everything was checked.
   m.def("spatial_aggregate_empty(" VLMOPS_SPATIAL_AGGREGATE_ARGUMENTS ") -> Tensor");
