@@ -602,7 +602,7 @@ def test_causality_is_that_of_what_is_selected(attention):
         with CountOps() as ran:
             got = attend(x, attention_mask=None)[0]
     assert ran.counts[OP] == 1
-    assert ran.calls[0][1][8:9] == ((True,) if attention == "sdpa" else ())
+    assert ran.calls[0][1][9:10] == ((True,) if attention == "sdpa" else ())
     assert_agree(got, expected, attention)
 
 
