@@ -68,7 +68,7 @@ def checkpoint(tmp_path, config):
     path = tmp_path / "checkpoint"
     fast.save_pretrained(path)
     inputs._qwen2_vl_processor()().save_pretrained(path)
-    inputs._random_model(config, torch.float32).save_pretrained(path)
+    inputs.random_model(config, torch.float32).save_pretrained(path)
     return path
 
 
@@ -309,7 +309,7 @@ def test_demo_compares_up_to_the_first_difference():
 
 
 def test_demo_random_model_has_no_uninitialised_weight(config):
-    model = inputs._random_model(config, torch.float32)
+    model = inputs.random_model(config, torch.float32)
 
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         assert tensor.isfinite().all(), name

@@ -136,7 +136,9 @@ def test_plot_refuses_what_scripts_measured(path, tmp_path, capsys):
     assert cli.main(["bench", "plot", str(path), "--out", str(tmp_path / "new")]) == 2
     out, err = capsys.readouterr()
     assert (out, err.count("\n")) == ("", 1)
-    assert re.search(r"expected a report of vlmops bench OP --json, got .*(e2e|linear)(\.py)?$", err)
+    assert re.search(
+        r"expected a report of vlmops bench OP --json, got .*(e2e|linear)(\.py)?$", err
+    )
     assert not (tmp_path / "new").exists()
 
 

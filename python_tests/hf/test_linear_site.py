@@ -102,6 +102,14 @@ def test_panels_are_at_least_as_right_as_hugging_face(family, dtype):
     assert (ours - exact).abs().max() < 2 * (theirs - exact).abs().max()
 
 
+def test_layers_that_another_op_took_are_not_its():
+    """Idefics' projections of images are kept, by the quicker product where there is one."""
+    model = build("idefics")
+    report = vlmops.patch(model)
+    assert "already patched" not in {row.status for row in report.rows}
+    assert "patched" not in {row.status for row in vlmops.patch(model).rows}
+
+
 @families
 def test_with_mrope_rotation_stays_in_place(family):
     """What a patched projection returns is as fresh as what F.linear returns."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from vlmops.hf import plain
-from vlmops.hf.rebind import absorbed, original_class, subclass
+from vlmops.hf.rebind import absorbed, ops_of, original_class, subclass
 from vlmops.hf.sites import AlreadyPatched, LeftAlone, Place, Refused, Site
 from vlmops.ops.linear import (
     alternative,
@@ -34,7 +34,9 @@ def find(model: nn.Module) -> Iterator[Place | Refused | AlreadyPatched]:
     """All linear layers together, and one refusal for each reason."""
     elsewhere = absorbed(model)  # another op multiplies by their weights
     linears: list[Any] = [
-        m for m in model.modules() if isinstance(m, nn.Linear) and m not in elsewhere
+        m
+        for m in model.modules()
+        if isinstance(m, nn.Linear) and m not in elsewhere and ops_of(m) <= {"linear"}
     ]
     patched = [m for m in linears if original_class(m) is nn.Linear]
     refusals = {m: _refusal(m) for m in linears if m not in set(patched)}
