@@ -932,7 +932,8 @@ CUDA_MUTATIONS = {
     "aggregation: weights without their mean": (
         "ops/spatial_aggregate/spatial_aggregate.cuh", "(of.y - mean)", "of.y"),
     "aggregation: every lane keeps logits": (
-        "ops/spatial_aggregate/spatial_aggregate.cuh", " && place.channel == 0) kept", ") kept"),
+        "ops/spatial_aggregate/spatial_aggregate.cuh",
+        "if (tokens.listed[n] && place.channel == 0)", "if (tokens.listed[n])"),
     "aggregation: no barrier before the softmax": (
         "ops/spatial_aggregate/spatial_aggregate.cuh", "  __syncwarp();\n  const float mean",
         "  const float mean"),
