@@ -2,6 +2,7 @@
 
 from collections import Counter
 
+import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
@@ -16,3 +17,21 @@ class CountOps(TorchDispatchMode):
         if func.namespace == "vlmops":
             self.calls.append((func, args, kwargs or {}))
         return func(*args, **(kwargs or {}))
+
+
+class Shapes(CountOps):
+    """Also keeps the shapes of all that is made."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = super().__torch_dispatch__(func, types, args, kwargs)
+        for tensor in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(tensor, torch.Tensor):
+                self.shapes.append(tuple(tensor.shape))
+        return out
+
+    def squares(self, tokens):
+        return [shape for shape in self.shapes if shape[-2:] == (tokens, tokens)]

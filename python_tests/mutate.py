@@ -1647,7 +1647,7 @@ CROSS_MUTATIONS = {
 }  # fmt: skip
 GATES, GATE_SITE = "vlmops.hf.gates", "vlmops.hf.sites.gated_residual"
 GATE_MUTATIONS = {
-    "unchanged": (GATES, "_WHOLE = slice(None)", "_WHOLE = slice(None)"),
+    "unchanged": (GATES, "class Lazy:", "class Lazy:"),
     "masks of rows the other way round": (
         GATES, "return ~mask if self.stopped else mask != 0", "return mask != 0"),
     "masks of any shape": (GATES, "if self.mask.shape != (*like.shape[:-1], 1):", "if False:"),

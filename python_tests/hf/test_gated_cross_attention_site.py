@@ -7,7 +7,7 @@ import types
 
 import pytest
 import torch
-from dispatch import CountOps
+from dispatch import CountOps, Shapes
 from hf import tiny
 from hf.checks import (
     assert_agree,
@@ -46,21 +46,6 @@ def layers_of(model):
 def sites(model):
     (expected,) = [e for e in targets.expected_places(model.config.model_type) if e.op == site.OP]
     return expected.path, expected.sites(model.config)
-
-
-class Shapes(CountOps):
-    """Also keeps the shapes of all that is made, and which matrices products multiply by."""
-
-    def __init__(self):
-        super().__init__()
-        self.shapes = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = super().__torch_dispatch__(func, types, args, kwargs)
-        for tensor in out if isinstance(out, tuple | list) else (out,):
-            if isinstance(tensor, torch.Tensor):
-                self.shapes.append(tuple(tensor.shape))
-        return out
 
 
 def keys_of(model, batch):

@@ -8,7 +8,7 @@ import pickle
 import pytest
 import torch
 import transformers
-from dispatch import CountOps
+from dispatch import CountOps, Shapes
 from hf import tiny
 from hf.checks import (
     assert_agree,
@@ -114,24 +114,6 @@ def attention_modules(model):
     found = [m for m in model.modules() if "packed_attention" in ops_of(m)]
     found = [m for m in found if not isinstance(m, transformers.PreTrainedModel)]
     return [m for m in found if not hasattr(m, "layer_idx")]  # text has a cache
-
-
-class Shapes(CountOps):
-    """Also keeps the shapes of all that is made."""
-
-    def __init__(self):
-        super().__init__()
-        self.shapes = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = super().__torch_dispatch__(func, types, args, kwargs)
-        for tensor in out if isinstance(out, tuple | list) else (out,):
-            if isinstance(tensor, torch.Tensor):
-                self.shapes.append(tuple(tensor.shape))
-        return out
-
-    def squares(self, tokens):
-        return [shape for shape in self.shapes if shape[-2:] == (tokens, tokens)]
 
 
 # Towers of segments.

@@ -16,8 +16,6 @@ from torch import Tensor
 
 from vlmops.ops.gated_residual import gated_residual
 
-_WHOLE = slice(None)
-
 
 class Lazy:
     """Stands for a tensor that nobody has computed."""

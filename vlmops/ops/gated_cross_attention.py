@@ -38,7 +38,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from vlmops import _library, dispatch
 from vlmops.ops import packed_attention
@@ -202,7 +201,7 @@ class _GatedCrossAttention(torch.autograd.Function):
         ctx: Any, ops: _Ops, q: Tensor, k: Tensor, v: Tensor, *args: Any
     ) -> tuple[Tensor, Tensor]:
         o = Options(*args)
-        out, statistics = _call(ops.forward, q, k, v, *o)
+        out, statistics = packed_attention._call(ops.forward, q, k, v, *o)
         ctx.ops, ctx.numbers = ops, o[_TENSORS:]
         ctx.save_for_backward(q, k, v, out, statistics, *o[:_TENSORS])
         ctx.mark_non_differentiable(statistics)
@@ -226,30 +225,10 @@ def _norms(o: Options) -> tuple[Tensor | None, Tensor | None]:
     return o.q_norm_weight, o.k_norm_weight
 
 
-def _call(op: Any, *args: Any) -> tuple[Tensor, Tensor]:
-    with torch._C._AutoDispatchBelowAutograd():
-        result: tuple[Tensor, Tensor] = op(*args)
-    return result
-
-
-def _with_nothing(out: Tensor) -> tuple[Tensor, Tensor]:
-    """For derivatives without a kernel, where nobody reads statistics."""
-    return out, out.new_zeros(0, dtype=torch.float32)
-
-
 def _forward(ops: _Ops, q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    """Skips autograd's Python layer when no derivative can be asked for."""
-    if forward_ad._current_level >= 0:
-        return _with_nothing(_plain(q, k, v, *args))
-    recorded = wants_grad(q, k, v, *_norms(Options(*args)))
-    if torch._C._functorch.maybe_current_level() is not None:
-        if recorded:
-            return _with_nothing(_plain(q, k, v, *args))
-        result: tuple[Tensor, Tensor] = ops.forward(q, k, v, *args)
-        return result
-    if not recorded:
-        return _call(ops.forward, q, k, v, *args)
-    return _GatedCrossAttention.apply(ops, q, k, v, *Options(*args))  # type: ignore[no-untyped-call,no-any-return]
+    o = Options(*args)
+    recorded = wants_grad(q, k, v, *_norms(o))
+    return packed_attention.recording(_GatedCrossAttention, _plain, recorded, ops, q, k, v, *o)
 
 
 def _all_needs(args: Sequence[Any]) -> tuple[Options, list[bool]]:

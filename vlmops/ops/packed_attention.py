@@ -34,7 +34,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -325,24 +325,39 @@ def _call(op: Any, *args: Any) -> tuple[Tensor, Tensor]:
     return result
 
 
-def _with_nothing(out: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+def _with_nothing(out: Tensor) -> tuple[Tensor, Tensor]:
     """For derivatives without a kernel, where nobody reads statistics."""
     return out, out.new_zeros(0, dtype=torch.float32)
 
 
 def _forward(ops: _Ops, q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    """Skips autograd's Python layer when no derivative can be asked for."""
-    if forward_ad._current_level >= 0:
-        return _with_nothing(_plain(q, k, v, *args), q)
     recorded = wants_grad(q, k, v)
+    return recording(_PackedAttention, _plain, recorded, ops, q, k, v, *Options(*args))
+
+
+def recording(
+    function: Any, plain: Callable[..., Tensor], recorded: bool, ops: Any, *args: Any
+) -> tuple[Tensor, Tensor]:
+    """Forward of an op on the core, skipping autograd's Python layer where nobody differentiates.
+
+    Args:
+        function: Its autograd.Function.
+        plain: Its reference, rounded, for derivatives without a kernel.
+        recorded: Whether autograd records the call.
+        ops: Its overloads.
+        args: All of the op's.
+    """
+    if forward_ad._current_level >= 0:
+        return _with_nothing(plain(*args))
     if torch._C._functorch.maybe_current_level() is not None:
         if recorded:
-            return _with_nothing(_plain(q, k, v, *args), q)
-        result: tuple[Tensor, Tensor] = ops.forward(q, k, v, *args)
+            return _with_nothing(plain(*args))
+        result: tuple[Tensor, Tensor] = ops.forward(*args)
         return result
     if not recorded:
-        return _call(ops.forward, q, k, v, *args)
-    return _PackedAttention.apply(ops, q, k, v, *Options(*args))  # type: ignore[no-untyped-call,no-any-return]
+        return _call(ops.forward, *args)
+    made: tuple[Tensor, Tensor] = function.apply(ops, *args)
+    return made
 
 
 def _all_needs(args: Sequence[Any]) -> tuple[Options, list[bool]]:
