@@ -12,7 +12,9 @@ from vlmops.ops.mlp_projector import mlp_projector
 from vlmops.ops.mrope import mrope, mrope_, mrope_freq_axis
 from vlmops.ops.packed_attention import packed_attention
 from vlmops.ops.patch_embed import Position, patch_embed
+from vlmops.ops.perceiver_attention import perceiver_attention
 from vlmops.ops.pixel_shuffle import pixel_shuffle, pixel_shuffle_inverse
+from vlmops.ops.qformer_attention import qformer_attention
 from vlmops.ops.spatial_aggregate import spatial_aggregate
 from vlmops.warmup import Warmup, warmup
 
@@ -36,8 +38,10 @@ __all__ = [
     "patch",
     "patch_embed",
     "patched",
+    "perceiver_attention",
     "pixel_shuffle",
     "pixel_shuffle_inverse",
+    "qformer_attention",
     "spatial_aggregate",
     "unpatch",
     "warmup",

@@ -19,6 +19,8 @@ struct Options {
   std::optional<double> scale;
   bool causal;
   int64_t max_seqlen, tokens_per_block;
+  // What messages call them.
+  const char *of_k = "k", *of_v = "v", *of_blocks = "block_mask";
 };
 
 // What forward and backward raise of arguments that do not fit.
@@ -29,11 +31,11 @@ void check(const Options& o, const Tensor& q, const Tensor& k, const Tensor& v,
 std::tuple<Tensor, Tensor> forward(const Options& o, const Tensor& q, const Tensor& k,
                                    const Tensor& v);
 
-// The gradients of q, k and v; those that nobody needs are empty.
+// The gradients of q, k and v; those that nobody needs are empty. exact_q: that of q is float32.
 std::tuple<Tensor, Tensor, Tensor> backward(const Options& o, const Tensor& grad, const Tensor& q,
                                             const Tensor& k, const Tensor& v, const Tensor& out,
                                             const Tensor& statistics, bool needs_q, bool needs_k,
-                                            bool needs_v);
+                                            bool needs_v, bool exact_q = false);
 
 void forward_on_cpu(const Params& p);
 void backward_on_cpu(const Backward& b);

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <string>
 #include <vector>
 
 #include "binding/attention.h"
@@ -98,19 +99,19 @@ void check_blocks(const Options& o, const Argument& q, const Tensor& k) {
     fail(o.op, "tokens_per_block", "expected 1 or more, got ", o.tokens_per_block);
   if (!o.block_mask.has_value()) {
     if (o.tokens_per_block != 1)
-      fail(o.op, "tokens_per_block", "expected 1 where there is no block_mask, got ",
+      fail(o.op, "tokens_per_block", "expected 1 where there is no ", o.of_blocks, ", got ",
            o.tokens_per_block);
     return;
   }
-  const Argument mask{o.op, "block_mask", *o.block_mask};
+  const Argument mask{o.op, o.of_blocks, *o.block_mask};
   mask.device_like(q);
   mask.boolean();
   if (o.cu_seqlens.has_value() || o.padding.has_value() || o.causal)
     fail(o.op, mask.name, "expected none beside cu_seqlens, padding or causal");
   const auto sizes = q.tensor.sizes();
   if (k.size(1) % o.tokens_per_block != 0)
-    fail(o.op, "tokens_per_block", "expected a number that divides the ", k.size(1), " keys of k ",
-         describe(k.sizes()), ", got ", o.tokens_per_block);
+    fail(o.op, "tokens_per_block", "expected a number that divides the ", k.size(1), " keys of ",
+         o.of_k, " ", describe(k.sizes()), ", got ", o.tokens_per_block);
   mask.shape(Sizes{sizes[0], sizes[1], k.size(1) / o.tokens_per_block},
              "queries of q by blocks of tokens_per_block keys");
 }
@@ -137,7 +138,7 @@ void check_lengths(const Options& o, const Argument& q, const Tensor& k) {
 
 // Checks options and sizes.
 Call call_of(const Options& o, const Tensor& q, const Tensor& k, const Tensor& v) {
-  const Argument of_q{o.op, "q", q}, of_k{o.op, "k", k}, of_v{o.op, "v", v};
+  const Argument of_q{o.op, "q", q}, of_k{o.op, o.of_k, k}, of_v{o.op, o.of_v, v};
   const int64_t rank = q.dim();
   Call call{{}, q, k, v, {}, {}, {}, {}, {}};
   Params& p = call.p;
@@ -149,7 +150,7 @@ Call call_of(const Options& o, const Tensor& q, const Tensor& k, const Tensor& v
          describe(q.sizes()));
   check_heads(of_k, of_q);
   check_heads(of_v, of_q);
-  of_v.shape(k.sizes(), "that of k");
+  of_v.shape(k.sizes(), (std::string("that of ") + o.of_k).c_str());
   const int64_t dim = q.size(rank - 1);
   if (dim % 8 != 0 || dim < 8 || dim > kMaxDim)
     fail(o.op, "q", "expected heads of a multiple of 8 channels up to ", kMaxDim, ", got shape ",
@@ -237,14 +238,14 @@ Call call_of(const Options& o, const Tensor& q, const Tensor& k, const Tensor& v
   return call;
 }
 
-void allow_reads(const Launch& launch, const Call& call) {
+void allow_reads(const Options& o, const Launch& launch, const Call& call) {
   launch.reads(call.q, "q");
-  launch.reads(call.k, "k");
-  launch.reads(call.v, "v");
+  launch.reads(call.k, o.of_k);
+  launch.reads(call.v, o.of_v);
   launch.reads(call.starts, "cu_seqlens");
   launch.reads(call.starts_k, "cu_seqlens_k");
   launch.reads(call.padding, "padding");
-  launch.reads(call.block_mask, "block_mask");
+  launch.reads(call.block_mask, o.of_blocks);
   launch.reads(call.key_lengths, "key_lengths");
 }
 
@@ -300,7 +301,7 @@ std::tuple<Tensor, Tensor> forward(const Options& o, const Tensor& q, const Tens
     forward_on_cpu(p);
     return {out, statistics};
   }
-  allow_reads(launch, call);
+  allow_reads(o, launch, call);
   launch.writes(out, "the result");
   launch.writes(statistics, "statistics");
   const Tensor scratch =
@@ -312,16 +313,18 @@ std::tuple<Tensor, Tensor> forward(const Options& o, const Tensor& q, const Tens
 std::tuple<Tensor, Tensor, Tensor> backward(const Options& o, const Tensor& grad, const Tensor& q,
                                             const Tensor& k, const Tensor& v, const Tensor& out,
                                             const Tensor& statistics, bool needs_q, bool needs_k,
-                                            bool needs_v) {
+                                            bool needs_v, bool exact_q) {
   Call call = call_of(o, q, k, v);
   Backward b{};
   b.p = call.p;
   check_saved(o.op, b.p, q, grad, out, statistics);
-  const auto made = [&](const Tensor& like, bool needed) {
+  const auto made = [&](const Tensor& like, bool needed, bool exact = false) {
     return torch::stable::new_empty(
-        like, needed ? Sizes(like.sizes().begin(), like.sizes().end()) : Sizes{0});
+        like, needed ? Sizes(like.sizes().begin(), like.sizes().end()) : Sizes{0},
+        exact ? ScalarType::Float : like.scalar_type());
   };
-  Tensor dq = made(q, needs_q), dk = made(k, needs_k), dv = made(v, needs_v);
+  b.exact_dq = exact_q;
+  Tensor dq = made(q, needs_q, exact_q), dk = made(k, needs_k), dv = made(v, needs_v);
   if (dq.numel() + dk.numel() + dv.numel() == 0) return {dq, dk, dv};
   if (o.key_lengths.has_value()) {  // kernels write no further
     torch::stable::zero_(dk);
@@ -346,7 +349,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Options& o, const Tensor& grad
   }
   const Tensor delta = torch::stable::new_empty(sums, Sizes{b.p.heads, b.p.rows});
   b.delta = static_cast<float*>(delta.mutable_data_ptr());
-  allow_reads(launch, call);
+  allow_reads(o, launch, call);
   launch.reads(given, "grad");
   launch.reads(result, "out");
   launch.reads(sums, "statistics");

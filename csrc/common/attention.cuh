@@ -892,6 +892,19 @@ __device__ __forceinline__ void backward_queries(const Backward& b, const Plan& 
   }
 
   cp_async_wait<0>();
+  if (b.exact_dq) {
+    const auto to = dense<float>(b.dq, segment.q.first, p.heads, p.dim, kv_head, group);
+#pragma unroll
+    for (int j = 0; j < Tile::kParts; ++j) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const int row = warp_row + e / 2 * 8 + lane / 4;
+        const int column = across * Tile::kColumns + j * 8 + lane % 4 * 2 + e % 2;
+        if (row < rows && column < p.dim) to.at(row)[column] = dq[0][j][e] * p.scale;
+      }
+    }
+    return;
+  }
   __syncthreads();  // the queries' place is their gradients' now
   place_rows<kPitch>(shared + down * 16 * kPitch + across * Tile::kColumns, dq,
                      [&](int, int) { return p.scale; });

@@ -61,6 +61,7 @@ struct Backward {
   Heads grad;          // of out
   float* delta;        // [H, rows], scratch: the sum over D of grad * out
   void *dq, *dk, *dv;  // contiguous [rows or keys, heads, D]; null where nobody asks
+  bool exact_dq;       // dq is float32, for who adds to it
 };
 
 struct Range {

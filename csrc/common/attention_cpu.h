@@ -1475,8 +1475,11 @@ inline void backward_head(const Backward& b, const Job* jobs, int64_t count, int
   if (b.dq == nullptr) return;
   panels([&](const HeadOf& h, int64_t row, int n, int64_t at) {
     for (int u = 0; u * kFloats < n; ++u) {
-      unpack(t.dq + at * t.dim + u * kFloats, Floats{} + p.scale,
-             Places(h, row + u * kFloats, n - u * kFloats), p.dim, static_cast<T*>(b.dq));
+      const Places places(h, row + u * kFloats, n - u * kFloats);
+      const auto put = [&](auto* to) {
+        unpack(t.dq + at * t.dim + u * kFloats, Floats{} + p.scale, places, p.dim, to);
+      };
+      b.exact_dq ? put(static_cast<float*>(b.dq)) : put(static_cast<T*>(b.dq));
     }
   });
 }

@@ -6,6 +6,7 @@
 #include "ops/mlp_projector/mlp_projector_cpu.h"
 #include "ops/mrope/mrope_cpu.h"
 #include "ops/patch_embed/patch_embed_cpu.h"
+#include "ops/perceiver_attention/perceiver_attention_cpu.h"
 #include "ops/pixel_shuffle/pixel_shuffle_cpu.h"
 #include "ops/spatial_aggregate/spatial_aggregate_cpu.h"
 
@@ -45,6 +46,8 @@ const CpuKernels VLMOPS_CONCAT(kernels_, VLMOPS_ISA) = {
     &gated_residual::forward,
     &gated_residual::backward,
     &spatial_aggregate::forward,
-    &spatial_aggregate::backward};
+    &spatial_aggregate::backward,
+    &perceiver_attention::join,
+    &perceiver_attention::add};
 
 }  // namespace vlmops

@@ -6,6 +6,7 @@
 #include "ops/mlp_projector/mlp_projector.h"
 #include "ops/mrope/mrope.h"
 #include "ops/patch_embed/patch_embed.h"
+#include "ops/perceiver_attention/perceiver_attention.h"
 #include "ops/pixel_shuffle/pixel_shuffle.h"
 #include "ops/spatial_aggregate/spatial_aggregate.h"
 
@@ -40,6 +41,8 @@ struct CpuKernels {
   gated_residual::CpuBackward gated_residual_backward;
   spatial_aggregate::CpuKernel spatial_aggregate;
   spatial_aggregate::CpuKernel spatial_aggregate_backward;
+  perceiver_attention::CpuJoin perceiver_attention_join;
+  perceiver_attention::CpuAdd perceiver_attention_add;
 };
 
 // The table in force: the best that this machine runs, capped by VLMOPS_CPU_ISA. Throws

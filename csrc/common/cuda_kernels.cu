@@ -55,7 +55,9 @@ const CudaKernels kernels = {&describe_status,
                              &packed_attention::backward_scratch_cuda,
                              &packed_attention::backward_cuda,
                              &spatial_aggregate::forward_cuda,
-                             &spatial_aggregate::backward_cuda};
+                             &spatial_aggregate::backward_cuda,
+                             &perceiver_attention::join_cuda,
+                             &perceiver_attention::add_cuda};
 
 }  // namespace
 }  // namespace vlmops

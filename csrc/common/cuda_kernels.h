@@ -11,6 +11,7 @@
 #include "ops/mrope/mrope.h"
 #include "ops/packed_attention/packed_attention.h"
 #include "ops/patch_embed/patch_embed.h"
+#include "ops/perceiver_attention/perceiver_attention.h"
 #include "ops/pixel_shuffle/pixel_shuffle.h"
 #include "ops/spatial_aggregate/spatial_aggregate.h"
 
@@ -50,6 +51,8 @@ struct CudaKernels {
   packed_attention::CudaBackward packed_attention_backward;
   spatial_aggregate::CudaKernel spatial_aggregate;
   spatial_aggregate::CudaKernel spatial_aggregate_backward;
+  perceiver_attention::CudaJoin perceiver_attention_join;
+  perceiver_attention::CudaAdd perceiver_attention_add;
 };
 
 }  // namespace vlmops

@@ -52,3 +52,8 @@ def only_gated_residual(monkeypatch):
     """And no tensor is too small for it."""
     _only("gated_residual", monkeypatch)
     monkeypatch.setattr(gated_residual, "SMALL", 0)
+
+
+@pytest.fixture
+def only_qformer_attention(monkeypatch):
+    _only("qformer_attention", monkeypatch)

@@ -20,11 +20,15 @@ from vlmops.hf.grids import know_longest, longest_of
 from vlmops.hf.seen import SeenImages
 from vlmops.ops.gated_cross_attention import gated_cross_attention
 from vlmops.ops.packed_attention import packed_attention
+from vlmops.ops.qformer_attention import qformer_attention
 
-Kind = Literal["segments", "images", "padding", "tiles", "media", "dense", "inference", "decode"]
+Kind = Literal[
+    "segments", "images", "padding", "tiles", "media", "queries", "dense", "inference", "decode"
+]
 """Who attends: tokens within segments that the forward is given; within images, where a mask was;
-all to all but padding to padding; text to the tiles that it sees, or to the images; all to all, and
-the same where nothing is differentiated; a token that is generated to all before it."""
+all to all but padding to padding; text to the tiles that it sees, or to the images; a Q-Former's
+queries to visual tokens and among themselves; all to all, and the same where nothing is
+differentiated; a token that is generated to all before it."""
 CROSS: frozenset[Kind] = frozenset({"tiles", "media"})
 """Those of `gated_cross_attention`."""
 
@@ -58,8 +62,9 @@ _TRAVELS: Mapping[Kind, tuple[torch.dtype, int]] = {
     "images": (torch.int32, 1),
     "padding": (torch.bool, 2),
     "tiles": (torch.bool, 4),
+    "queries": (torch.bool, 4),
 }
-"""Dtype and rank of what travels in place of a mask."""
+"""Dtype and rank of what travels in place of a mask, or of a mask that is understood."""
 
 
 def replaced(found: dict[str, Any], kind: Kind, mask: Any = None) -> dict[str, Any]:
@@ -154,15 +159,21 @@ def _dense(
         and not (kind == "inference" and _is_differentiated(query, key, value))
         and not (causal and query.shape[2] != key.shape[2])
         and not (carried and kind == "images" and query.shape[0] != 1)
+        and not (carried and kind == "queries" and not (sdpa and attention_mask.shape[1] == 1))
         and (sdpa or not _weights_wanted(module, kwargs))
         # Idefics' layers drop what comes of tokens that see no image, so nothing is made of it.
         and not (kind == "media" and plain.watched(module))
-        and _servable(*(cast := _cast(query, key, value)), kwargs)
+        and _servable(*(cast := _cast(query, key, value)), kwargs, shared=kind == "queries")
     ):
         if kind == "images" and attention_mask is not None:
             return _packed(*cast, attention_mask, kwargs), None
         q, k, v = (t.transpose(1, 2) for t in cast)  # [B, S, H, D]
         scale = kwargs.get("scaling")
+        if kind == "queries":
+            seen = None
+            if attention_mask is not None:
+                seen = attention_mask[:, 0].expand(k.shape[0], q.shape[1], k.shape[1])
+            return qformer_attention(q, k, v, seen, scale=scale), None
         if attention_mask is None:
             return packed_attention(q, k, v, scale=scale, causal=causal), None
         if kind in CROSS:
@@ -178,7 +189,7 @@ def _dense(
             attention_mask = attention_mask.tensor()
         elif kind == "tiles":
             attention_mask = tiles_mask(attention_mask, key.shape[2], query.dtype)
-        else:
+        elif kind == "padding":
             attention_mask = padding_mask(attention_mask, query.dtype)
     result: tuple[Tensor, Tensor | None] = theirs(
         module, query, key, value, attention_mask, **kwargs
@@ -235,14 +246,21 @@ def _cast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Te
     return query.to(dtype), key.to(dtype), value.to(dtype)
 
 
-def _servable(query: Tensor, key: Tensor, value: Tensor, kwargs: dict[str, Any]) -> bool:
-    """Whether the op gives what the model's own attention gives for these, without a mask."""
+def _servable(
+    query: Tensor, key: Tensor, value: Tensor, kwargs: dict[str, Any], shared: bool = False
+) -> bool:
+    """Whether the op gives what the model's own attention gives for these, without a mask.
+
+    shared: queries of batch 1 serve all samples.
+    """
     dim = query.shape[-1]
     if not query.dtype == key.dtype == value.dtype or key.shape != value.shape:
         return False
     if dim % 8 or not 0 < dim <= MAX_DIM or dim != key.shape[-1]:
         return False
-    if key.shape[1] == 0 or query.shape[1] % key.shape[1] or key.shape[0] != query.shape[0]:
+    if key.shape[1] == 0 or query.shape[1] % key.shape[1] or not (
+        key.shape[0] == query.shape[0] or (shared and query.shape[0] == 1)
+    ):
         return False
     if kwargs.get("dropout") or any(kwargs.get(name) is not None for name in _OTHER_MATHS):
         return False

@@ -14,7 +14,9 @@ __all__ = [
     "mrope",
     "packed_attention",
     "patch_embed",
+    "perceiver_attention",
     "pixel_shuffle",
+    "qformer_attention",
     "spatial_aggregate",
 ]
 

@@ -33,16 +33,13 @@ the Llama 3 herd of models (arXiv 2407.21783).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from vlmops import _library, dispatch
 from vlmops.ops import packed_attention
-from vlmops.ops.checks import require_tensor, same_device, wants_grad
-from vlmops.ops.registration import overloads, plain_gradients, register, triton_twin
+from vlmops.ops.attention_op import AttentionOp
 
 
 class Options(NamedTuple):
@@ -56,8 +53,6 @@ class Options(NamedTuple):
     norm_eps: float = 1e-6
     tokens_per_block: int = 1
 
-
-_TENSORS = 4  # the first of them; two have gradients
 
 
 def gated_cross_attention(
@@ -119,27 +114,7 @@ def gated_cross_attention(
     options = Options(
         block_mask, key_lengths, q_norm_weight, k_norm_weight, scale, norm_eps, tokens_per_block
     )
-    if torch.compiler.is_compiling():
-        name = dispatch.choose("gated_cross_attention", backend, q.device.type)
-        if name == "reference":
-            return _plain(q, k, v, *options)
-        op = (_TRITON if name == "triton" else _COMPILED).forward
-        result: Tensor = op(q, k, v, *options)[0]
-        return result
-    _library.require()
-    for argument, tensor in {"q": q, "k": k, "v": v}.items():
-        require_tensor("gated_cross_attention", argument, tensor)
-    for argument, given in zip(Options._fields[:_TENSORS], options[:_TENSORS], strict=True):
-        if given is not None:
-            require_tensor("gated_cross_attention", argument, given)
-    ops = _COMPILED
-    if backend is not None or dispatch.asked.get() is not None or not q.is_cpu:
-        name = dispatch.choose("gated_cross_attention", backend, q.device.type)
-        if name == "reference":
-            return _plain(q, k, v, *options)
-        if name == "triton":
-            ops = _TRITON
-    return _forward(ops, q, k, v, *options)[0]
+    return OP(backend, q, k, v, *options)
 
 
 def reference(
@@ -182,122 +157,11 @@ def _plain(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> Tensor:
     return reference(q, k, v, **Options(*args)._asdict()).to(q.dtype)
 
 
-# Registration. The schemas and the CPU kernels are the library's, Triton's kernels are ops of their
-# own with the same schemas; measured costs of the ways to register autograd are in CONTRIBUTING.md.
-
-
-class _Ops(NamedTuple):
-    """The overloads of one implementation."""
-
-    forward: Any
-    backward: Any
-
-
-class _GatedCrossAttention(torch.autograd.Function):
-    """First derivatives; those beyond are `reference`'s."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, ops: _Ops, q: Tensor, k: Tensor, v: Tensor, *args: Any
-    ) -> tuple[Tensor, Tensor]:
-        o = Options(*args)
-        out, statistics = packed_attention._call(ops.forward, q, k, v, *o)
-        ctx.ops, ctx.numbers = ops, o[_TENSORS:]
-        ctx.save_for_backward(q, k, v, out, statistics, *o[:_TENSORS])
-        ctx.mark_non_differentiable(statistics)
-        ctx.set_materialize_grads(False)
-        return out, statistics
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
-        made: list[Tensor | None] = [None] * (4 + len(Options._fields))
-        if grad is None:
-            return tuple(made)
-        places = [1, 2, 3, 6, 7]  # of q, k, v and the norms
-        needs = [ctx.needs_input_grad[i] for i in places]
-        grads = _backward(ctx.ops, grad, *ctx.saved_tensors, *ctx.numbers, *needs)
-        for i, needed, found in zip(places, needs, grads, strict=True):
-            made[i] = found if needed else None
-        return tuple(made)
-
-
-def _norms(o: Options) -> tuple[Tensor | None, Tensor | None]:
-    return o.q_norm_weight, o.k_norm_weight
-
-
-def _forward(ops: _Ops, q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    o = Options(*args)
-    recorded = wants_grad(q, k, v, *_norms(o))
-    return packed_attention.recording(_GatedCrossAttention, _plain, recorded, ops, q, k, v, *o)
-
-
-def _all_needs(args: Sequence[Any]) -> tuple[Options, list[bool]]:
-    """Those of backward behind the tensors; torch leaves out what is the schema's default."""
-    count = len(Options._fields)
-    needs = list(args[count:])
-    return Options(*args[:count]), needs + [True] * (5 - len(needs))
-
-
-def _backward(
-    ops: _Ops,
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    statistics: Tensor,
-    *args: Any,
-) -> Sequence[Tensor]:
-    """The gradients of the five; an empty tensor for one that nobody needs, or is not there."""
-    o, needs = _all_needs(args)
-    if not wants_grad(grad, q, k, v, *_norms(o)):
-        with torch._C._AutoDispatchBelowAutograd():
-            result: tuple[Tensor, ...] = ops.backward(grad, q, k, v, out, statistics, *args)
-        return result
-    given = [q, k, v, *_norms(o)]
-    places = [i for i, t in enumerate(given) if t is not None]
-
-    def plain(*tensors: Tensor) -> Tensor:
-        whole: list[Any] = [None] * 5
-        for i, t in zip(places, tensors, strict=True):
-            whole[i] = t
-        options = o._replace(q_norm_weight=whole[3], k_norm_weight=whole[4])
-        return _plain(*whole[:3], *options)
-
-    found = plain_gradients(
-        plain, [t for t in given if t is not None], (), [needs[i] for i in places], grad
-    )
-    made = [grad.new_empty(0)] * 5
-    for i, t in zip(places, found, strict=True):
-        made[i] = t
-    return made
-
-
-def _fake(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    _same_device(Options(*args), q, k=k, v=v)
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    return out, q.new_empty(2, q.shape[2], q.shape[0] * q.shape[1], dtype=torch.float32)
-
-
-def _fake_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, statistics: Tensor, *args: Any
-) -> tuple[Tensor, ...]:
-    o, needs = _all_needs(args)
-    _same_device(o, q, k=k, v=v, grad=grad)
-    return tuple(
-        q.new_empty(0) if t is None or not needed else t.new_empty(t.shape)
-        for t, needed in zip((q, k, v, *_norms(o)), needs, strict=True)
-    )
-
-
-def _same_device(o: Options, q: Tensor, **others: Tensor) -> None:
-    norms = {"q_norm_weight": o.q_norm_weight, "k_norm_weight": o.k_norm_weight}
-    same_device("gated_cross_attention", "q", q, **others, block_mask=o.block_mask, **norms)
-
-
-if _library.error is None:
-    _lib = torch.library.Library("vlmops", "FRAGMENT")
-    _COMPILED = overloads(_Ops, "gated_cross_attention")
-    _TRITON = triton_twin(_lib, "gated_cross_attention", _COMPILED)
-    for _ops in (_COMPILED, _TRITON):
-        register(_lib, _ops, (_forward, _backward), (_fake, _fake_backward))
+OP = AttentionOp(
+    "gated_cross_attention",
+    ("q", "k", "v"),
+    Options,
+    4,
+    _plain,
+    weights=("q_norm_weight", "k_norm_weight"),
+)

@@ -13,7 +13,7 @@ from vlmops.ops import (
     pixel_shuffle,
     pixel_shuffle_triton,
 )
-from vlmops.ops.gated_cross_attention import Options, _all_needs
+from vlmops.ops.gated_cross_attention import OP, Options
 from vlmops.ops.packed_attention_triton import INTERPRETED as INTERPRETED
 
 
@@ -53,7 +53,7 @@ def backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, statistics: Tensor, *args: Any
 ) -> tuple[Tensor, ...]:
     """``vlmops::gated_cross_attention_triton_backward``."""
-    o, needs = _all_needs(args)
+    o, needs = OP.parts(args)
     _check(q, k, v, o, grad, out, statistics)
     weights = o.q_norm_weight, o.k_norm_weight
     of_norms = [n and w is not None for n, w in zip(needs[3:], weights, strict=True)]

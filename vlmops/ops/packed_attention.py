@@ -34,18 +34,15 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
-from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
-from vlmops import _library, dispatch
-from vlmops.ops.checks import require_tensor, same_device, wants_grad
-from vlmops.ops.registration import overloads, plain_gradients, register, triton_twin
+from vlmops.ops.attention_op import AttentionOp
 
 
 class Options(NamedTuple):
@@ -61,8 +58,6 @@ class Options(NamedTuple):
     max_seqlen: int = 0
     tokens_per_block: int = 1
 
-
-_TENSORS = 5  # the first of them
 
 
 def packed_attention(
@@ -140,28 +135,7 @@ def packed_attention(
         cu_seqlens, cu_seqlens_k, padding, block_mask, key_lengths, scale, causal,
         max_seqlen or 0, tokens_per_block,
     )  # fmt: skip
-    if torch.compiler.is_compiling():
-        name = dispatch.choose("packed_attention", backend, q.device.type)
-        if name == "reference":
-            return _plain(q, k, v, *options)
-        op = (_TRITON if name == "triton" else _COMPILED).forward
-        result: Tensor = op(q, k, v, *options)[0]
-        return result
-    _library.require()
-    tensors = {"q": q, "k": k, "v": v}
-    for argument, tensor in tensors.items():
-        require_tensor("packed_attention", argument, tensor)
-    for argument, given in zip(Options._fields[:_TENSORS], options[:_TENSORS], strict=True):
-        if given is not None:
-            require_tensor("packed_attention", argument, given)
-    ops = _COMPILED
-    if backend is not None or dispatch.asked.get() is not None or not q.is_cpu:
-        name = dispatch.choose("packed_attention", backend, q.device.type)
-        if name == "reference":
-            return _plain(q, k, v, *options)
-        if name == "triton":
-            ops = _TRITON
-    return _forward(ops, q, k, v, *options)[0]
+    return OP(backend, q, k, v, *options)
 
 
 def reference(
@@ -282,133 +256,4 @@ def _plain(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> Tensor:
     return result.to(q.dtype)
 
 
-# Registration. The schemas and the CPU kernels are the library's, Triton's kernels are ops of their
-# own with the same schemas; measured costs of the ways to register autograd are in CONTRIBUTING.md.
-
-
-class _Ops(NamedTuple):
-    """The overloads of one implementation."""
-
-    forward: Any
-    backward: Any
-
-
-class _PackedAttention(torch.autograd.Function):
-    """First derivatives; those beyond are `reference`'s."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, ops: _Ops, q: Tensor, k: Tensor, v: Tensor, *args: Any
-    ) -> tuple[Tensor, Tensor]:
-        o = Options(*args)
-        out, statistics = _call(ops.forward, q, k, v, *o)
-        ctx.ops, ctx.numbers = ops, o[_TENSORS:]
-        ctx.save_for_backward(q, k, v, out, statistics, *o[:_TENSORS])
-        ctx.mark_non_differentiable(statistics)
-        ctx.set_materialize_grads(False)
-        return out, statistics
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
-        nothing = (None,) * len(Options._fields)
-        if grad is None:
-            return None, None, None, None, *nothing
-        q, k, v, out, statistics, *tensors = ctx.saved_tensors
-        needs = ctx.needs_input_grad[1:4]
-        grads = _backward(ctx.ops, grad, q, k, v, out, statistics, *tensors, *ctx.numbers, *needs)
-        return None, *(g if need else None for g, need in zip(grads, needs, strict=True)), *nothing
-
-
-def _call(op: Any, *args: Any) -> tuple[Tensor, Tensor]:
-    with torch._C._AutoDispatchBelowAutograd():
-        result: tuple[Tensor, Tensor] = op(*args)
-    return result
-
-
-def _with_nothing(out: Tensor) -> tuple[Tensor, Tensor]:
-    """For derivatives without a kernel, where nobody reads statistics."""
-    return out, out.new_zeros(0, dtype=torch.float32)
-
-
-def _forward(ops: _Ops, q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    recorded = wants_grad(q, k, v)
-    return recording(_PackedAttention, _plain, recorded, ops, q, k, v, *Options(*args))
-
-
-def recording(
-    function: Any, plain: Callable[..., Tensor], recorded: bool, ops: Any, *args: Any
-) -> tuple[Tensor, Tensor]:
-    """Forward of an op on the core, skipping autograd's Python layer where nobody differentiates.
-
-    Args:
-        function: Its autograd.Function.
-        plain: Its reference, rounded, for derivatives without a kernel.
-        recorded: Whether autograd records the call.
-        ops: Its overloads.
-        args: All of the op's.
-    """
-    if forward_ad._current_level >= 0:
-        return _with_nothing(plain(*args))
-    if torch._C._functorch.maybe_current_level() is not None:
-        if recorded:
-            return _with_nothing(plain(*args))
-        result: tuple[Tensor, Tensor] = ops.forward(*args)
-        return result
-    if not recorded:
-        return _call(ops.forward, *args)
-    made: tuple[Tensor, Tensor] = function.apply(ops, *args)
-    return made
-
-
-def _all_needs(args: Sequence[Any]) -> tuple[Options, list[bool]]:
-    """Those of backward behind the tensors; torch leaves out what is the schema's default."""
-    count = len(Options._fields)
-    needs = list(args[count:])
-    return Options(*args[:count]), needs + [True] * (3 - len(needs))
-
-
-def _backward(
-    ops: _Ops,
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    statistics: Tensor,
-    *args: Any,
-) -> Sequence[Tensor]:
-    """The gradients of the three; an empty tensor for one that nobody needs."""
-    if not wants_grad(grad, q, k, v):
-        with torch._C._AutoDispatchBelowAutograd():
-            result: tuple[Tensor, ...] = ops.backward(grad, q, k, v, out, statistics, *args)
-        return result
-    options, needs = _all_needs(args)
-    return plain_gradients(_plain, (q, k, v), options, needs, grad)
-
-
-def _fake(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    o = Options(*args)
-    same_device("packed_attention", "q", q, k=k, v=v, padding=o.padding, block_mask=o.block_mask)
-    rows = math.prod(q.shape[:-2])
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    return out, q.new_empty(2, q.shape[-2], rows, dtype=torch.float32)
-
-
-def _fake_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, statistics: Tensor, *args: Any
-) -> tuple[Tensor, ...]:
-    o, needs = _all_needs(args)
-    same_device(
-        "packed_attention", "q", q, k=k, v=v, grad=grad, padding=o.padding, block_mask=o.block_mask
-    )
-    return tuple(
-        t.new_empty(t.shape if needed else 0) for t, needed in zip((q, k, v), needs, strict=True)
-    )
-
-
-if _library.error is None:
-    _lib = torch.library.Library("vlmops", "FRAGMENT")
-    _COMPILED = overloads(_Ops, "packed_attention")
-    _TRITON = triton_twin(_lib, "packed_attention", _COMPILED)
-    for _ops in (_COMPILED, _TRITON):
-        register(_lib, _ops, (_forward, _backward), (_fake, _fake_backward))
+OP = AttentionOp("packed_attention", ("q", "k", "v"), Options, 5, _plain)

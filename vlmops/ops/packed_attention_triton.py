@@ -35,7 +35,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vlmops.ops.packed_attention import Options, _all_needs
+from vlmops.ops.packed_attention import OP, Options
 
 # Kernels. i_ index, o_ offset, m_ mask, p_ pointer, b_ block of values, s_ stride, n_ count; _2: of
 # the second part of the channels. Strides come in units of VEC elements: b of the batch, n of rows,
@@ -745,15 +745,18 @@ def forward(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor
 
 
 def backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, statistics: Tensor, *args: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    """``vlmops::packed_attention_triton_backward``."""
-    o, needs = _all_needs(args)
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, statistics: Tensor, *args: Any,
+    exact_q: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """``vlmops::packed_attention_triton_backward``; exact_q: the gradient of q is float32."""
+    o, needs = OP.parts(args)
     _check(q, k, v, o, grad, out, statistics)
     _refuse(q, k)
     dq, dk, dv = (
         t.new_empty(t.shape if needed else 0) for t, needed in zip((q, k, v), needs, strict=True)
     )
+    if exact_q:
+        dq = torch.empty_like(dq, dtype=torch.float32)
     if o.key_lengths is not None:  # kernels write no further
         dk.zero_()
         dv.zero_()

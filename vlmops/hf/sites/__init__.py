@@ -69,6 +69,7 @@ def all_sites() -> dict[str, Site]:
         packed_attention,
         patch_embed,
         pixel_shuffle,
+        qformer_attention,
     )
 
     # Linear layers last: those that another op has absorbed are not theirs.
@@ -80,6 +81,7 @@ def all_sites() -> dict[str, Site]:
         mlp_projector.SITE,
         packed_attention.SITE,
         gated_cross_attention.SITE,
+        qformer_attention.SITE,
         gated_residual.SITE,
         linear.SITE,
     )

@@ -25,7 +25,7 @@ OP = "gated_cross_attention"
 
 def find(model: nn.Module) -> Iterator[Place | Refused | AlreadyPatched]:
     """Attention of text to visual tokens, by class, and the decoder that makes its mask."""
-    return packed_attention.find_groups(model, cross=True)
+    return packed_attention.find_groups(model, OP)
 
 
 def adapt(place: Place) -> dict[nn.Module, type[nn.Module]]:

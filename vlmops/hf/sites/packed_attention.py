@@ -41,7 +41,7 @@ from vlmops.hf.seen import SeenImages
 from vlmops.hf.sites import AlreadyPatched, LeftAlone, Place, Refused, Site
 from vlmops.ops.packed_attention import packed_attention
 
-_OP, _CROSS_OP = "packed_attention", "gated_cross_attention"
+_OP, _CROSS_OP, _QUERY_OP = "packed_attention", "gated_cross_attention", "qformer_attention"
 _BESIDE: frozenset[Hashable] = frozenset({"mrope", "patch_embed"})
 _TOLERANCE = 1e-4  # of values around 1, in float32: agreement is about 1e-6
 _CLEARLY = 0.95  # of the time of torch's own attention is what the op may take
@@ -115,15 +115,14 @@ class _Group:
 
 def find(model: nn.Module) -> Iterator[Place | Refused | AlreadyPatched]:
     """Attention modules of one class below one module, and the tower that makes their mask."""
-    yield from find_groups(model, cross=False)
+    yield from find_groups(model, _OP)
 
 
-def find_groups(model: nn.Module, cross: bool) -> Iterator[Place | Refused | AlreadyPatched]:
-    """Those of gated cross-attention, or the others."""
+def find_groups(model: nn.Module, op: str) -> Iterator[Place | Refused | AlreadyPatched]:
+    """Those that become calls of an op."""
     for group in _groups(model):
-        if (group.kind in CROSS) != cross:
+        if op_of(group.kind) != op:
             continue
-        op = op_of(group.kind)
         details = Details(tuple(group.modules), group.kind, group.mask, group.grids)
         module = group.modules[0]
         place = Place(common(group.paths), type(module).__name__, len(group.modules), details)
@@ -167,7 +166,7 @@ def _drops(module: nn.Module) -> bool:
 
 def op_of(kind: Kind) -> str:
     """The op that does the work."""
-    return _CROSS_OP if kind in CROSS else _OP
+    return _CROSS_OP if kind in CROSS else _QUERY_OP if kind == "queries" else _OP
 
 
 def _groups(model: nn.Module) -> list[_Group]:
@@ -253,6 +252,8 @@ def _kind(module: nn.Module) -> Kind | None:
         return "tiles"
     if "key_value_states" in parameters and getattr(module, "is_cross_attention", False) is True:
         return "media"
+    if {"encoder_hidden_states", "encoder_attention_mask"} <= set(parameters):
+        return None if "past_key_values" in parameters else "queries"
     if _OTHERS & set(parameters):
         return None
     # Decoders have a cache, and say whether they are causal.
@@ -650,7 +651,7 @@ def _difference(module: Any, kind: Kind, mask: _Mask | None) -> str | None:
     forward, name = _forward(module), type(module).__name__
     function = None if mask is None else mask.function
     new = attentions.replaced(_asked(forward), kind, function)
-    for theirs, ours in _masks(kind, function):
+    for theirs, ours in _masks(kind, function, _selected(module)):
         try:
             expected = _rehearse(module, forward, {}, theirs)
             got = _rehearse(module, forward, new, ours)
@@ -682,7 +683,7 @@ def _difference_of_a_step(module: Any) -> str | None:
     return None if off <= _TOLERANCE else f"the numeric check failed: {name} differs by {off:.3g}"
 
 
-def _masks(kind: Kind, function: Any) -> Iterator[tuple[Any, Any]]:
+def _masks(kind: Kind, function: Any, selected: Any) -> Iterator[tuple[Any, Any]]:
     """A mask as the model makes it, and what stands for it."""
     tokens = rehearsal.TOKENS
     if kind == "media":
@@ -690,6 +691,10 @@ def _masks(kind: Kind, function: Any) -> Iterator[tuple[Any, Any]]:
         images = SeenImages(all_but_later, 1, torch.float32)
         yield images.tensor(), images
         return
+    if kind == "queries" and selected == "sdpa":
+        seen = torch.ones(1, 1, tokens, tokens, dtype=torch.bool)
+        seen[..., 1] = False
+        yield seen, seen
     if function is None:
         yield None, None
         return
