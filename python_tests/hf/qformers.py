@@ -46,7 +46,9 @@ def build(family, attention="sdpa", **qformer):
     model.set_attn_implementation(attention)
     with torch.no_grad():
         for name, p in model.named_parameters():  # queries begin as zeros, norms as ones
-            p.copy_(torch.randn(p.shape) * (0.1 if p.dim() > 1 else 0.02) + ("norm.w" in name.lower()))
+            p.copy_(
+                torch.randn(p.shape) * (0.1 if p.dim() > 1 else 0.02) + ("norm.w" in name.lower())
+            )
     return model.eval()
 
 
@@ -64,5 +66,3 @@ def inputs(family, padded=(0, 2)):
         there = torch.arange(INSTRUCTION) < INSTRUCTION - torch.tensor(padded)[:, None]
         batch["qformer_attention_mask"] = there.long()
     return batch
-
-

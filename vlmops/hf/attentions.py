@@ -258,8 +258,10 @@ def _servable(
         return False
     if dim % 8 or not 0 < dim <= MAX_DIM or dim != key.shape[-1]:
         return False
-    if key.shape[1] == 0 or query.shape[1] % key.shape[1] or not (
-        key.shape[0] == query.shape[0] or (shared and query.shape[0] == 1)
+    if (
+        key.shape[1] == 0
+        or query.shape[1] % key.shape[1]
+        or not (key.shape[0] == query.shape[0] or (shared and query.shape[0] == 1))
     ):
         return False
     if kwargs.get("dropout") or any(kwargs.get(name) is not None for name in _OTHER_MATHS):

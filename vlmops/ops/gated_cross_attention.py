@@ -35,7 +35,6 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from vlmops.ops import packed_attention
@@ -52,7 +51,6 @@ class Options(NamedTuple):
     scale: float | None = None
     norm_eps: float = 1e-6
     tokens_per_block: int = 1
-
 
 
 def gated_cross_attention(

@@ -34,7 +34,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -57,7 +57,6 @@ class Options(NamedTuple):
     causal: bool = False
     max_seqlen: int = 0
     tokens_per_block: int = 1
-
 
 
 def packed_attention(

@@ -19,7 +19,7 @@ Idefics2              ``[B, 64, 16, 96]`` over 4 KV heads of up to 4,900 tokens;
 Hugging Face's code puts media and latents into one tensor, before K and V are made of it. Here the
 two are softmaxes of their own, by the kernels of `vlmops.packed_attention`, whose results are
 joined: ``w_1 out_1 + w_2 out_2``, with the shares that their sums of exponentials have. In 16 bits
-both results are rounded before that. Saved for backward are the arguments, out and joint statistics.
+both results are rounded before that. Saved for backward are the arguments, out and statistics.
 
 Sources: Alayrac et al., Flamingo (arXiv 2204.14198); Jaegle et al., Perceiver (arXiv 2103.03206);
 Laurençon et al., Idefics2 (arXiv 2405.02246).

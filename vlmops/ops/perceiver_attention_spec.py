@@ -197,9 +197,7 @@ def _bench(name: str, *inputs: Any, **options: Any) -> BenchCase:
     def flops(args: Arguments) -> float:
         return float(4 * args["q"].numel() * (args["k"].shape[1] + args["k_latents"].shape[1]))
 
-    return BenchCase(
-        name, _inputs(*inputs, **options), moved=lambda args: [args["k"]], flops=flops
-    )
+    return BenchCase(name, _inputs(*inputs, **options), moved=lambda args: [args["k"]], flops=flops)
 
 
 # Idefics2, one large image and a batch of eight, of which a half is padded; Idefics; Flamingo with

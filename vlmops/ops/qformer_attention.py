@@ -31,7 +31,6 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from vlmops.ops import packed_attention

@@ -13,9 +13,7 @@ from vlmops.ops.qformer_attention import OP, Options
 
 
 def _core(o: Options) -> packed_attention.Options:
-    return packed_attention.Options(
-        block_mask=o.key_mask, key_lengths=o.key_lengths, scale=o.scale
-    )
+    return packed_attention.Options(block_mask=o.key_mask, key_lengths=o.key_lengths, scale=o.scale)
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor]:

@@ -154,19 +154,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
 
 STABLE_TORCH_LIBRARY_FRAGMENT(vlmops, m) {
   // The result, and of each query [2, H, N] what backward asks for, in float32: attention.h.
+  m.def("perceiver_attention(" VLMOPS_PERCEIVER_ATTENTION_HEADS VLMOPS_PERCEIVER_ATTENTION_OPTIONS
+        ") -> (Tensor, Tensor)");
   m.def(
-      "perceiver_attention(" VLMOPS_PERCEIVER_ATTENTION_HEADS VLMOPS_PERCEIVER_ATTENTION_OPTIONS
-      ") -> (Tensor, Tensor)");
-  m.def(
-      "perceiver_attention_check(" VLMOPS_PERCEIVER_ATTENTION_HEADS
-          VLMOPS_PERCEIVER_ATTENTION_OPTIONS
+      "perceiver_attention_"
+      "check(" VLMOPS_PERCEIVER_ATTENTION_HEADS VLMOPS_PERCEIVER_ATTENTION_OPTIONS
       ", Tensor? grad=None, Tensor? out=None, Tensor? statistics=None) -> ()");
   // The gradients of the first five; those that nobody needs are empty.
-  m.def(
-      "perceiver_attention_backward(Tensor grad, " VLMOPS_PERCEIVER_ATTENTION_HEADS
-      "Tensor out, Tensor statistics, " VLMOPS_PERCEIVER_ATTENTION_OPTIONS
-      ", bool needs_q=True, bool needs_k=True, bool needs_v=True, bool needs_k_latents=True, "
-      "bool needs_v_latents=True) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("perceiver_attention_backward(Tensor grad, " VLMOPS_PERCEIVER_ATTENTION_HEADS
+        "Tensor out, Tensor statistics, " VLMOPS_PERCEIVER_ATTENTION_OPTIONS
+        ", bool needs_q=True, bool needs_k=True, bool needs_v=True, bool needs_k_latents=True, "
+        "bool needs_v_latents=True) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 
 #define VLMOPS_PERCEIVER_ATTENTION_IMPL(m)                                             \

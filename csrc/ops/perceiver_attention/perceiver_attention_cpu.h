@@ -27,8 +27,7 @@ inline void join(const Params& p, int64_t begin, int64_t end) {
         const T* const other = static_cast<const T*>(p.other) + place;
         by_vectors(p.dim, [&](auto lanes, int64_t i) VLMOPS_INLINED {
           constexpr int width = decltype(lanes)::value;
-          store<width>(out + i,
-                       load<width>(out + i) * s.first + load<width>(other + i) * s.other);
+          store<width>(out + i, load<width>(out + i) * s.first + load<width>(other + i) * s.other);
         });
       }
     }
