@@ -116,7 +116,8 @@ class AttentionOp:
             result: tuple[Tensor, Tensor] = ops.forward(*args)
             return result
         if not recorded:
-            return below_autograd(ops.forward, *args)
+            kept: tuple[Tensor, Tensor] = below_autograd(ops.forward, *args)
+            return kept
         made: tuple[Tensor, Tensor] = _Attention.apply(self, ops, *args)  # type: ignore[no-untyped-call]
         return made
 
