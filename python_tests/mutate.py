@@ -200,7 +200,7 @@ MUTATIONS = {
         "common/attention_cpu.h",
         "return p.scale < 0.0f ? -1.0f : 1.0f;", "return p.scale < 0.0f ? 1.0f : 1.0f;"),
     "attention: scale 0 hides nothing": (
-        "common/attention_cpu.h", "if (c == 0.0f) c = 0x1p-126f;", "if (c == 0.0f) c = 0.0f;"),
+        "common/attention.h", "steepness == 0.0f ? 0x1p-126f : steepness", "steepness"),
     "attention: what no key was seen for stays": (
         "common/attention_cpu.h", "if (panel.most < 0 || keys == 0) {", "if (panel.most < -1) {"),
     "attention: one head of a group": (

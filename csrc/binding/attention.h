@@ -23,6 +23,14 @@ struct Options {
   const char *of_k = "k", *of_v = "v", *of_blocks = "block_mask";
 };
 
+// Of an op whose segments are the rows of a batch, and whose queries see keys alike but for these.
+inline Options batched(const char* op, const MaybeTensor& block_mask,
+                       const MaybeTensor& key_lengths, std::optional<double> scale,
+                       int64_t tokens_per_block) {
+  static const MaybeTensor none;
+  return {op, none, none, none, block_mask, key_lengths, scale, false, 0, tokens_per_block};
+}
+
 // What forward and backward raise of arguments that do not fit.
 void check(const Options& o, const Tensor& q, const Tensor& k, const Tensor& v,
            const MaybeTensor& grad, const MaybeTensor& out, const MaybeTensor& statistics);

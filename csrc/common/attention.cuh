@@ -43,10 +43,9 @@
 
 namespace vlmops::attention {
 
-constexpr int kChunk = 128;     // keys to a block, of segments with few rows
-constexpr int kFewRows = 64;    // that those have at most
-constexpr float kSlack = 8.0f;  // by which a logit may exceed the maximum, in base 2
-constexpr double kLog2E = 1.4426950408889634;
+constexpr int kChunk = 128;                  // keys to a block, of segments with few rows
+constexpr int kFewRows = 64;                 // that those have at most
+constexpr float kSlack = 8.0f;               // by which a logit may exceed the maximum, in base 2
 constexpr float kNever = -__builtin_inff();  // the logit of a key that is not seen
 
 // What a launcher knows of Params beyond them.

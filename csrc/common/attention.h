@@ -8,6 +8,7 @@
 namespace vlmops::attention {
 
 constexpr int kMaxDim = 256;  // D; a multiple of 8
+constexpr double kLog2E = 0x1.71547652b82fep0;
 
 // [rows, heads, D] of one segment after another, D numbers side by side. Strides in elements.
 struct Heads {
@@ -90,6 +91,12 @@ VLMOPS_HOST_DEVICE static inline int64_t offset_of(const Starts& starts, const H
 }
 
 // ---- On a CPU ----
+
+// What turns products, of the scale's sign, into exponents of 2.
+static inline float steepness_of(double scale) {
+  const auto steepness = static_cast<float>((scale < 0.0 ? -scale : scale) * kLog2E);
+  return steepness == 0.0f ? 0x1p-126f : steepness;  // 0 times what is hidden, -inf, would be NaN
+}
 
 // Queries of one segment and the keys that they see, causality aside.
 struct Job {

@@ -35,7 +35,6 @@ constexpr int kMostVectors = 4, kAccumulators = 24;
 constexpr int kMostVectors = 2, kAccumulators = 12;
 #endif
 constexpr int kPanelRows = kMostVectors * kFloats;
-constexpr double kLog2E = 0x1.71547652b82fep0;
 constexpr float kInfinity = __builtin_inff();
 
 using Floats = Vec<float, kFloats>;
@@ -440,11 +439,7 @@ inline float sign_of(const Params& p) { return p.scale < 0.0f ? -1.0f : 1.0f; }
 struct Base2 {
   float c;
 
-  explicit Base2(const Params& p) {
-    const double scale = static_cast<double>(p.scale) + p.scale_rest;
-    c = static_cast<float>(sign_of(p) * scale * kLog2E);
-    if (c == 0.0f) c = 0x1p-126f;  // 0 times what is hidden, -inf, would be NaN
-  }
+  explicit Base2(const Params& p) : c(steepness_of(static_cast<double>(p.scale) + p.scale_rest)) {}
 
   // Of products that lie `off` below the largest.
   VLMOPS_INLINE Floats weight(Floats off) const { return exp2(off * c); }

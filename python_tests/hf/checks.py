@@ -51,11 +51,16 @@ def assert_gradients_agree(got, expected, at_least=20):
 
 
 def assert_twin_copies_and_pickles(family, tmp_path):
-    """What patching leaves alone, what copies it, and what undoes it.
+    """`assert_left_alone` of a family's tiny model."""
+    model, twin = build(family), build(family)
+    return assert_left_alone(model, twin, batch_of(family, "several_images"), tmp_path)
+
+
+def assert_left_alone(model, twin, batch, tmp_path):
+    """What patching a model leaves alone, what copies it, and what undoes it; the twin is equal.
 
     Returns the report, and how many modules were restored at the end.
     """
-    model, twin, batch = build(family), build(family), batch_of(family, "several_images")
     classes = [type(m) for m in model.modules()]
     signatures = [inspect.signature(m.forward) for m in model.modules()]
     keys = list(model.state_dict())

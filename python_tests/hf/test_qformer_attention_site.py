@@ -1,14 +1,9 @@
 """`vlmops.patch` with qformer_attention: Q-Formers through attention functions."""
 
-import copy
-import inspect
-import io
-import pickle
-
 import pytest
 import torch
 from dispatch import CountOps
-from hf.checks import assert_agree, assert_gradients_agree
+from hf.checks import assert_agree, assert_gradients_agree, assert_left_alone
 from hf.qformers import FAMILIES, FRAMES, INSTRUCTION, QUERIES, SITES, build, inputs
 
 import vlmops
@@ -172,28 +167,8 @@ def test_frames_count_as_a_batch():
 
 @every
 def test_twin_copies_and_pickles(family, tmp_path):
-    model, twin, batch = build(family), build(family), inputs(family)
-    classes = [type(m) for m in model.modules()]
-    signatures = [inspect.signature(m.forward) for m in model.modules()]
-    keys = list(model.state_dict())
-    with torch.no_grad():
-        expected = run(twin, batch).logits
-        report = vlmops.patch(model)
-        data, buffer = pickle.dumps(model), io.BytesIO()
-        torch.save(model, buffer)
-        assert b"vlmops" not in data + buffer.getvalue()
-        logits = run(model, batch).logits
-        assert torch.equal(run(twin, batch).logits, expected)
-        assert list(model.state_dict()) == keys
-        assert [inspect.signature(m.forward) for m in model.modules()] == signatures
-        for patched in (model, copy.deepcopy(model)):
-            again = vlmops.patch(patched)
-            assert again.counts == report.counts
-            assert {row.status for row in again.rows} == {"already patched"}
-            assert torch.equal(run(patched, batch).logits, logits)
-        assert vlmops.unpatch(model) == SITES
-        assert [type(m) for m in model.modules()] == classes
-        assert torch.equal(run(model, batch).logits, expected)
+    _, restored = assert_left_alone(build(family), build(family), inputs(family), tmp_path)
+    assert restored == SITES
 
 
 @every

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vlmops.ops import packed_attention_spec as core
 from vlmops.ops.gated_cross_attention import Options, gated_cross_attention, reference
-from vlmops.ops.spec import Arguments, BadCall, BenchCase, Case, Spec
+from vlmops.ops.spec import Arguments, BadCall, BenchCase, Case, Spec, alter, swap
 
 
 def _function(**args: Any) -> tuple[Tensor]:
@@ -141,54 +141,46 @@ def peers(args: Arguments) -> dict[str, Callable[..., Any]]:
     return found
 
 
-def _with(**changes: Any) -> Callable[[Arguments], Arguments]:
-    return lambda args: {**args, **changes}
-
-
-def _change(name: str, change: Callable[[Tensor], Any]) -> Callable[[Arguments], Arguments]:
-    return lambda args: {**args, name: change(args[name])}
-
-
 # The good call is CASES[0]: q [2, 9, 4, 128], k and v [2, 68, 2, 128], block_mask [2, 9, 4].
 ERRORS = [
-    BadCall("no_tensor", _with(q=3), r"q: expected a torch.Tensor, got int", TypeError),
-    BadCall("norm_no_tensor", _with(q_norm_weight=1.0),
+    BadCall("no_tensor", swap(q=3), r"q: expected a torch.Tensor, got int", TypeError),
+    BadCall("norm_no_tensor", swap(q_norm_weight=1.0),
             r"q_norm_weight: expected a torch.Tensor, got float", TypeError),
-    BadCall("rank", _change("q", lambda t: t[0]),
+    BadCall("rank", alter("q", lambda t: t[0]),
             r"q: expected \[B, S, H, D\].*got shape \[9, 4, 128\]"),
-    BadCall("float64", _change("q", Tensor.double),
+    BadCall("float64", alter("q", Tensor.double),
             r"q: expected dtype float32, bfloat16 or float16, got float64"),
-    BadCall("v_keys", _change("v", lambda t: t[:, :-1]),
+    BadCall("v_keys", alter("v", lambda t: t[:, :-1]),
             r"v: expected shape \[2, 68, 2, 128\], that is that of k, got \[2, 67, 2, 128\]"),
     BadCall("heads", lambda a: {**a, "q": a["q"][:, :, :3]},
             r"k: expected a number of heads that divides q's 3"),
-    BadCall("tiles", _change("block_mask", lambda t: t[..., :3]),
+    BadCall("tiles", alter("block_mask", lambda t: t[..., :3]),
             r"block_mask: expected shape \[2, 9, 4\].*got \[2, 9, 3\]"),
-    BadCall("tiles_of_text", _change("block_mask", lambda t: t[:, :8]),
+    BadCall("tiles_of_text", alter("block_mask", lambda t: t[:, :8]),
             r"block_mask: expected shape \[2, 9, 4\].*got \[2, 8, 4\]"),
-    BadCall("tile_size", _with(tokens_per_block=16),
+    BadCall("tile_size", swap(tokens_per_block=16),
             r"tokens_per_block: expected a number that divides the 68 keys of k"),
-    BadCall("mask_dtype", _change("block_mask", Tensor.float),
+    BadCall("mask_dtype", alter("block_mask", Tensor.float),
             r"block_mask: expected dtype bool, got float32"),
-    BadCall("lengths_shape", _with(key_lengths=torch.tensor([3])),
+    BadCall("lengths_shape", swap(key_lengths=torch.tensor([3])),
             r"key_lengths: expected shape \[2\], that is one for each row of the batch, got \[1\]"),
-    BadCall("lengths_dtype", _with(key_lengths=torch.tensor([3.0, 4.0])),
+    BadCall("lengths_dtype", swap(key_lengths=torch.tensor([3.0, 4.0])),
             r"key_lengths: expected an integer dtype"),
-    BadCall("lengths_int16", _with(key_lengths=torch.tensor([3, 4], dtype=torch.int16)),
+    BadCall("lengths_int16", swap(key_lengths=torch.tensor([3, 4], dtype=torch.int16)),
             r"key_lengths: expected dtype int32 or int64, got int16"),
-    BadCall("lengths_many", _with(key_lengths=torch.tensor([3, 69])),
+    BadCall("lengths_many", swap(key_lengths=torch.tensor([3, 69])),
             r"key_lengths: expected 0 to 68.*got 69 at 1"),
-    BadCall("lengths_negative", _with(key_lengths=torch.tensor([-1, 3])),
+    BadCall("lengths_negative", swap(key_lengths=torch.tensor([-1, 3])),
             r"key_lengths: expected 0 to 68.*got -1 at 0"),
-    BadCall("norm_size", _change("q_norm_weight", lambda t: t[:64]),
+    BadCall("norm_size", alter("q_norm_weight", lambda t: t[:64]),
             r"q_norm_weight: expected shape \[128\], that is \[D\].*got \[64\]"),
-    BadCall("norm_rank", _change("k_norm_weight", lambda t: t[None]),
+    BadCall("norm_rank", alter("k_norm_weight", lambda t: t[None]),
             r"k_norm_weight: expected shape \[128\].*got \[1, 128\]"),
-    BadCall("norm_dtype", _change("k_norm_weight", Tensor.double),
+    BadCall("norm_dtype", alter("k_norm_weight", Tensor.double),
             r"k_norm_weight: expected dtype float32, bfloat16 or float16, got float64"),
-    BadCall("eps", _with(norm_eps=0.0), r"norm_eps: expected a positive, finite .* got 0"),
-    BadCall("scale", _with(scale=float("nan")), r"scale: expected a finite number"),
-    BadCall("device", _change("k", lambda t: t.to("meta")), r"expected.* on .*got"),
+    BadCall("eps", swap(norm_eps=0.0), r"norm_eps: expected a positive, finite .* got 0"),
+    BadCall("scale", swap(scale=float("nan")), r"scale: expected a finite number"),
+    BadCall("device", alter("k", lambda t: t.to("meta")), r"expected.* on .*got"),
 ]  # fmt: skip
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vlmops.ops.gated_residual import gated_residual, reference
-from vlmops.ops.spec import Arguments, BadCall, BenchCase, Case, Spec
+from vlmops.ops.spec import Arguments, BadCall, BenchCase, Case, Spec, alter, swap
 
 
 def _function(**args: Any) -> tuple[Tensor]:
@@ -126,41 +126,33 @@ def eager_for(args: Arguments) -> Callable[..., tuple[Tensor]]:
     return eager
 
 
-def _with(**changes: Any) -> Callable[[Arguments], Arguments]:
-    return lambda args: {**args, **changes}
-
-
-def _change(name: str, change: Callable[[Tensor], Any]) -> Callable[[Arguments], Arguments]:
-    return lambda args: {**args, name: change(args[name])}
-
-
 # The good call is CASES[0]: x, y [2, 7, 48], gate [1], row_mask [2, 7].
 ERRORS = [
-    BadCall("x_rank", _with(x=torch.ones(())), r"x: expected \[.., C\], got shape \[\]"),
-    BadCall("x_float64", _change("x", Tensor.double),
+    BadCall("x_rank", swap(x=torch.ones(())), r"x: expected \[.., C\], got shape \[\]"),
+    BadCall("x_float64", alter("x", Tensor.double),
             r"x: expected dtype float32, bfloat16 or float16, got float64"),
-    BadCall("x_no_tensor", _with(x=3), r"x: expected a torch.Tensor, got int", TypeError),
-    BadCall("y_broadcast", _change("y", lambda t: t[:, :1]),
+    BadCall("x_no_tensor", swap(x=3), r"x: expected a torch.Tensor, got int", TypeError),
+    BadCall("y_broadcast", alter("y", lambda t: t[:, :1]),
             r"y: expected shape \[2, 7, 48\], that is x, got \[2, 1, 48\]"),
-    BadCall("y_dtype", _change("y", Tensor.half),
+    BadCall("y_dtype", alter("y", Tensor.half),
             r"y: expected dtype float32, that of x, got float16"),
-    BadCall("y_device", _change("y", lambda t: t.to("meta")), r"expected.* on .*got"),
-    BadCall("y_no_tensor", _with(y=None), r"y: expected a torch.Tensor, got NoneType", TypeError),
-    BadCall("gate_length", _with(gate=torch.ones(7)),
+    BadCall("y_device", alter("y", lambda t: t.to("meta")), r"expected.* on .*got"),
+    BadCall("y_no_tensor", swap(y=None), r"y: expected a torch.Tensor, got NoneType", TypeError),
+    BadCall("gate_length", swap(gate=torch.ones(7)),
             r"gate: expected one number, or \[C\].*C = 48, .*got shape \[7\]"),
-    BadCall("gate_rows", _with(gate=torch.ones(48, 1)), r"gate: expected one.*got shape \[48, 1\]"),
-    BadCall("gate_empty", _with(gate=torch.ones(0)), r"gate: expected one.*got shape \[0\]"),
-    BadCall("gate_integer", _change("gate", Tensor.int),
+    BadCall("gate_rows", swap(gate=torch.ones(48, 1)), r"gate: expected one.*got shape \[48, 1\]"),
+    BadCall("gate_empty", swap(gate=torch.ones(0)), r"gate: expected one.*got shape \[0\]"),
+    BadCall("gate_integer", alter("gate", Tensor.int),
             r"gate: expected dtype float32, bfloat16 or float16, got int32"),
-    BadCall("gate_device", _change("gate", lambda t: t.to("meta")), r"expected.* on .*got"),
-    BadCall("gate_no_tensor", _with(gate=0.5), r"gate: expected a torch.Tensor, got float",
+    BadCall("gate_device", alter("gate", lambda t: t.to("meta")), r"expected.* on .*got"),
+    BadCall("gate_no_tensor", swap(gate=0.5), r"gate: expected a torch.Tensor, got float",
             TypeError),
-    BadCall("mask_float", _change("row_mask", Tensor.float),
+    BadCall("mask_float", alter("row_mask", Tensor.float),
             r"row_mask: expected dtype bool, got float32"),
-    BadCall("mask_shape", _change("row_mask", lambda t: t[..., None]),
+    BadCall("mask_shape", alter("row_mask", lambda t: t[..., None]),
             r"row_mask: expected shape \[2, 7\], that is .*, got \[2, 7, 1\]"),
-    BadCall("mask_device", _change("row_mask", lambda t: t.to("meta")), r"expected.* on .*got"),
-    BadCall("mask_no_tensor", _with(row_mask=[True]),
+    BadCall("mask_device", alter("row_mask", lambda t: t.to("meta")), r"expected.* on .*got"),
+    BadCall("mask_no_tensor", swap(row_mask=[True]),
             r"row_mask: expected a torch.Tensor, got list", TypeError),
 ]  # fmt: skip
 

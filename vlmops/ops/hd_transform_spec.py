@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from vlmops.ops.hd_transform import _options, hd_token_counts, hd_transform, reference
-from vlmops.ops.spec import Arguments, BadCall, BenchCase, Case, Spec
+from vlmops.ops.spec import Arguments, BadCall, BenchCase, Case, Spec, alter, swap
 
 
 def _function(**args: Any) -> tuple[Tensor]:
@@ -186,73 +186,65 @@ def _placed(args: Arguments, crops: Tensor, h: int, w: int) -> Tensor:
     return merged.reshape(h * side, w * side, depth)
 
 
-def _with(**changes: Any) -> Callable[[Arguments], Arguments]:
-    return lambda args: {**args, **changes}
-
-
-def _change(name: str, change: Callable[[Tensor], Any]) -> Callable[[Arguments], Arguments]:
-    return lambda args: {**args, name: change(args[name])}
-
-
 # The good call is CASES[0]: [3 + 3, 1 + 4 * 4, 24], crop_grids (2, 1), (1, 2), K = 96.
 ERRORS = [
-    BadCall("rank", _change("image_features", lambda t: t[0]),
+    BadCall("rank", alter("image_features", lambda t: t[0]),
             r"image_features: expected \[crops, N, C\] or \[B, crops, N, C\], got .*\[17, 24\]"),
-    BadCall("float64", _change("image_features", Tensor.double),
+    BadCall("float64", alter("image_features", Tensor.double),
             r"image_features: expected dtype float32, bfloat16 or float16, got float64"),
-    BadCall("no_tensor", _with(image_features=3),
+    BadCall("no_tensor", swap(image_features=3),
             r"image_features: expected a torch.Tensor, got int", TypeError),
-    BadCall("no_square", _with(skip_prefix=0),
+    BadCall("no_square", swap(skip_prefix=0),
             r"image_features: expected crops of skip_prefix \+ g \* g features.* 0, got 17"),
-    BadCall("prefix_long", _with(skip_prefix=18),
+    BadCall("prefix_long", swap(skip_prefix=18),
             r"image_features: expected crops of skip_prefix .* 18, got 17"),
-    BadCall("prefix_negative", _with(skip_prefix=-1), r"skip_prefix: expected 0 or more, got -1"),
-    BadCall("factor_odd", _with(factor=3),
+    BadCall("prefix_negative", swap(skip_prefix=-1), r"skip_prefix: expected 0 or more, got -1"),
+    BadCall("factor_odd", swap(factor=3),
             r"image_features: expected crops whose side factor 3 divides, got 4 x 4"),
-    BadCall("factor_0", _with(factor=0), r"factor: expected 1 to 16, got 0"),
-    BadCall("factor_17", _with(factor=17), r"factor: expected 1 to 16, got 17"),
-    BadCall("reduction", _with(reduction="max"), r"reduction: expected None or 'mean', got 'max'"),
-    BadCall("order", _with(order="sub"), r"order: expected 'sub_glb' or 'glb_sub', got 'sub'"),
-    BadCall("crops_missing", _with(crop_grids=[(2, 1), (1, 3)]),
+    BadCall("factor_0", swap(factor=0), r"factor: expected 1 to 16, got 0"),
+    BadCall("factor_17", swap(factor=17), r"factor: expected 1 to 16, got 17"),
+    BadCall("reduction", swap(reduction="max"), r"reduction: expected None or 'mean', got 'max'"),
+    BadCall("order", swap(order="sub"), r"order: expected 'sub_glb' or 'glb_sub', got 'sub'"),
+    BadCall("crops_missing", swap(crop_grids=[(2, 1), (1, 3)]),
             r"image_features: expected the 7 crops of crop_grids' 2 images"),
-    BadCall("crops_left", _with(crop_grids=[(2, 1)]),
+    BadCall("crops_left", swap(crop_grids=[(2, 1)]),
             r"image_features: expected the 3 crops of crop_grids' 1 images"),
-    BadCall("crops_none", _with(crop_grids=[(2, 1), (0, 2)]),
+    BadCall("crops_none", swap(crop_grids=[(2, 1), (0, 2)]),
             r"crop_grids: expected at least one row and column of crops, got 0 x 2 for image 1"),
     BadCall("crops_padded", lambda a: {**a, "crop_grids": [(2, 1), (1, 3)],
                                        "image_features": a["image_features"].view(2, 3, 17, 24)},
             r"crop_grids: expected 1 \+ rows \* columns of at most 3 crops.*got 1 x 3 for image 1"),
-    BadCall("images_padded", _change("image_features", lambda t: t.view(2, 3, 17, 24)[:1]),
+    BadCall("images_padded", alter("image_features", lambda t: t.view(2, 3, 17, 24)[:1]),
             r"crop_grids: expected one for each of the 1 images of image_features.*got 2"),
-    BadCall("grids_text", _with(crop_grids="2x1"),
+    BadCall("grids_text", swap(crop_grids="2x1"),
             r"crop_grids: expected a list of pairs of integers.*got '2x1'", TypeError),
-    BadCall("grids_tensor", _with(crop_grids=torch.ones(2, 2)),
+    BadCall("grids_tensor", swap(crop_grids=torch.ones(2, 2)),
             r"crop_grids: expected a list of pairs of integers", TypeError),
-    BadCall("grids_triple", _with(crop_grids=[(2, 1, 1)]),
+    BadCall("grids_triple", swap(crop_grids=[(2, 1, 1)]),
             r"crop_grids: expected a list of pairs of integers", TypeError),
-    BadCall("valid_count", _with(valid_hw=[(4, 2)]),
+    BadCall("valid_count", swap(valid_hw=[(4, 2)]),
             r"valid_hw: expected one for each of crop_grids' 2 images, got 1"),
-    BadCall("valid_none", _with(valid_hw=[]),
+    BadCall("valid_none", swap(valid_hw=[]),
             r"valid_hw: expected one for each of crop_grids' 2 images, got 0"),
-    BadCall("valid_large", _with(valid_hw=[(4, 2), (2, 5)]),
+    BadCall("valid_large", swap(valid_hw=[(4, 2), (2, 5)]),
             r"valid_hw: expected at most the 2 x 4 tokens of the crops, got 2 x 5 for image 1"),
-    BadCall("valid_negative", _with(valid_hw=[(4, 2), (-1, 4)]),
+    BadCall("valid_negative", swap(valid_hw=[(4, 2), (-1, 4)]),
             r"valid_hw: expected .*got -1 x 4"),
-    BadCall("valid_float", _with(valid_hw=[(4.0, 2), (2, 4)]),
+    BadCall("valid_float", swap(valid_hw=[(4.0, 2), (2, 4)]),
             r"valid_hw: expected a list of pairs of integers", TypeError),
-    BadCall("newline_length", _change("newline", lambda t: t[..., :24]),
+    BadCall("newline_length", alter("newline", lambda t: t[..., :24]),
             r"newline: expected one row of 96 values.*got shape \[1, 1, 1, 24\]"),
-    BadCall("newline_mean", _with(reduction="mean"),
+    BadCall("newline_mean", swap(reduction="mean"),
             r"newline: expected one row of 24 values.*got shape \[1, 1, 1, 96\]"),
-    BadCall("newline_rows", _change("newline", lambda t: t.view(2, 48)),
+    BadCall("newline_rows", alter("newline", lambda t: t.view(2, 48)),
             r"newline: expected one row of 96 values.*got shape \[2, 48\]"),
-    BadCall("newline_integer", _change("newline", Tensor.int),
+    BadCall("newline_integer", alter("newline", Tensor.int),
             r"newline: expected dtype float32, bfloat16 or float16, got int32"),
-    BadCall("newline_no_tensor", _with(newline=[1.0] * 96),
+    BadCall("newline_no_tensor", swap(newline=[1.0] * 96),
             r"newline: expected a torch.Tensor, got list", TypeError),
-    BadCall("separator_length", _change("separator", lambda t: t[..., 1:]),
+    BadCall("separator_length", alter("separator", lambda t: t[..., 1:]),
             r"separator: expected one row of 96 values.*got shape \[1, 1, 95\]"),
-    BadCall("device", _change("separator", lambda t: t.to("meta")), r"expected.* on .*got"),
+    BadCall("device", alter("separator", lambda t: t.to("meta")), r"expected.* on .*got"),
 ]  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from vlmops.ops.linear import (
 )
 from vlmops.ops.mlp_projector import mlp_projector, reference
 from vlmops.ops.mlp_projector_steps import Arguments as OfOp
-from vlmops.ops.spec import Arguments, BadCall, BenchCase, Case, Spec, yardstick_linear
+from vlmops.ops.spec import Arguments, BadCall, BenchCase, Case, Spec, alter, swap, yardstick_linear
 
 _TENSORS = OfOp._fields[:9]
 
@@ -204,63 +204,55 @@ def _norm(args: Arguments) -> Tensor:
     return z
 
 
-def _with(**changes: Any) -> Callable[[Arguments], Arguments]:
-    return lambda args: {**args, **changes}
-
-
-def _change(name: str, change: Callable[[Tensor], Tensor]) -> Callable[[Arguments], Arguments]:
-    return lambda args: {**args, name: change(args[name])}
-
-
 # The good call is CASES[0]: x [2, 5, 24], fc1_weight [40, 24], fc2_weight [16, 40].
 ERRORS = [
-    BadCall("x_float64", _change("x", Tensor.double),
+    BadCall("x_float64", alter("x", Tensor.double),
             r"x: expected dtype float32, bfloat16 or float16, got float64"),
-    BadCall("x_scalar", _with(x=torch.tensor(1.0)), r"x: expected shape \[\.\.\., K\], got \[\]"),
-    BadCall("x_width", _change("x", lambda t: t[..., :23]),
+    BadCall("x_scalar", swap(x=torch.tensor(1.0)), r"x: expected shape \[\.\.\., K\], got \[\]"),
+    BadCall("x_width", alter("x", lambda t: t[..., :23]),
             r"fc1_weight: expected shape \[N, 23\] for x \[2, 5, 23\], got \[40, 24\]"),
-    BadCall("x_no_tensor", _with(x=[1.0]), r"x: expected a torch.Tensor, got list", TypeError),
-    BadCall("weight_none", _with(fc1_weight=None),
+    BadCall("x_no_tensor", swap(x=[1.0]), r"x: expected a torch.Tensor, got list", TypeError),
+    BadCall("weight_none", swap(fc1_weight=None),
             r"fc1_weight: expected a torch.Tensor, got NoneType", TypeError),
-    BadCall("weight_rank", _change("fc1_weight", torch.flatten),
+    BadCall("weight_rank", alter("fc1_weight", torch.flatten),
             r"fc1_weight: expected shape \[N, 24\].*got \[960\]"),
-    BadCall("mixed", _change("fc1_weight", Tensor.bfloat16),
+    BadCall("mixed", alter("fc1_weight", Tensor.bfloat16),
             r"fc1_weight: expected dtype float32, that of x, got bfloat16"),
-    BadCall("mixed_x", _change("x", Tensor.half),
+    BadCall("mixed_x", alter("x", Tensor.half),
             r"fc1_weight: expected dtype float16, that of x, got float32"),
-    BadCall("fc2_width", _change("fc2_weight", lambda t: t[:, :39]),
+    BadCall("fc2_width", alter("fc2_weight", lambda t: t[:, :39]),
             r"fc2_weight: expected shape \[N, 40\].*got \[16, 39\]"),
-    BadCall("fc2_dtype", _change("fc2_weight", Tensor.half),
+    BadCall("fc2_dtype", alter("fc2_weight", Tensor.half),
             r"fc2_weight: expected dtype float32, that of x, got float16"),
-    BadCall("fc1_bias_length", _with(fc1_bias=torch.zeros(39)),
+    BadCall("fc1_bias_length", swap(fc1_bias=torch.zeros(39)),
             r"fc1_bias: expected shape \[40\].*got \[39\]"),
-    BadCall("fc2_bias_length", _with(fc2_bias=torch.zeros(40)),
+    BadCall("fc2_bias_length", swap(fc2_bias=torch.zeros(40)),
             r"fc2_bias: expected shape \[16\].*got \[40\]"),
-    BadCall("bias_dtype", _with(fc2_bias=torch.zeros(16, dtype=torch.half)),
+    BadCall("bias_dtype", swap(fc2_bias=torch.zeros(16, dtype=torch.half)),
             r"fc2_bias: expected dtype float32, that of x, got float16"),
-    BadCall("gate_shape", _with(gate_weight=torch.zeros(39, 24)),
+    BadCall("gate_shape", swap(gate_weight=torch.zeros(39, 24)),
             r"gate_weight: expected shape \[40, 24\].*got \[39, 24\]"),
-    BadCall("gate_bias_alone", _with(gate_bias=torch.zeros(40)),
+    BadCall("gate_bias_alone", swap(gate_bias=torch.zeros(40)),
             r"gate_bias: expected None without a gate_weight"),
-    BadCall("fc2_bias_alone", _with(fc2_weight=None),
+    BadCall("fc2_bias_alone", swap(fc2_weight=None),
             r"fc2_bias: expected None without a fc2_weight"),
-    BadCall("activation", _with(activation="swish"),
+    BadCall("activation", swap(activation="swish"),
             r"activation: expected 'gelu', .*or None, got 'swish'"),
-    BadCall("out_activation", _with(out_activation="gelu_new"),
+    BadCall("out_activation", swap(out_activation="gelu_new"),
             r"out_activation: expected 'gelu', .*or None, got 'gelu_new'"),
-    BadCall("out_activation_alone", _with(fc2_weight=None, fc2_bias=None, out_activation="gelu"),
+    BadCall("out_activation_alone", swap(fc2_weight=None, fc2_bias=None, out_activation="gelu"),
             r"out_activation: expected None without a fc2_weight, got 'gelu'"),
-    BadCall("norm", _with(norm="batch"), r"norm: expected 'layer', 'rms' or None, got 'batch'"),
-    BadCall("norm_weight_alone", _with(norm_weight=torch.zeros(24)),
+    BadCall("norm", swap(norm="batch"), r"norm: expected 'layer', 'rms' or None, got 'batch'"),
+    BadCall("norm_weight_alone", swap(norm_weight=torch.zeros(24)),
             r"norm: expected 'layer' or 'rms', as a norm_weight"),
-    BadCall("norm_weight_length", _with(norm="rms", norm_weight=torch.zeros(23)),
+    BadCall("norm_weight_length", swap(norm="rms", norm_weight=torch.zeros(23)),
             r"norm_weight: expected shape \[24\].*got \[23\]"),
-    BadCall("norm_bias_length", _with(norm="layer", norm_bias=torch.zeros(1)),
+    BadCall("norm_bias_length", swap(norm="layer", norm_bias=torch.zeros(1)),
             r"norm_bias: expected shape \[24\].*got \[1\]"),
-    BadCall("norm_eps", _with(norm="rms", norm_eps=0.0), r"norm_eps: expected a positive.*got 0"),
-    BadCall("norm_offset", _with(norm="rms", norm_offset=float("nan")),
+    BadCall("norm_eps", swap(norm="rms", norm_eps=0.0), r"norm_eps: expected a positive.*got 0"),
+    BadCall("norm_offset", swap(norm="rms", norm_offset=float("nan")),
             r"norm_offset: expected a finite number, got nan"),
-    BadCall("device", _with(fc2_bias=torch.zeros(16, device="meta")), r"fc2_bias: expected.*on"),
+    BadCall("device", swap(fc2_bias=torch.zeros(16, device="meta")), r"fc2_bias: expected.*on"),
 ]  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vlmops.bench.shapes import MODELS, Model, Text, Tower
 from vlmops.ops.mrope import Rotation, mrope, mrope_, mrope_freq_axis, reference
-from vlmops.ops.spec import Arguments, BadCall, BenchCase, Case, Spec
+from vlmops.ops.spec import Arguments, BadCall, BenchCase, Case, Spec, swap
 
 
 def _empty(shape: tuple[int, ...], layout: str, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -360,12 +360,8 @@ def eager_for(args: Arguments) -> Callable[..., tuple[Tensor, Tensor]]:
     return eager
 
 
-def _with(**changes: Any) -> Callable[[Arguments], Arguments]:
-    return lambda args: {**args, **changes}
-
-
 def _with_norm(**changes: Any) -> Callable[[Arguments], Arguments]:
-    return _with(q_norm_weight=torch.ones(128), **changes)
+    return swap(q_norm_weight=torch.ones(128), **changes)
 
 
 def _too_wide(args: Arguments) -> Arguments:
@@ -433,7 +429,7 @@ ERRORS = [
             reads_values=True),
     BadCall("devices", _each("position_ids", change=lambda t: t.to("meta")),
             r"expected.* on .*got"),
-    BadCall("rotation", _with(rotation="quarter"),
+    BadCall("rotation", swap(rotation="quarter"),
             r"rotation: expected 'half' or 'pairs', got 'quarter'"),
     BadCall("norm_eps_zero", _with_norm(norm_eps=0.0),
             r"norm_eps: expected a positive, finite float32 number, got 0"),
@@ -441,22 +437,22 @@ ERRORS = [
     BadCall("norm_eps_no_number", _with_norm(norm_eps=math.nan), r"norm_eps: .*got nan"),
     BadCall("norm_eps_infinite", _with_norm(norm_eps=math.inf), r"norm_eps: .*got inf"),
     BadCall("norm_eps_underflows", _with_norm(norm_eps=1e-60), r"norm_eps: .*got 1e-60"),
-    BadCall("q_norm_weight_length", _with(q_norm_weight=torch.ones(127)),
+    BadCall("q_norm_weight_length", swap(q_norm_weight=torch.ones(127)),
             r"q_norm_weight: expected shape \[128\].*got \[127\]"),
-    BadCall("k_norm_weight_length", _with(k_norm_weight=torch.ones(1)),
+    BadCall("k_norm_weight_length", swap(k_norm_weight=torch.ones(1)),
             r"k_norm_weight: expected shape \[128\].*got \[1\]"),
-    BadCall("q_norm_weight_rank", _with(q_norm_weight=torch.ones(4, 128)),
+    BadCall("q_norm_weight_rank", swap(q_norm_weight=torch.ones(4, 128)),
             r"q_norm_weight: expected shape \[128\].*got \[4, 128\]"),
-    BadCall("k_norm_weight_integer", _with(k_norm_weight=torch.ones(128, dtype=torch.int64)),
+    BadCall("k_norm_weight_integer", swap(k_norm_weight=torch.ones(128, dtype=torch.int64)),
             r"k_norm_weight: expected dtype float32, bfloat16 or float16, got int64"),
-    BadCall("q_norm_weight_float64", _with(q_norm_weight=torch.ones(128).double()),
+    BadCall("q_norm_weight_float64", swap(q_norm_weight=torch.ones(128).double()),
             r"q_norm_weight: expected dtype float32, bfloat16 or float16, got float64"),
-    BadCall("q_norm_weight_device", _with(q_norm_weight=torch.ones(128, device="meta")),
+    BadCall("q_norm_weight_device", swap(q_norm_weight=torch.ones(128, device="meta")),
             r"expected.* on .*got"),
-    BadCall("k_norm_weight_device", _with(k_norm_weight=torch.ones(128, device="meta")),
+    BadCall("k_norm_weight_device", swap(k_norm_weight=torch.ones(128, device="meta")),
             r"expected.* on .*got"),
     BadCall("norm_too_wide", _too_wide, r"k_norm_weight: expected at most 2048 channels, got 2050"),
-    BadCall("head_axis", _with(head_axis=3), r"head_axis: expected 1.*or 2.*got 3"),
+    BadCall("head_axis", swap(head_axis=3), r"head_axis: expected 1.*or 2.*got 3"),
 ]  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from vlmops.ops.packed_attention import Options, _cu_seqlens, packed_attention, reference
-from vlmops.ops.spec import Arguments, BadCall, BenchCase, Case, Spec
+from vlmops.ops.spec import Arguments, BadCall, BenchCase, Case, Spec, alter, swap
 
 
 def _function(**args: Any) -> tuple[Tensor]:
@@ -318,14 +318,6 @@ def peers(args: Arguments) -> dict[str, Callable[..., Any]]:
     return found
 
 
-def _with(**changes: Any) -> Callable[[Arguments], Arguments]:
-    return lambda args: {**args, **changes}
-
-
-def _change(name: str, change: Callable[[Tensor], Any]) -> Callable[[Arguments], Arguments]:
-    return lambda args: {**args, name: change(args[name])}
-
-
 def _in_blocks(args: Arguments) -> Arguments:
     """The good call as a batch of four, whose keys are one block each."""
     batched = {n: args[n].unflatten(0, (4, 11)) for n in "qkv"}
@@ -338,53 +330,53 @@ def _in_blocks(args: Arguments) -> Arguments:
 
 # The good call is CASES[0]: q, k, v [44, 2, 80], cu_seqlens [5].
 ERRORS = [
-    BadCall("no_tensor", _with(q=3), r"q: expected a torch.Tensor, got int", TypeError),
-    BadCall("float64", _change("q", Tensor.double),
+    BadCall("no_tensor", swap(q=3), r"q: expected a torch.Tensor, got int", TypeError),
+    BadCall("float64", alter("q", Tensor.double),
             r"q: expected dtype float32, bfloat16 or float16, got float64"),
-    BadCall("rank_4", _change("q", lambda t: t[None]),
+    BadCall("rank_4", alter("q", lambda t: t[None]),
             r"q: expected \[N, H, D\] with cu_seqlens, got shape \[1, 44, 2, 80\]"),
-    BadCall("rank_3", _with(cu_seqlens=None),
+    BadCall("rank_3", swap(cu_seqlens=None),
             r"q: expected \[B, S, H, D\] without cu_seqlens, got shape \[44, 2, 80\]"),
     BadCall("dim", lambda a: {**a, **{n: a[n][..., :12] for n in "qkv"}},
             r"q: expected heads of a multiple of 8 channels up to 256, got shape \[44, 2, 12\]"),
     BadCall("dim_264", lambda a: {**a, **{n: a[n].repeat(1, 1, 4)[..., :264] for n in "qkv"}},
             r"q: expected heads of a multiple of 8 channels up to 256, got shape \[44, 2, 264\]"),
-    BadCall("k_dtype", _change("k", lambda t: t.to(torch.float16 if t.dtype != torch.float16
+    BadCall("k_dtype", alter("k", lambda t: t.to(torch.float16 if t.dtype != torch.float16
                                                     else torch.float32)),
             r"k: expected dtype .*that of q, got"),
-    BadCall("k_rank", _change("k", lambda t: t[None]),
+    BadCall("k_rank", alter("k", lambda t: t[None]),
             r"k: expected as many dimensions as q has, shape \[44, 2, 80\], got"),
-    BadCall("k_dim", _change("k", lambda t: t[..., :72]),
+    BadCall("k_dim", alter("k", lambda t: t[..., :72]),
             r"k: expected heads of 80 channels, as q \[44, 2, 80\] has, got shape \[44, 2, 72\]"),
-    BadCall("k_heads", _change("k", lambda t: t.repeat(1, 2, 1)[:, :3]),
+    BadCall("k_heads", alter("k", lambda t: t.repeat(1, 2, 1)[:, :3]),
             r"k: expected a number of heads that divides q's 2, got shape \[44, 3, 80\]"),
     BadCall("k_rows", lambda a: {**a, "k": a["k"][1:], "v": a["v"][1:]},
             r"k: expected the 44 rows of q \[44, 2, 80\] where there is no cu_seqlens_k"),
-    BadCall("v_rows", _change("v", lambda t: t[1:]), r"v: expected shape \[44, 2, 80\].*that of k"),
-    BadCall("v_no_tensor", _with(v=None), r"v: expected a torch.Tensor, got NoneType", TypeError),
-    BadCall("starts_float", _change("cu_seqlens", Tensor.float),
+    BadCall("v_rows", alter("v", lambda t: t[1:]), r"v: expected shape \[44, 2, 80\].*that of k"),
+    BadCall("v_no_tensor", swap(v=None), r"v: expected a torch.Tensor, got NoneType", TypeError),
+    BadCall("starts_float", alter("cu_seqlens", Tensor.float),
             r"cu_seqlens: expected .*int.*got float32"),
-    BadCall("starts_int16", _change("cu_seqlens", Tensor.short),
+    BadCall("starts_int16", alter("cu_seqlens", Tensor.short),
             r"cu_seqlens: expected dtype int32 or int64, got int16"),
-    BadCall("starts_rank", _change("cu_seqlens", lambda t: t[None]),
+    BadCall("starts_rank", alter("cu_seqlens", lambda t: t[None]),
             r"cu_seqlens: expected \[segments \+ 1\] integers, got shape \[1, 5\]"),
-    BadCall("starts_empty", _change("cu_seqlens", lambda t: t[:0]),
+    BadCall("starts_empty", alter("cu_seqlens", lambda t: t[:0]),
             r"cu_seqlens: expected \[segments \+ 1\] integers, got shape \[0\]"),
-    BadCall("starts_list", _with(cu_seqlens=[0, 44]),
+    BadCall("starts_list", swap(cu_seqlens=[0, 44]),
             r"cu_seqlens: expected a torch.Tensor, got list", TypeError),
-    BadCall("starts_first", _change("cu_seqlens", lambda t: t.clamp(min=1)),
+    BadCall("starts_first", alter("cu_seqlens", lambda t: t.clamp(min=1)),
             r"cu_seqlens: expected 0 first, got 1", reads_values=True),
-    BadCall("starts_fall", _change("cu_seqlens", lambda t: t.index_fill(0, torch.tensor([2]), 3)),
+    BadCall("starts_fall", alter("cu_seqlens", lambda t: t.index_fill(0, torch.tensor([2]), 3)),
             r"cu_seqlens: expected ends that do not fall, got 3 after 16 at 2", reads_values=True),
-    BadCall("starts_last", _change("cu_seqlens", lambda t: t[:-1]),
+    BadCall("starts_last", alter("cu_seqlens", lambda t: t[:-1]),
             r"cu_seqlens: expected 44 last, the rows of q, got 40", reads_values=True),
     BadCall("starts_k_count", lambda a: {**a, "cu_seqlens_k": a["cu_seqlens"][[0, 4]]},
             r"cu_seqlens_k: expected 5 integers, as cu_seqlens has, got shape \[2\]"),
-    BadCall("max_seqlen", _with(max_seqlen=15),
+    BadCall("max_seqlen", swap(max_seqlen=15),
             r"max_seqlen: expected at least the 16 rows of segment 0, got 15", reads_values=True),
-    BadCall("max_seqlen_negative", _with(max_seqlen=-1),
+    BadCall("max_seqlen_negative", swap(max_seqlen=-1),
             r"max_seqlen: expected 0 or more, got -1"),
-    BadCall("scale", _with(scale=math.inf), r"scale: expected a finite number, got inf"),
+    BadCall("scale", swap(scale=math.inf), r"scale: expected a finite number, got inf"),
     BadCall("padding_dtype", lambda a: {**a, "padding": a["q"][:, 0, 0]},
             r"padding: expected dtype bool, got"),
     BadCall("padding_shape", lambda a: {**a, "padding": a["q"][1:, 0, 0] > 0},
@@ -406,11 +398,11 @@ ERRORS = [
             r"tokens_per_block: expected a number that divides the 11 keys of k"),
     BadCall("blocks_0", lambda a: {**_in_blocks(a), "tokens_per_block": 0},
             r"tokens_per_block: expected 1 or more, got 0"),
-    BadCall("no_blocks", _with(tokens_per_block=2),
+    BadCall("no_blocks", swap(tokens_per_block=2),
             r"tokens_per_block: expected 1 where there is no block_mask, got 2"),
     BadCall("blocks_no_tensor", lambda a: {**_in_blocks(a), "block_mask": [True]},
             r"block_mask: expected a torch.Tensor, got list", TypeError),
-    BadCall("device", _change("k", lambda t: t.to("meta")), r"expected.* on .*got"),
+    BadCall("device", alter("k", lambda t: t.to("meta")), r"expected.* on .*got"),
 ]  # fmt: skip
 
 

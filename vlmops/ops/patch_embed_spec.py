@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from vlmops.ops.linear import alternative, has_alternative
 from vlmops.ops.patch_embed import Position, arguments, patch_embed, reference
-from vlmops.ops.spec import Arguments, BadCall, BenchCase, Case, Spec, yardstick_linear
+from vlmops.ops.spec import Arguments, BadCall, BenchCase, Case, Spec, alter, swap, yardstick_linear
 
 _POSITIONS = (
     ("table", "index", "table_weight", False),
@@ -290,56 +290,48 @@ def _added(call: Arguments, y: Tensor, number: int, patches_only: bool) -> Tenso
     return y
 
 
-def _with(**changes: Any) -> Callable[[Arguments], Arguments]:
-    return lambda args: {**args, **changes}
-
-
-def _change(name: str, change: Callable[[Tensor], Tensor]) -> Callable[[Arguments], Arguments]:
-    return lambda args: {**args, name: change(args[name])}
-
-
 def _gathered(index: Tensor, weight: Tensor | None = None) -> Callable[[Arguments], Arguments]:
-    return _with(index=index, table_weight=weight)
+    return swap(index=index, table_weight=weight)
 
 
 # The good call is CASES[0]: [2, 3, 30, 29], weight [24, 3, 7, 7], prefix [1, 24], table [17, 24].
 ERRORS = [
-    BadCall("channels", _change("pixel_values", lambda t: t[:, :2]),
+    BadCall("channels", alter("pixel_values", lambda t: t[:, :2]),
             r"pixel_values: expected 3 channels.*got 2 in shape \[2, 2, 30, 29\]"),
-    BadCall("channels_last", _with(channels_last=True),
+    BadCall("channels_last", swap(channels_last=True),
             r"pixel_values: expected 3 channels.*got 29.*channels_last"),
-    BadCall("too_low", _change("pixel_values", lambda t: t[:, :, :6]),
+    BadCall("too_low", alter("pixel_values", lambda t: t[:, :, :6]),
             r"pixel_values: expected images of at least one patch.*got 1 x 6 x 29"),
-    BadCall("too_narrow", _change("pixel_values", lambda t: t[..., :6]),
+    BadCall("too_narrow", alter("pixel_values", lambda t: t[..., :6]),
             r"pixel_values: expected images of at least one patch.*got 1 x 30 x 6"),
-    BadCall("pixels_rank", _change("pixel_values", lambda t: t[None]),
+    BadCall("pixels_rank", alter("pixel_values", lambda t: t[None]),
             r"pixel_values: expected .*\[B, C, H, W\].*got shape \[1, 2, 3, 30, 29\]"),
-    BadCall("depth", _change("pixel_values", lambda t: t.flatten(1)[:, :146]),
+    BadCall("depth", alter("pixel_values", lambda t: t.flatten(1)[:, :146]),
             r"pixel_values: expected patches of 147 values.*got shape \[2, 146\]"),
-    BadCall("pixels_float64", _change("pixel_values", Tensor.double),
+    BadCall("pixels_float64", alter("pixel_values", Tensor.double),
             r"pixel_values: expected dtype float32, bfloat16, float16 or uint8, got float64"),
-    BadCall("pixels_no_tensor", _with(pixel_values=(1,)),
+    BadCall("pixels_no_tensor", swap(pixel_values=(1,)),
             r"pixel_values\[0\]: expected a torch.Tensor, got int", TypeError),
     BadCall("list_rank", lambda a: {**a, "pixel_values": (a["pixel_values"],)},
             r"pixel_values: expected images \[C, H, W\].*got shape \[2, 3, 30, 29\]"),
-    BadCall("weight_rank", _change("weight", lambda t: t.flatten()),
+    BadCall("weight_rank", alter("weight", lambda t: t.flatten()),
             r"weight: expected shape \[D, C, P, P\].*got \[3528\]"),
-    BadCall("weight_float64", _change("weight", Tensor.double),
+    BadCall("weight_float64", alter("weight", Tensor.double),
             r"weight: expected dtype float32, bfloat16 or float16, got float64"),
-    BadCall("weight_empty", _change("weight", lambda t: t[..., :0]),
+    BadCall("weight_empty", alter("weight", lambda t: t[..., :0]),
             r"weight: expected patches that are not empty"),
-    BadCall("linear_of_images", _change("weight", lambda t: t.flatten(1)),
+    BadCall("linear_of_images", alter("weight", lambda t: t.flatten(1)),
             r"pixel_values: expected \[N, K\] or \[B, N, K\] for a weight of shape \[24, 147\]"),
-    BadCall("bias_length", _with(bias=torch.zeros(23)), r"bias: expected shape \[24\].*got \[23\]"),
-    BadCall("bias_dtype", _with(bias=torch.zeros(24, dtype=torch.bfloat16)),
+    BadCall("bias_length", swap(bias=torch.zeros(23)), r"bias: expected shape \[24\].*got \[23\]"),
+    BadCall("bias_dtype", swap(bias=torch.zeros(24, dtype=torch.bfloat16)),
             r"bias: expected dtype float32, that of weight, got bfloat16"),
-    BadCall("prefix_width", _with(prefix=torch.zeros(1, 23)),
+    BadCall("prefix_width", swap(prefix=torch.zeros(1, 23)),
             r"prefix: expected shape \[M, 24\].*got \[1, 23\]"),
-    BadCall("table_short", _change("table", lambda t: t[:16]),
+    BadCall("table_short", alter("table", lambda t: t[:16]),
             r"positions.table: expected a row for each of the 17 tokens.*got shape \[16, 24\]"),
-    BadCall("table_width", _change("table", lambda t: t[:, :23]),
+    BadCall("table_width", alter("table", lambda t: t[:, :23]),
             r"positions.table: expected shape \[R, 24\].*got \[17, 23\]"),
-    BadCall("table_integer", _change("table", Tensor.long),
+    BadCall("table_integer", alter("table", Tensor.long),
             r"positions.table: expected dtype float32, bfloat16 or float16, got int64"),
     BadCall("index_length", _gathered(torch.zeros(16, 1, dtype=torch.int64)),
             r"positions.index: expected a shape that fits \[2, 17, 1\].*got \[16, 1\]"),
@@ -354,30 +346,30 @@ ERRORS = [
             r"positions.index: .*got -1 at", reads_values=True),
     BadCall("weight_of_rows", _gathered(torch.zeros(17, 2, dtype=torch.int64), torch.zeros(17, 3)),
             r"positions.weight: expected a shape that fits \[2, 17, 2\].*got \[17, 3\]"),
-    BadCall("norm", _with(norm="batch"), r"norm: expected 'none', 'layer' or 'rms', got 'batch'"),
-    BadCall("norm_eps", _with(norm="rms", norm_eps=0.0), r"norm_eps: expected a positive.*got 0"),
-    BadCall("norm_weight_alone", _with(norm_weight=torch.zeros(24)),
+    BadCall("norm", swap(norm="batch"), r"norm: expected 'none', 'layer' or 'rms', got 'batch'"),
+    BadCall("norm_eps", swap(norm="rms", norm_eps=0.0), r"norm_eps: expected a positive.*got 0"),
+    BadCall("norm_weight_alone", swap(norm_weight=torch.zeros(24)),
             r"norm: expected 'layer' or 'rms', as a norm_weight"),
-    BadCall("norm_weight_length", _with(norm="rms", norm_weight=torch.zeros(23)),
+    BadCall("norm_weight_length", swap(norm="rms", norm_weight=torch.zeros(23)),
             r"norm_weight: expected shape \[24\].*got \[23\]"),
-    BadCall("std_zero", _with(image_std=[0.5, 0.0, 0.5]),
+    BadCall("std_zero", swap(image_std=[0.5, 0.0, 0.5]),
             r"image_std: expected numbers other than 0", ValueError),
-    BadCall("std_count", _with(image_std=[0.5]),
+    BadCall("std_count", swap(image_std=[0.5]),
             r"image_std: expected one number for each of the 3 channels", ValueError),
-    BadCall("mean_count", _with(image_mean=[0.5] * 4),
+    BadCall("mean_count", swap(image_mean=[0.5] * 4),
             r"image_mean: expected one number for each of the 3 channels", ValueError),
-    BadCall("rescale_zero", _with(rescale_factor=0.0),
+    BadCall("rescale_zero", swap(rescale_factor=0.0),
             r"rescale_factor: expected a number other than 0", ValueError),
-    BadCall("map_and_numbers", _with(pixel_map=torch.zeros(3, 256), rescale_factor=1 / 255),
+    BadCall("map_and_numbers", swap(pixel_map=torch.zeros(3, 256), rescale_factor=1 / 255),
             r"pixel_map: expected none beside.*got one of shape \[3, 256\]", ValueError),
-    BadCall("map_of_floats", _with(pixel_map=torch.zeros(3, 256)),
+    BadCall("map_of_floats", swap(pixel_map=torch.zeros(3, 256)),
             r"pixel_map: expected shape \[3, 2\], that is \[C, 256\] for uint8.*got \[3, 256\]"),
-    BadCall("sizes_count", _with(image_sizes=[(7, 7)]),
+    BadCall("sizes_count", swap(image_sizes=[(7, 7)]),
             r"image_sizes: expected a height and a width for each image.*got 1"),
-    BadCall("sizes_beyond", _with(image_sizes=[(7, 7), (31, 29)]),
+    BadCall("sizes_beyond", swap(image_sizes=[(7, 7), (31, 29)]),
             r"image_sizes: expected sizes within pixel_values.*got 31 x 29 for image 1"),
-    BadCall("device", _with(bias=torch.zeros(24, device="meta")), r"expected.* on .*got"),
-    BadCall("out_dtype", _with(dtype=torch.int64),
+    BadCall("device", swap(bias=torch.zeros(24, device="meta")), r"expected.* on .*got"),
+    BadCall("out_dtype", swap(dtype=torch.int64),
             r"dtype: expected float32, bfloat16 or float16, got int64"),
 ]  # fmt: skip
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from vlmops.ops import packed_attention_spec as core
 from vlmops.ops.perceiver_attention import perceiver_attention, reference
 from vlmops.ops.qformer_attention import of_queries
-from vlmops.ops.spec import Arguments, BadCall, BenchCase, Case, Spec
+from vlmops.ops.spec import Arguments, BadCall, BenchCase, Case, Spec, alter, swap
 
 
 def _function(**args: Any) -> tuple[Tensor]:
@@ -146,27 +146,19 @@ def peers(args: Arguments) -> dict[str, Callable[..., Any]]:
     return {"sdpa": _joined(core._sdpa_batched)}
 
 
-def _with(**changes: Any) -> Callable[[Arguments], Arguments]:
-    return lambda args: {**args, **changes}
-
-
-def _change(name: str, change: Callable[[Tensor], Any]) -> Callable[[Arguments], Arguments]:
-    return lambda args: {**args, name: change(args[name])}
-
-
 # The good call is CASES[0]: q [2, 9, 4, 96], k and v [2, 60, 2, 96], k_latents and v_latents
 # [2, 9, 2, 96], key_mask [2, 3], tokens_per_block 20. What the core checks is in its own list.
 ERRORS = [
-    BadCall("no_tensor", _with(q=3), r"q: expected a torch.Tensor, got int", TypeError),
-    BadCall("latents_no_tensor", _with(k_latents=None),
+    BadCall("no_tensor", swap(q=3), r"q: expected a torch.Tensor, got int", TypeError),
+    BadCall("latents_no_tensor", swap(k_latents=None),
             r"k_latents: expected a torch.Tensor, got NoneType", TypeError),
-    BadCall("rank", _change("q", lambda t: t[0]),
+    BadCall("rank", alter("q", lambda t: t[0]),
             r"q: expected \[B, S, H, D\].*got shape \[9, 4, 96\]"),
-    BadCall("batch", _change("q", lambda t: t[:1]), r"k: expected a batch of 1, as q"),
+    BadCall("batch", alter("q", lambda t: t[:1]), r"k: expected a batch of 1, as q"),
     BadCall("latents_batch", lambda a: {**a, "k_latents": a["k_latents"][:1],
                                         "v_latents": a["v_latents"][:1]},
             r"k_latents: expected a batch of 2, as q"),
-    BadCall("latents_values", _change("v_latents", lambda t: t[:, :-1]),
+    BadCall("latents_values", alter("v_latents", lambda t: t[:, :-1]),
             r"v_latents: expected shape \[2, 9, 2, 96\], that is that of k_latents, got"),
     BadCall("latents_heads", lambda a: {**a, "k_latents": a["k_latents"][:, :, :1],
                                         "v_latents": a["v_latents"][:, :, :1]},
@@ -174,22 +166,22 @@ ERRORS = [
     BadCall("latents_channels", lambda a: {**a, "k_latents": a["k_latents"][..., :64],
                                            "v_latents": a["v_latents"][..., :64]},
             r"k_latents: expected heads of 96 channels"),
-    BadCall("latents_dtype", _change("v_latents", Tensor.double),
+    BadCall("latents_dtype", alter("v_latents", Tensor.double),
             r"v_latents: expected dtype float32, that of q, got float64"),
-    BadCall("mask", _change("key_mask", lambda t: t[:, :2]),
+    BadCall("mask", alter("key_mask", lambda t: t[:, :2]),
             r"key_mask: expected shape \[2, 9, 3\].*got \[2, 9, 2\]"),
-    BadCall("mask_dtype", _change("key_mask", Tensor.long),
+    BadCall("mask_dtype", alter("key_mask", Tensor.long),
             r"key_mask: expected dtype bool, got int64"),
-    BadCall("block", _with(tokens_per_block=16),
+    BadCall("block", swap(tokens_per_block=16),
             r"tokens_per_block: expected a number that divides the 60 keys of k"),
-    BadCall("block_alone", _with(key_mask=None),
+    BadCall("block_alone", swap(key_mask=None),
             r"tokens_per_block: expected 1 where there is no key_mask, got 20"),
-    BadCall("lengths_many", _with(key_lengths=torch.tensor([3, 61])),
+    BadCall("lengths_many", swap(key_lengths=torch.tensor([3, 61])),
             r"key_lengths: expected 0 to 60.*got 61 at 1"),
-    BadCall("lengths_shape", _with(key_lengths=torch.tensor([3])),
+    BadCall("lengths_shape", swap(key_lengths=torch.tensor([3])),
             r"key_lengths: expected shape \[2\]"),
-    BadCall("scale", _with(scale=float("nan")), r"scale: expected a finite number"),
-    BadCall("device", _change("k_latents", lambda t: t.to("meta")), r"expected.* on .*got"),
+    BadCall("scale", swap(scale=float("nan")), r"scale: expected a finite number"),
+    BadCall("device", alter("k_latents", lambda t: t.to("meta")), r"expected.* on .*got"),
 ]  # fmt: skip
 
 

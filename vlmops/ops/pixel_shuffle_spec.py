@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from vlmops.ops.pixel_shuffle import Options, _layout, pixel_shuffle, reference
-from vlmops.ops.spec import Arguments, BadCall, BenchCase, Case, Spec
+from vlmops.ops.spec import Arguments, BadCall, BenchCase, Case, Spec, alter, swap
 
 
 def _function(**args: Any) -> tuple[Tensor]:
@@ -244,14 +244,6 @@ def _norm(args: Arguments, x: Tensor) -> Tensor:
     return y if bias is None else (y + bias).to(x.dtype)
 
 
-def _with(**changes: Any) -> Callable[[Arguments], Arguments]:
-    return lambda args: {**args, **changes}
-
-
-def _change(name: str, change: Callable[[Tensor], Any]) -> Callable[[Arguments], Arguments]:
-    return lambda args: {**args, name: change(args[name])}
-
-
 def _out(change: Callable[[Tensor], Any]) -> Callable[[Arguments], Arguments]:
     """``change`` of memory for the result."""
 
@@ -263,19 +255,19 @@ def _out(change: Callable[[Tensor], Any]) -> Callable[[Arguments], Arguments]:
 
 # The good call is CASES[0]: [2, 1 + 4 * 4, 40], factor 2, norm "layer" with weight and bias [160].
 ERRORS = [
-    BadCall("rank", _change("hidden_states", lambda t: t[0, 0]),
+    BadCall("rank", alter("hidden_states", lambda t: t[0, 0]),
             r"hidden_states: expected \[B, N, C\], \[N, C\] or \[B, h, w, C\], got shape \[40\]"),
-    BadCall("float64", _change("hidden_states", Tensor.double),
+    BadCall("float64", alter("hidden_states", Tensor.double),
             r"hidden_states: expected dtype float32, bfloat16 or float16, got float64"),
-    BadCall("no_tensor", _with(hidden_states=3),
+    BadCall("no_tensor", swap(hidden_states=3),
             r"hidden_states: expected a torch.Tensor, got int", TypeError),
-    BadCall("no_square", _change("hidden_states", lambda t: t[:, :16]),
+    BadCall("no_square", alter("hidden_states", lambda t: t[:, :16]),
             r"hidden_states: expected a square number of tokens where grid_hw is None, got 15"),
-    BadCall("odd_square", _change("hidden_states", lambda t: t[:, :10]),
+    BadCall("odd_square", alter("hidden_states", lambda t: t[:, :10]),
             r"hidden_states: expected a grid that factor 2 divides, got 3 x 3; drop_remainder"),
-    BadCall("odd_grid", _with(grid_hw=(1, 16)),
+    BadCall("odd_grid", swap(grid_hw=(1, 16)),
             r"grid_hw: expected a grid that factor 2 divides, got 1 x 16; drop_remainder"),
-    BadCall("odd_width", _with(grid_hw=(16, 1)),
+    BadCall("odd_width", swap(grid_hw=(16, 1)),
             r"grid_hw: expected a grid that factor 2 divides, got 16 x 1; drop_remainder"),
     BadCall("odd_packed", lambda a: {**a, "hidden_states": a["hidden_states"][:1],
                                      "grid_hw": [(2, 2), (3, 4)]},
@@ -283,13 +275,13 @@ ERRORS = [
     BadCall("odd_4d", lambda a: {**a, "hidden_states": a["hidden_states"][:, None, 1:],
                                  "skip_prefix": 0},
             r"hidden_states: expected a grid that factor 2 divides, got 1 x 16"),
-    BadCall("grid_tokens", _with(grid_hw=(4, 6)),
+    BadCall("grid_tokens", swap(grid_hw=(4, 6)),
             r"hidden_states: expected 25 tokens, that is skip_prefix and 4 x 6, got shape"),
-    BadCall("grid_negative", _with(grid_hw=(-4, -4)), r"grid_hw: expected a height .*got -4 x -4"),
+    BadCall("grid_negative", swap(grid_hw=(-4, -4)), r"grid_hw: expected a height .*got -4 x -4"),
     BadCall("packed_tokens", lambda a: {**a, "hidden_states": a["hidden_states"][0],
                                         "grid_hw": [(2, 2), (2, 4)]},
             r"hidden_states: expected the 14 tokens of grid_hw's 2 images, prefixes included"),
-    BadCall("packed_batch", _with(grid_hw=[(2, 2), (2, 4)]),
+    BadCall("packed_batch", swap(grid_hw=[(2, 2), (2, 4)]),
             r"hidden_states: expected one sequence.*for a list of grids, got shape \[2, 17, 40\]"),
     BadCall("grid_of_4d", lambda a: {
                 **a, "hidden_states": a["hidden_states"][:, 1:].view(2, 4, 4, 40),
@@ -299,45 +291,45 @@ ERRORS = [
                 **a, "hidden_states": a["hidden_states"][:, 1:].view(2, 4, 4, 40),
                 "skip_prefix": 0, "grid_hw": "blocks"},
             r"grid_hw: expected None or the grid of hidden_states .*got 'blocks'"),
-    BadCall("prefix_of_4d", _change("hidden_states", lambda t: t[:, 1:].view(2, 4, 4, 40)),
+    BadCall("prefix_of_4d", alter("hidden_states", lambda t: t[:, 1:].view(2, 4, 4, 40)),
             r"skip_prefix: expected 0 with hidden_states of \[B, h, w, C\], got 1"),
-    BadCall("blocks_tokens", _with(grid_hw="blocks", skip_prefix=0),
+    BadCall("blocks_tokens", swap(grid_hw="blocks", skip_prefix=0),
             r"hidden_states: expected blocks of 4 tokens, got 17"),
-    BadCall("grid_text", _with(grid_hw="rows"),
+    BadCall("grid_text", swap(grid_hw="rows"),
             r"grid_hw: expected None, \(h, w\), a list of \(h, w\) or 'blocks', got 'rows'",
             TypeError),
-    BadCall("grid_triple", _with(grid_hw=(1, 4, 4)), r"grid_hw: expected None.*got \(1, 4, 4\)",
+    BadCall("grid_triple", swap(grid_hw=(1, 4, 4)), r"grid_hw: expected None.*got \(1, 4, 4\)",
             TypeError),
-    BadCall("prefix_long", _with(skip_prefix=18),
+    BadCall("prefix_long", swap(skip_prefix=18),
             r"hidden_states: expected at least the 18 tokens of skip_prefix"),
-    BadCall("prefix_negative", _with(skip_prefix=-1), r"skip_prefix: expected 0 or more, got -1"),
-    BadCall("factor_0", _with(factor=0), r"factor: expected 1 to 16, got 0"),
-    BadCall("factor_17", _with(factor=17), r"factor: expected 1 to 16, got 17"),
-    BadCall("order", _with(order="xyc"), r"order: expected 'yxc' or 'cyx', got 'xyc'"),
-    BadCall("norm", _with(norm="batch"), r"norm: expected None, 'layer' or 'rms', got 'batch'"),
-    BadCall("norm_axis", _with(norm_axis="tokens"),
+    BadCall("prefix_negative", swap(skip_prefix=-1), r"skip_prefix: expected 0 or more, got -1"),
+    BadCall("factor_0", swap(factor=0), r"factor: expected 1 to 16, got 0"),
+    BadCall("factor_17", swap(factor=17), r"factor: expected 1 to 16, got 17"),
+    BadCall("order", swap(order="xyc"), r"order: expected 'yxc' or 'cyx', got 'xyc'"),
+    BadCall("norm", swap(norm="batch"), r"norm: expected None, 'layer' or 'rms', got 'batch'"),
+    BadCall("norm_axis", swap(norm_axis="tokens"),
             r"norm_axis: expected 'merged' or 'channel', got 'tokens'"),
-    BadCall("reduction", _with(reduction="max"), r"reduction: expected None or 'mean', got 'max'"),
-    BadCall("mean_of_normed", _with(reduction="mean", norm_axis="channel"),
+    BadCall("reduction", swap(reduction="max"), r"reduction: expected None or 'mean', got 'max'"),
+    BadCall("mean_of_normed", swap(reduction="mean", norm_axis="channel"),
             r"norm_axis: expected 'merged'.*with reduction='mean', got 'channel'"),
-    BadCall("eps_zero", _with(eps=0.0), r"eps: expected a positive, finite float32 number, got 0"),
-    BadCall("eps_nan", _with(eps=math.nan), r"eps: expected a positive.*got nan"),
-    BadCall("eps_underflows", _with(eps=1e-60), r"eps: expected a positive.*got 1e-60"),
-    BadCall("weight_alone", _with(norm=None),
+    BadCall("eps_zero", swap(eps=0.0), r"eps: expected a positive, finite float32 number, got 0"),
+    BadCall("eps_nan", swap(eps=math.nan), r"eps: expected a positive.*got nan"),
+    BadCall("eps_underflows", swap(eps=1e-60), r"eps: expected a positive.*got 1e-60"),
+    BadCall("weight_alone", swap(norm=None),
             r"norm: expected 'layer' or 'rms', as a norm_weight is given, got None"),
-    BadCall("weight_length", _with(norm_weight=torch.ones(40)),
+    BadCall("weight_length", swap(norm_weight=torch.ones(40)),
             r"norm_weight: expected shape \[160\].*got \[40\]"),
-    BadCall("weight_channel", _with(norm_axis="channel"),
+    BadCall("weight_channel", swap(norm_axis="channel"),
             r"norm_weight: expected shape \[40\].*got \[160\]"),
-    BadCall("weight_mean", _with(reduction="mean"),
+    BadCall("weight_mean", swap(reduction="mean"),
             r"norm_weight: expected shape \[40\].*got \[160\]"),
-    BadCall("weight_integer", _with(norm_weight=torch.ones(160, dtype=torch.int64)),
+    BadCall("weight_integer", swap(norm_weight=torch.ones(160, dtype=torch.int64)),
             r"norm_weight: expected dtype float32, bfloat16 or float16, got int64"),
-    BadCall("weight_no_tensor", _with(norm_weight=[1.0] * 160),
+    BadCall("weight_no_tensor", swap(norm_weight=[1.0] * 160),
             r"norm_weight: expected a torch.Tensor, got list", TypeError),
-    BadCall("bias_length", _with(norm_bias=torch.ones(159)),
+    BadCall("bias_length", swap(norm_bias=torch.ones(159)),
             r"norm_bias: expected shape \[160\].*got \[159\]"),
-    BadCall("device", _with(norm_bias=torch.ones(160, device="meta")), r"expected.* on .*got"),
+    BadCall("device", swap(norm_bias=torch.ones(160, device="meta")), r"expected.* on .*got"),
     BadCall("out_shape", _out(lambda t: t[:1]),
             r"out: expected shape \[2, 4, 160\].*got \[1, 4, 160\]"),
     BadCall("out_dtype", _out(Tensor.half), r"out: expected dtype float32, that of hidden_states"),

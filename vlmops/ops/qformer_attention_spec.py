@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vlmops.ops import packed_attention_spec as core
 from vlmops.ops.qformer_attention import of_queries, qformer_attention, reference
-from vlmops.ops.spec import Arguments, BadCall, BenchCase, Case, Spec
+from vlmops.ops.spec import Arguments, BadCall, BenchCase, Case, Spec, alter, swap
 
 
 def _function(**args: Any) -> tuple[Tensor]:
@@ -133,41 +133,33 @@ def peers(args: Arguments) -> dict[str, Callable[..., Any]]:
     return {"sdpa": _as_core(core._sdpa_batched)} if args["key_lengths"] is None else {}
 
 
-def _with(**changes: Any) -> Callable[[Arguments], Arguments]:
-    return lambda args: {**args, **changes}
-
-
-def _change(name: str, change: Callable[[Tensor], Any]) -> Callable[[Arguments], Arguments]:
-    return lambda args: {**args, name: change(args[name])}
-
-
 # The good call is CASES[0]: q, k and v [3, 41, 2, 64], key_mask [3, 41]. What the core checks is in
 # its own list; these are what the op calls otherwise.
 ERRORS = [
-    BadCall("no_tensor", _with(q=3), r"q: expected a torch.Tensor, got int", TypeError),
-    BadCall("mask_no_tensor", _with(key_mask=[True]),
+    BadCall("no_tensor", swap(q=3), r"q: expected a torch.Tensor, got int", TypeError),
+    BadCall("mask_no_tensor", swap(key_mask=[True]),
             r"key_mask: expected a torch.Tensor, got list", TypeError),
-    BadCall("rank", _change("q", lambda t: t[0]),
+    BadCall("rank", alter("q", lambda t: t[0]),
             r"q: expected \[B, S, H, D\].*got shape \[41, 2, 64\]"),
-    BadCall("batch", _change("q", lambda t: t[:2]), r"k: expected a batch of 2, as q"),
-    BadCall("v_keys", _change("v", lambda t: t[:, :-1]),
+    BadCall("batch", alter("q", lambda t: t[:2]), r"k: expected a batch of 2, as q"),
+    BadCall("v_keys", alter("v", lambda t: t[:, :-1]),
             r"v: expected shape \[3, 41, 2, 64\], that is that of k, got \[3, 40, 2, 64\]"),
     BadCall("heads", lambda a: {**a, "k": a["k"][:, :, :0], "v": a["v"][:, :, :0]},
             r"k: expected a number of heads that divides q's 2"),
-    BadCall("mask_keys", _change("key_mask", lambda t: t[:, :-1]),
+    BadCall("mask_keys", alter("key_mask", lambda t: t[:, :-1]),
             r"key_mask: expected shape \[3, 41, 41\].*got \[3, 41, 40\]"),
-    BadCall("mask_batch", _change("key_mask", lambda t: t[:2]),
+    BadCall("mask_batch", alter("key_mask", lambda t: t[:2]),
             r"key_mask: expected shape \[3, 41, 41\].*got \[2, 41, 41\]"),
-    BadCall("mask_rank", _change("key_mask", lambda t: t[:, None, None]),
+    BadCall("mask_rank", alter("key_mask", lambda t: t[:, None, None]),
             r"key_mask: expected shape \[3, 41, 41\].*got \[3, 1, 1, 41\]"),
-    BadCall("mask_dtype", _change("key_mask", Tensor.long),
+    BadCall("mask_dtype", alter("key_mask", Tensor.long),
             r"key_mask: expected dtype bool, got int64"),
-    BadCall("lengths_shape", _with(key_lengths=torch.tensor([3])),
+    BadCall("lengths_shape", swap(key_lengths=torch.tensor([3])),
             r"key_lengths: expected shape \[3\], that is one for each row of the batch, got \[1\]"),
-    BadCall("lengths_many", _with(key_lengths=torch.tensor([3, 42, 1])),
+    BadCall("lengths_many", swap(key_lengths=torch.tensor([3, 42, 1])),
             r"key_lengths: expected 0 to 41.*got 42 at 1"),
-    BadCall("scale", _with(scale=float("nan")), r"scale: expected a finite number"),
-    BadCall("device", _change("k", lambda t: t.to("meta")), r"expected.* on .*got"),
+    BadCall("scale", swap(scale=float("nan")), r"scale: expected a finite number"),
+    BadCall("device", alter("k", lambda t: t.to("meta")), r"expected.* on .*got"),
 ]  # fmt: skip
 
 

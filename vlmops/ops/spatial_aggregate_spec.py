@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from vlmops.ops.spatial_aggregate import reference, spatial_aggregate
-from vlmops.ops.spec import Arguments, BadCall, BenchCase, Case, Spec
+from vlmops.ops.spec import Arguments, BadCall, BenchCase, Case, Spec, alter, swap
 
 ENCODERS = 4
 """Of a case, at most; Triton takes no more."""
@@ -194,14 +194,6 @@ def peers(args: Arguments) -> dict[str, Callable[..., Any]]:
     return {"sdpa": lambda **given: _published(given, _sdpa)}
 
 
-def _with(**changes: Any) -> Callable[[Arguments], Arguments]:
-    return lambda args: {**args, **changes}
-
-
-def _change(name: str, change: Callable[[Tensor], Any]) -> Callable[[Arguments], Arguments]:
-    return lambda args: {**args, name: change(args[name])}
-
-
 def _list(name: str, change: Callable[[list[Any]], Any]) -> Callable[[Arguments], Arguments]:
     """Another list than the arguments make."""
     return lambda args: {**args, "lists": {name: change(_lists(args)[name])}}
@@ -209,16 +201,16 @@ def _list(name: str, change: Callable[[list[Any]], Any]) -> Callable[[Arguments]
 
 # The good call is CASES[0]: q [1, 2, 3, 2, 16], maps [1, 2, 3, ..] and [1, 4, 6, ..], masks[1].
 ERRORS = [
-    BadCall("no_tensor", _with(q=3), r"q: expected a torch.Tensor, got int", TypeError),
-    BadCall("float64", _change("q", Tensor.double),
+    BadCall("no_tensor", swap(q=3), r"q: expected a torch.Tensor, got int", TypeError),
+    BadCall("float64", alter("q", Tensor.double),
             r"q: expected dtype float32, bfloat16 or float16, got float64"),
-    BadCall("rank", _change("q", lambda t: t.flatten(1, 2)),
+    BadCall("rank", alter("q", lambda t: t.flatten(1, 2)),
             r"q: expected \[B, G_h, G_w, H, D\], got shape \[1, 6, 2, 16\]"),
-    BadCall("no_grid", _change("q", lambda t: t[:, :0]),
+    BadCall("no_grid", alter("q", lambda t: t[:, :0]),
             r"q: expected a grid of at least one query, got shape \[1, 0, 3, 2, 16\]"),
-    BadCall("dim", _change("q", lambda t: t[..., :12]),
+    BadCall("dim", alter("q", lambda t: t[..., :12]),
             r"q: expected heads of a multiple of 8 channels up to 256, got shape \[1, 2, 3, 2, 12"),
-    BadCall("dim_264", _change("q", lambda t: t.repeat(1, 1, 1, 1, 17)[..., :264]),
+    BadCall("dim_264", alter("q", lambda t: t.repeat(1, 1, 1, 1, 17)[..., :264]),
             r"q: expected heads of a multiple of 8 channels up to 256, got .*264\]"),
     BadCall("keys_tensor", _list("keys", lambda x: x[0]),
             r"keys: expected a list of tensors, one for each encoder, got Tensor", TypeError),
@@ -232,26 +224,26 @@ ERRORS = [
             r"values: expected as many as keys, 2, got 1"),
     BadCall("values_tensor", _list("values", lambda x: x[0]),
             r"values: expected a list of tensors, .*got Tensor", TypeError),
-    BadCall("key_dtype", _change("key_1", Tensor.half),
+    BadCall("key_dtype", alter("key_1", Tensor.half),
             r"keys\[1\]: expected dtype float32, that of q, got float16"),
-    BadCall("key_rank", _change("key_0", lambda t: t.flatten(1, 2)),
+    BadCall("key_rank", alter("key_0", lambda t: t.flatten(1, 2)),
             r"keys\[0\]: expected \[1, h, w, 2, 16\], h and w multiples of the grid 2 x 3 of q .*"
             r"got shape \[1, 6, 2, 16\]"),
-    BadCall("key_grid", _change("key_1", lambda t: t[:, :, :5]),
+    BadCall("key_grid", alter("key_1", lambda t: t[:, :, :5]),
             r"keys\[1\]: expected .*multiples of the grid 2 x 3.*got shape \[1, 4, 5, 2, 16\]"),
-    BadCall("key_empty", _change("key_1", lambda t: t[:, :0]),
+    BadCall("key_empty", alter("key_1", lambda t: t[:, :0]),
             r"keys\[1\]: expected .*multiples of the grid.*got shape \[1, 0, 6, 2, 16\]"),
-    BadCall("key_batch", _change("key_0", lambda t: t.repeat(2, 1, 1, 1, 1)),
+    BadCall("key_batch", alter("key_0", lambda t: t.repeat(2, 1, 1, 1, 1)),
             r"keys\[0\]: expected \[1, h, w, 2, 16\].*got shape \[2, 2, 3, 2, 16\]"),
-    BadCall("key_heads", _change("key_0", lambda t: t[:, :, :, :1]),
+    BadCall("key_heads", alter("key_0", lambda t: t[:, :, :, :1]),
             r"keys\[0\]: expected \[1, h, w, 2, 16\].*got shape \[1, 2, 3, 1, 16\]"),
-    BadCall("key_many", _change("key_0", lambda t: t[:, :1, :1].expand(1, 64, 99, 2, 16)),
+    BadCall("key_many", alter("key_0", lambda t: t[:, :1, :1].expand(1, 64, 99, 2, 16)),
             r"keys\[0\]: expected at most 1024 keys for a query, over all encoders, got a window "
             r"of 32 x 33 beside 0 others"),
-    BadCall("key_device", _change("key_1", lambda t: t.to("meta")), r"expected.* on .*got"),
-    BadCall("value_shape", _change("value_1", lambda t: t[:, :2]),
+    BadCall("key_device", alter("key_1", lambda t: t.to("meta")), r"expected.* on .*got"),
+    BadCall("value_shape", alter("value_1", lambda t: t[:, :2]),
             r"values\[1\]: expected shape \[1, 4, 6, 2, 16\], that is keys\[1\], got"),
-    BadCall("value_dtype", _change("value_0", Tensor.bfloat16),
+    BadCall("value_dtype", alter("value_0", Tensor.bfloat16),
             r"values\[0\]: expected dtype float32, that of q, got bfloat16"),
     BadCall("masks_count", _list("masks", lambda x: x[1:]),
             r"masks: expected one for each of the 2 encoders, or none, got 1"),
@@ -259,12 +251,12 @@ ERRORS = [
             r"masks: expected a list of tensors or None, .*got Tensor", TypeError),
     BadCall("mask_list", _list("masks", lambda x: [[True], None]),
             r"masks\[0\]: expected a torch.Tensor, got list", TypeError),
-    BadCall("mask_dtype", _change("mask_1", Tensor.float),
+    BadCall("mask_dtype", alter("mask_1", Tensor.float),
             r"masks\[1\]: expected dtype bool, got float32"),
-    BadCall("mask_shape", _change("mask_1", lambda t: t.flatten(1)),
+    BadCall("mask_shape", alter("mask_1", lambda t: t.flatten(1)),
             r"masks\[1\]: expected shape \[1, 4, 6\], that is one for each token .*got \[1, 24\]"),
-    BadCall("mask_device", _change("mask_1", lambda t: t.to("meta")), r"expected.* on .*got"),
-    BadCall("scale", _with(scale=math.inf), r"scale: expected a finite number, got inf"),
+    BadCall("mask_device", alter("mask_1", lambda t: t.to("meta")), r"expected.* on .*got"),
+    BadCall("scale", swap(scale=math.inf), r"scale: expected a finite number, got inf"),
 ]  # fmt: skip
 
 

@@ -113,3 +113,13 @@ class Spec:
         """The arguments of a call that get gradients."""
         given = ((name, args[name]) for name in self.differentiable)
         return [n for n, t in given if isinstance(t, Tensor) and t.is_floating_point()]
+
+
+def swap(**changes: Any) -> Callable[[Arguments], Arguments]:
+    """For `BadCall`: a call with other arguments in the place of its own."""
+    return lambda args: {**args, **changes}
+
+
+def alter(name: str, change: Callable[[Tensor], Any]) -> Callable[[Arguments], Arguments]:
+    """For `BadCall`: a call with something made of one of its tensors in the place of it."""
+    return lambda args: {**args, name: change(args[name])}

@@ -23,8 +23,7 @@ struct Options {
   int64_t tokens_per_block;
 
   attention::Options core() const {
-    static const MaybeTensor none;
-    return {op, none, none, none, block_mask, key_lengths, scale, false, 0, tokens_per_block};
+    return attention::batched(op, block_mask, key_lengths, scale, tokens_per_block);
   }
 };
 

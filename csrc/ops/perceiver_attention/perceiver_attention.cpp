@@ -24,41 +24,24 @@ struct Options {
   int64_t tokens_per_block;
 
   attention::Options media() const {
-    static const MaybeTensor none;
-    attention::Options o{kOp,         none,  none,  none, key_mask,
-                         key_lengths, scale, false, 0,    tokens_per_block};
+    auto o = attention::batched(kOp, key_mask, key_lengths, scale, tokens_per_block);
     o.of_blocks = "key_mask";
     return o;
   }
   attention::Options latents() const {
     static const MaybeTensor none;
-    attention::Options o{kOp, none, none, none, none, none, scale, false, 0, 1};
+    auto o = attention::batched(kOp, none, none, scale, 1);
     o.of_k = "k_latents";
     o.of_v = "v_latents";
     return o;
   }
 };
 
-// The segments of keys that a query reads.
-struct Keys {
-  const Tensor &k, &v, &k_latents, &v_latents;
-};
-
-void check_all(const Options& o, const Tensor& q, const Keys& of, const MaybeTensor& grad,
-               const MaybeTensor& out, const MaybeTensor& statistics) {
-  attention::check(o.media(), q, of.k, of.v, grad, out, statistics);
-  attention::check(o.latents(), q, of.k_latents, of.v_latents, {}, {}, {});
-  const auto heads = [](const Tensor& t) { return t.size(2); };
-  if (heads(of.k) != heads(of.k_latents))
-    fail(kOp, "k_latents", "expected the ", heads(of.k), " heads of k ", describe(of.k.sizes()),
-         ", got shape ", describe(of.k_latents.sizes()));
-}
-
-// As the core turns logits to base 2.
-float steepness_of(const Tensor& q, std::optional<double> scale) {
-  const double given = scale.value_or(1.0 / std::sqrt(static_cast<double>(q.size(3))));
-  const auto steepness = static_cast<float>(std::fabs(given) * 0x1.71547652b82fep0);  // log2(e)
-  return steepness == 0.0f ? 0x1p-126f : steepness;
+// What the core, which has checked both, does not see.
+void check_heads(const Tensor& k, const Tensor& k_latents) {
+  if (k.size(2) != k_latents.size(2))
+    fail(kOp, "k_latents", "expected the ", k.size(2), " heads of k ", describe(k.sizes()),
+         ", got shape ", describe(k_latents.sizes()));
 }
 
 DType dtype_of(const Tensor& q) { return Argument{kOp, "q", q}.floating(); }
@@ -68,23 +51,25 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tenso
                                    const MaybeTensor& key_mask, const MaybeTensor& key_lengths,
                                    std::optional<double> scale, int64_t tokens_per_block) {
   const Options o{key_mask, key_lengths, scale, tokens_per_block};
-  check_all(o, q, {k, v, k_latents, v_latents}, {}, {}, {});
   const auto [out, first] = attention::forward(o.media(), q, k, v);
   const auto [other, of_other] = attention::forward(o.latents(), q, k_latents, v_latents);
+  check_heads(k, k_latents);
   const Tensor statistics = torch::stable::new_empty(first, first.sizes());
   if (out.numel() == 0) return {out, statistics};
   const Launch launch(kOp, q);
   const bool on_cpu = launch.kernels == nullptr;
-  const Params p{out.mutable_data_ptr(),
-                 other.const_data_ptr(),
-                 static_cast<const float*>(first.const_data_ptr()),
-                 static_cast<const float*>(of_other.const_data_ptr()),
-                 static_cast<float*>(statistics.mutable_data_ptr()),
-                 dtype_of(q),
-                 static_cast<int>(q.size(2)),
-                 static_cast<int>(q.size(3)),
-                 q.size(0) * q.size(1),
-                 on_cpu ? steepness_of(q, scale) : 1.0f};  // a GPU's statistics are in base 2
+  const double of_logits = scale.value_or(1.0 / std::sqrt(static_cast<double>(q.size(3))));
+  const Params p{
+      out.mutable_data_ptr(),
+      other.const_data_ptr(),
+      static_cast<const float*>(first.const_data_ptr()),
+      static_cast<const float*>(of_other.const_data_ptr()),
+      static_cast<float*>(statistics.mutable_data_ptr()),
+      dtype_of(q),
+      static_cast<int>(q.size(2)),
+      static_cast<int>(q.size(3)),
+      q.size(0) * q.size(1),
+      on_cpu ? attention::steepness_of(of_logits) : 1.0f};  // a GPU's statistics are in base 2
   if (on_cpu) {
     const auto kernel = cpu_kernels().perceiver_attention_join;
     torch::stable::parallel_for(0, p.rows, grain(p.heads * p.dim),
@@ -104,8 +89,10 @@ void check(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& k_la
            const Tensor& v_latents, const MaybeTensor& key_mask, const MaybeTensor& key_lengths,
            std::optional<double> scale, int64_t tokens_per_block, const MaybeTensor& grad,
            const MaybeTensor& out, const MaybeTensor& statistics) {
-  check_all({key_mask, key_lengths, scale, tokens_per_block}, q, {k, v, k_latents, v_latents}, grad,
-            out, statistics);
+  const Options o{key_mask, key_lengths, scale, tokens_per_block};
+  attention::check(o.media(), q, k, v, grad, out, statistics);
+  attention::check(o.latents(), q, k_latents, v_latents, {}, {}, {});
+  check_heads(k, k_latents);
 }
 
 // first + other as q has it.
@@ -135,12 +122,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     int64_t tokens_per_block, bool needs_q, bool needs_k, bool needs_v, bool needs_k_latents,
     bool needs_v_latents) {
   const Options o{key_mask, key_lengths, scale, tokens_per_block};
-  check_all(o, q, {k, v, k_latents, v_latents}, grad, out, statistics);
   const auto [dq, dk, dv] = attention::backward(o.media(), grad, q, k, v, out, statistics, needs_q,
                                                 needs_k, needs_v, true);
   const auto [more, dk_latents, dv_latents] =
       attention::backward(o.latents(), grad, q, k_latents, v_latents, out, statistics, needs_q,
                           needs_k_latents, needs_v_latents, true);
+  check_heads(k, k_latents);
   return {sum_of(dq, more, q), dk, dv, dk_latents, dv_latents};
 }
 

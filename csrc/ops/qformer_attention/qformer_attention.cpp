@@ -11,9 +11,7 @@ using attention::MaybeTensor;
 
 attention::Options options_of(const MaybeTensor& key_mask, const MaybeTensor& key_lengths,
                               std::optional<double> scale) {
-  static const MaybeTensor none;
-  attention::Options o{"qformer_attention", none,  none,  none, key_mask,
-                       key_lengths,         scale, false, 0,    1};
+  auto o = attention::batched("qformer_attention", key_mask, key_lengths, scale, 1);
   o.of_blocks = "key_mask";
   return o;
 }
