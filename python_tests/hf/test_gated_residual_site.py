@@ -16,8 +16,9 @@ from hf.checks import (
 from hf.tiny import build, row_of, run
 
 import vlmops
-from vlmops.hf import gates, targets
-from vlmops.hf.gates import Gate, Rows, StandIn
+from vlmops.hf import gates, lazy, targets
+from vlmops.hf.gates import Gate, Rows
+from vlmops.hf.lazy import StandIn
 from vlmops.hf.sites import gated_residual as site
 
 OP, BACKWARD = "vlmops::gated_residual", "vlmops::gated_residual_backward"
@@ -229,7 +230,7 @@ def test_steps_of_a_forward(name):
     with torch.no_grad(), CountOps() as ran:
         got = steps(X, Y, Gate(GATE), Rows(MASK))
         expected = steps(X, Y, GATE, MASK)
-    torch.testing.assert_close(gates._plain(got), expected)
+    torch.testing.assert_close(lazy.plain(got), expected)
     assert ran.counts[OP] == calls
 
 
@@ -272,8 +273,7 @@ def test_stand_ins_are_the_layer_but_for_its_gates():
 
 def test_layers_that_do_something_else_with_a_gate_are_refused(monkeypatch):
     monkeypatch.setattr(site, "_checked", {})
-    monkeypatch.setattr(gates, "_add", None)
-    monkeypatch.setattr(gates, "_FOLLOWED", {torch.tanh: gates._tanh})
+    monkeypatch.setattr(gates._Part, "followed", {torch.Tensor.tanh: gates._tanh})
     (row,) = vlmops.patch(build("mllama")).rows
     assert "does something else than to add a branch times cross_attn_attn_gate" in row.reason
 

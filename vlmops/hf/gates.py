@@ -2,56 +2,26 @@
 
 A gated layer ends both of its branches with ``residual + gate.tanh() * h``, with rows of h stopped
 on the way, in a few lines of its forward. Those lines run as they are, on a stand-in for the module
-whose gates are `Lazy`, and masks of rows that are: what they follow becomes one call of
-`vlmops.gated_residual`, anything else is done with the tensors that they stand for.
+whose gates and masks of rows are stand-ins themselves (`vlmops.hf.lazy`): what is followed becomes
+one call of `vlmops.gated_residual`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from vlmops.hf.lazy import Compute, Lazy
 from vlmops.ops.gated_residual import gated_residual
 
 
-class Lazy:
-    """Stands for a tensor that nobody has computed."""
-
-    def value(self) -> Tensor:
-        """The tensor, by the model's own steps."""
-        raise NotImplementedError
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.value(), name)
-
-    def __getitem__(self, index: Any) -> Any:
-        return self.value()[index]
-
-    def __mul__(self, other: Any) -> Any:
-        return self.value() * _plain(other)
-
-    def __add__(self, other: Any) -> Any:
-        return self.value() + _plain(other)
-
-    def __eq__(self, other: object) -> Any:
-        return self.value() == other
-
-    __hash__ = None  # type: ignore[assignment]
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if not kwargs and (follow := _FOLLOWED.get(func)) is not None:
-            made = follow(*args)
-            if made is not None:
-                return made
-        kwargs = {name: _plain(value) for name, value in (kwargs or {}).items()}
-        return func(*(_plain(a) for a in args), **kwargs)
+class _Part(Lazy):
+    """Of a gated residual."""
 
 
-class Gate(Lazy):
+class Gate(_Part):
     """A layer's parameter, or its tanh."""
 
     def __init__(self, parameter: Tensor, squashed: bool = False) -> None:
@@ -62,10 +32,6 @@ class Gate(Lazy):
         """See `Lazy.value`."""
         return self.parameter.tanh() if self.squashed else self.parameter
 
-    def tanh(self) -> Any:
-        """As a tensor has it."""
-        return torch.tanh(self)  # type: ignore[arg-type]
-
     def __mul__(self, other: Any) -> Any:
         branch, rows = (other.branch, other) if isinstance(other, Stopped) else (other, None)
         if self.squashed and isinstance(branch, Tensor):
@@ -73,7 +39,7 @@ class Gate(Lazy):
         return super().__mul__(other)
 
 
-class Rows(Lazy):
+class Rows(_Part):
     """Which rows go through, 1 or 0, ``[B, S]`` with dimensions of 1; or which do not, True."""
 
     def __init__(self, mask: Tensor, stopped: bool = False) -> None:
@@ -105,7 +71,7 @@ class Rows(Lazy):
         return ~mask if self.stopped else mask != 0
 
 
-class Stopped(Lazy):
+class Stopped(_Part):
     """A branch, of which some rows are zero."""
 
     def __init__(self, rows: Rows, branch: Tensor) -> None:
@@ -118,7 +84,7 @@ class Stopped(Lazy):
         return self.rows.mask * self.branch
 
 
-class Gated(Lazy):
+class Gated(_Part):
     """A branch, times its gate."""
 
     def __init__(self, gate: Gate, branch: Tensor, stopped: Stopped | None) -> None:
@@ -130,19 +96,19 @@ class Gated(Lazy):
         return self.gate.value() * branch
 
 
-def _tanh(gate: Any) -> Gate | None:
-    if isinstance(gate, Gate) and not gate.squashed:
+def _tanh(_: Compute, gate: Any, **more: Any) -> Gate | None:
+    if not more and isinstance(gate, Gate) and not gate.squashed:
         return Gate(gate.parameter, True)
     return None
 
 
-def _masked_fill(branch: Any, rows: Any, value: Any) -> Stopped | None:
-    known = isinstance(rows, Rows) and rows.stopped and value == 0.0
-    return Stopped(rows, branch) if known and isinstance(branch, Tensor) else None
+def _masked_fill(_: Compute, branch: Any, mask: Any, value: Any) -> Stopped | None:
+    known = isinstance(mask, Rows) and mask.stopped and value == 0.0
+    return Stopped(mask, branch) if known and isinstance(branch, Tensor) else None
 
 
-def _add(x: Any, gated: Any) -> Tensor | None:
-    if not (type(x) is Tensor and isinstance(gated, Gated)):
+def _add(_: Compute, x: Any, gated: Any, **more: Any) -> Tensor | None:
+    if more or not (type(x) is Tensor and isinstance(gated, Gated)):
         return None
     y, gate, rows = gated.branch, gated.gate.parameter, None
     if x.shape != y.shape or not x.dtype == y.dtype == gate.dtype:
@@ -154,25 +120,11 @@ def _add(x: Any, gated: Any) -> Tensor | None:
     return gated_residual(x, y, gate.flatten(), rows)
 
 
-_FOLLOWED: Mapping[Any, Callable[..., Any]] = {
+_Part.followed = {
     torch.tanh: _tanh,
-    torch.Tensor.masked_fill: _masked_fill,
-    torch.Tensor.add: _add,
-    torch.Tensor.__add__: _add,
+    Tensor.tanh: _tanh,
+    Tensor.masked_fill: _masked_fill,
+    Tensor.add: _add,
+    Tensor.__add__: _add,
     torch.add: _add,
 }
-
-
-def _plain(value: Any) -> Any:
-    return value.value() if isinstance(value, Lazy) else value
-
-
-class StandIn:
-    """In a layer's forward: the layer, with `Gate` for its gates."""
-
-    def __init__(self, layer: Any, gates: Mapping[str, Gate]) -> None:
-        self._layer, self._gates = layer, gates
-
-    def __getattr__(self, name: str) -> Any:
-        gate = self._gates.get(name)
-        return getattr(self._layer, name) if gate is None else gate

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vlmops.hf import plain
-from vlmops.hf.gates import Gate, Rows, StandIn
+from vlmops.hf.gates import Gate, Rows
+from vlmops.hf.lazy import StandIn
 from vlmops.hf.rebind import changed, innermost, ops_of, original_class, references, subclass
 from vlmops.hf.sites import AlreadyPatched, Place, Refused, Site, packed_attention
 
