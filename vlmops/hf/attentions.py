@@ -34,7 +34,7 @@ CROSS: frozenset[Kind] = frozenset({"tiles", "media"})
 
 SELECTED = ("eager", "sdpa")
 """The implementations that the op stands for."""
-_OTHER_MATHS = ("softcap", "position_bias", "s_aux", "sinks", "head_mask", "cache")
+OTHER_MATHS = ("softcap", "position_bias", "s_aux", "sinks", "head_mask", "cache")
 _VARLEN = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 MAX_DIM = 256
 
@@ -53,11 +53,11 @@ class Functions:
         theirs: Callable[..., Any] = self._theirs.get_interface(implementation, default)
         if implementation not in SELECTED:
             return theirs
-        known = theirs is default or theirs.__module__ == _SDPA
+        known = theirs is default or theirs.__module__ == SDPA
         return functools.partial(self._attend, theirs, known, self._kind, self._mask)
 
 
-_SDPA = "transformers.integrations.sdpa_attention"
+SDPA = "transformers.integrations.sdpa_attention"
 _TRAVELS: Mapping[Kind, tuple[torch.dtype, int]] = {
     "images": (torch.int32, 1),
     "padding": (torch.bool, 2),
@@ -150,8 +150,8 @@ def _dense(
         and kind in _TRAVELS
         and (attention_mask.dtype, attention_mask.dim()) == _TRAVELS[kind]
     )
-    sdpa = theirs.__module__ == _SDPA
-    causal = bool(sdpa and attention_mask is None and _is_causal(module, query, kwargs))
+    sdpa = theirs.__module__ == SDPA
+    causal = bool(sdpa and attention_mask is None and is_causal(module, query, kwargs))
     if (
         known
         and (attention_mask is None or carried)
@@ -160,7 +160,7 @@ def _dense(
         and not (causal and query.shape[2] != key.shape[2])
         and not (carried and kind == "images" and query.shape[0] != 1)
         and not (carried and kind == "queries" and not (sdpa and attention_mask.shape[1] == 1))
-        and (sdpa or not _weights_wanted(module, kwargs))
+        and (sdpa or not weights_wanted(module, kwargs))
         # Idefics' layers drop what comes of tokens that see no image, so nothing is made of it.
         and not (kind == "media" and plain.watched(module))
         and _servable(*(cast := _cast(query, key, value)), kwargs, shared=kind == "queries")
@@ -222,7 +222,7 @@ def _padded(q: Tensor, k: Tensor, v: Tensor, padding: Tensor, scale: Any) -> Ten
     return torch.where(nothing, v.mean(1, keepdim=True), made)
 
 
-def _is_causal(module: Any, query: Tensor, kwargs: dict[str, Any]) -> bool:
+def is_causal(module: Any, query: Tensor, kwargs: dict[str, Any]) -> bool:
     """As `sdpa_attention_forward` takes it where there is no mask."""
     given = kwargs.get("is_causal")
     causal = getattr(module, "is_causal", True) if given is None else given
@@ -264,12 +264,12 @@ def _servable(
         or not (key.shape[0] == query.shape[0] or (shared and query.shape[0] == 1))
     ):
         return False
-    if kwargs.get("dropout") or any(kwargs.get(name) is not None for name in _OTHER_MATHS):
+    if kwargs.get("dropout") or any(kwargs.get(name) is not None for name in OTHER_MATHS):
         return False
     return plain.runs("packed_attention", (query, key, value))
 
 
-def _weights_wanted(module: Any, kwargs: dict[str, Any]) -> bool:
+def weights_wanted(module: Any, kwargs: dict[str, Any]) -> bool:
     """Whether anybody may look at the attention weights that eager code returns."""
     if kwargs.get("output_attentions"):
         return True

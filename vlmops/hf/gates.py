@@ -36,7 +36,7 @@ class Gate(_Part):
         branch, rows = (other.branch, other) if isinstance(other, Stopped) else (other, None)
         if self.squashed and isinstance(branch, Tensor):
             return Gated(self, branch, rows)
-        return super().__mul__(other)
+        return self._call(Tensor.__mul__, other)
 
 
 class Rows(_Part):
@@ -56,12 +56,12 @@ class Rows(_Part):
     def __eq__(self, other: object) -> Any:
         if other == 0 and not self.stopped:
             return Rows(self.mask == 0, True)
-        return super().__eq__(other)
+        return self._call(Tensor.__eq__, other)
 
     def __mul__(self, other: Any) -> Any:
         if not self.stopped and isinstance(other, Tensor):
             return Stopped(self, other)
-        return super().__mul__(other)
+        return self._call(Tensor.__mul__, other)
 
     def go(self, like: Tensor) -> Tensor | None:
         """Rows of a tensor that go through, bool; None if that is not what the mask says."""

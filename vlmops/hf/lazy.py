@@ -39,49 +39,46 @@ class Lazy:
     def _call(self, function: Any, *args: Any, **kwargs: Any) -> Any:
         return self.__torch_function__(function, (), (self, *args), kwargs)
 
-    def __getitem__(self, index: Any) -> Any:
-        return self.value()[index]
-
-    def __add__(self, other: Any) -> Any:
-        return self._call(Tensor.__add__, other)
-
-    def __sub__(self, other: Any) -> Any:
-        return self._call(Tensor.__sub__, other)
-
-    def __mul__(self, other: Any) -> Any:
-        return self._call(Tensor.__mul__, other)
-
-    def __truediv__(self, other: Any) -> Any:
-        return self._call(Tensor.__truediv__, other)
-
-    def __matmul__(self, other: Any) -> Any:
-        return self._call(Tensor.__matmul__, other)
-
-    def __eq__(self, other: object) -> Any:
-        return self.value() == other
-
-    __hash__ = None  # type: ignore[assignment]
-
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
 
         def compute() -> Any:
-            return func(*plain(args), **plain(kwargs))
+            return func(*computed(args), **computed(kwargs))
 
         follow = cls.followed.get(func)
         made = None if follow is None else follow(compute, *args, **kwargs)
         return compute() if made is None else made
 
 
-def plain(given: Any) -> Any:
+def _operator(name: str) -> Callable[..., Any]:
+    function = getattr(Tensor, name)
+
+    def operator(self: Lazy, *args: Any) -> Any:
+        return self._call(function, *args)
+
+    return operator
+
+
+# Python looks for these on the class alone.
+for _name in (
+    *("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor"),
+    *("radd", "rsub", "rmul", "rtruediv", "rfloordiv", "rmod", "rpow", "rmatmul"),
+    *("iadd", "isub", "imul", "itruediv", "ifloordiv", "ipow", "iand", "ior", "ixor"),
+    *("neg", "pos", "abs", "invert", "eq", "ne", "lt", "le", "gt", "ge"),
+    *("getitem", "setitem", "len", "iter", "contains", "bool", "int", "float", "index", "array"),
+):
+    setattr(Lazy, f"__{_name}__", _operator(f"__{_name}__"))
+
+
+def computed(given: Any) -> Any:
     """The tensors that stand-ins stand for, in tuples, lists and dicts too; the rest as it is."""
     if isinstance(given, Lazy):
         return given.value()
     if type(given) in (tuple, list):
-        return type(given)(plain(x) for x in given)
+        return type(given)(computed(x) for x in given)
     if type(given) is dict:
-        return {name: plain(x) for name, x in given.items()}
+        return {name: computed(x) for name, x in given.items()}
     return given
 
 
@@ -96,4 +93,4 @@ class StandIn:
         return getattr(self._module, name) if found is None else found
 
     def __setattr__(self, name: str, value: Any) -> None:
-        setattr(self._module, name, plain(value))
+        setattr(self._module, name, computed(value))

@@ -214,27 +214,6 @@ def _unfit(module: nn.Module, layout: Layout) -> str | None:
     return None
 
 
-class _Sparse(nn.Module):
-    """Stands for a linear layer of any size: each of its results is a sum over four channels."""
-
-    def __init__(self, linear: Any, seed: int, _: list[Tensor]) -> None:
-        super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        draw = torch.Generator().manual_seed(seed)
-        shape = 4, self.out_features
-        self._index = torch.randint(self.in_features, shape, generator=draw)
-        self._factor, bias = torch.randn(shape, generator=draw), torch.randn(shape, generator=draw)
-        self.weight = torch.zeros(()).expand(self.out_features, self.in_features)
-        self.bias = None if getattr(linear, "bias", None) is None else bias[0]
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.shape[-1] != self.in_features:
-            raise ValueError(f"{self.in_features} channels were expected, not {x.shape[-1]}")
-        out = sum(x[..., i] * f for i, f in zip(self._index, self._factor, strict=True))
-        assert isinstance(out, Tensor)
-        return out if self.bias is None else out + self.bias
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Call:
     """Of a part, in the one forward."""
@@ -246,7 +225,7 @@ class _Call:
 
 def _proved(module: Any) -> Layout:
     """The layout by which a shadow of the module does what the module does."""
-    twin = rehearsal.twin(module, stand_in=_Sparse)
+    twin = rehearsal.twin(module, stand_in=rehearsal.Sparse)
     forward: Any = type(module).forward
     inputs, calls = _traced(twin, forward)
     chains = tuple(_chains(twin, calls))
@@ -362,7 +341,7 @@ def _arguments(twin: Any, forward: Any) -> Iterator[tuple[Any, ...]]:
     if not more:
         shapes = [(_TOKENS,), (1, _TOKENS), (1, _SIDE * _SIDE), (1, _SIDE, _SIDE)]
     widths = [len(p) for p in twin.parameters() if p.dim() == 1]
-    widths += [m.in_features for m in twin.modules() if isinstance(m, _Sparse)]
+    widths += [m.in_features for m in twin.modules() if isinstance(m, rehearsal.Sparse)]
     merged = [w // n for n in (1, 4, 9, 16) for w in widths if w % n == 0]
     for width in dict.fromkeys(merged):
         for shape in shapes:
@@ -375,7 +354,7 @@ def _chains(twin: Any, calls: list[_Call]) -> Iterator[Chain]:
     calls = [
         c for c in calls if not isinstance(twin.get_submodule(c.path), nn.Dropout | nn.Identity)
     ]
-    linears = [c for c in calls if isinstance(twin.get_submodule(c.path), _Sparse)]
+    linears = [c for c in calls if isinstance(twin.get_submodule(c.path), rehearsal.Sparse)]
     kinds = {c.path: _activation(twin.get_submodule(c.path)) for c in calls if c not in linears}
     taken: set[str] = set()
     for call in linears:
@@ -420,10 +399,10 @@ def _chains(twin: Any, calls: list[_Call]) -> Iterator[Chain]:
 
 def _why_not(twin: Any, calls: list[_Call]) -> str:
     """Why there is no chain."""
-    made = [c.returned for c in calls if isinstance(twin.get_submodule(c.path), _Sparse)]
+    made = [c.returned for c in calls if isinstance(twin.get_submodule(c.path), rehearsal.Sparse)]
     for call in calls:
         part = twin.get_submodule(call.path)
-        known = isinstance(part, _Sparse | nn.Dropout | nn.Identity) or _activation(part)
+        known = isinstance(part, rehearsal.Sparse | nn.Dropout | nn.Identity) or _activation(part)
         if not known and not part._parameters and any(_same(call.given, out) for out in made):
             return f"{type(part).__name__} is no activation that vlmops.mlp_projector knows"
     return "more than an activation or a gate lies between its linear layers"

@@ -37,6 +37,28 @@ class _StandIn(nn.Module):
         return torch.randn(*x.shape[:-1], self.out_features, generator=generator)
 
 
+class Sparse(nn.Module):
+    """Stands for a linear layer of any size: each of its results is a sum over four channels."""
+
+    def __init__(self, linear: Any, seed: int, _: list[Tensor]) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        draw = torch.Generator().manual_seed(seed)
+        shape = 4, self.out_features
+        self._index = torch.randint(self.in_features, shape, generator=draw)
+        self._factor, bias = torch.randn(shape, generator=draw), torch.randn(shape, generator=draw)
+        self.weight = torch.zeros(()).expand(self.out_features, self.in_features)
+        self.bias = None if getattr(linear, "bias", None) is None else bias[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., in_features]`` to ``[..., out_features]``."""
+        if x.shape[-1] != self.in_features:
+            raise ValueError(f"{self.in_features} channels were expected, not {x.shape[-1]}")
+        out = sum(x[..., i] * f for i, f in zip(self._index, self._factor, strict=True))
+        assert isinstance(out, Tensor)
+        return out if self.bias is None else out + self.bias
+
+
 def is_linear(module: nn.Module) -> bool:
     """Whether a module is a linear layer, or whatever others have put in the place of one."""
     return hasattr(module, "in_features") and hasattr(module, "out_features")

@@ -68,6 +68,7 @@ def all_sites() -> dict[str, Site]:
         mrope,
         packed_attention,
         patch_embed,
+        perceiver_attention,
         pixel_shuffle,
         qformer_attention,
     )
@@ -82,6 +83,7 @@ def all_sites() -> dict[str, Site]:
         packed_attention.SITE,
         gated_cross_attention.SITE,
         qformer_attention.SITE,
+        perceiver_attention.SITE,
         gated_residual.SITE,
         linear.SITE,
     )

@@ -129,7 +129,7 @@ def find_groups(model: nn.Module, op: str) -> Iterator[Place | Refused | Already
         if all(op in ops_of(part) for part in details.parts):
             yield AlreadyPatched(place)
             continue
-        selected = _selected(module)
+        selected = implementation_of(module)
         if selected not in attentions.SELECTED:
             stands = " and ".join(attentions.SELECTED)
             yield LeftAlone(place, f"{selected} is selected, and the op stands for {stands}")
@@ -144,7 +144,7 @@ def find_groups(model: nn.Module, op: str) -> Iterator[Place | Refused | Already
             continue
         if group.kind == "decode":
             place = dataclasses.replace(place, note=DECODES)
-        elif _drops(module):
+        elif drops(module):
             dropped = "in training its own attention, which drops some weights"
             place = dataclasses.replace(place, note="; ".join(filter(None, (place.note, dropped))))
         reason = _left_alone(module, group.kind)
@@ -158,7 +158,7 @@ def find_groups(model: nn.Module, op: str) -> Iterator[Place | Refused | Already
         yield place
 
 
-def _drops(module: nn.Module) -> bool:
+def drops(module: nn.Module) -> bool:
     """Whether attention weights are dropped in training."""
     shares = (getattr(module, name, None) for name in _DROPOUT)
     return any(isinstance(share, float) and share > 0.0 for share in shares)
@@ -220,7 +220,7 @@ def _forward(module: nn.Module) -> Any:
     return forward if inspect.isfunction(forward) else None
 
 
-def _asked(forward: Any) -> dict[str, Any]:
+def asked_of(forward: Any) -> dict[str, Any]:
     """By which global names a forward asks for its attention function and how it is called."""
     from transformers.modeling_utils import AttentionInterface
 
@@ -240,7 +240,7 @@ def _asked(forward: Any) -> dict[str, Any]:
 def _kind(module: nn.Module) -> Kind | None:
     """Who attends in a module; None if it is no attention, or attends to others as nobody knows."""
     forward = _forward(module)
-    asked = {} if forward is None else _asked(forward)
+    asked = {} if forward is None else asked_of(forward)
     if not asked:
         return None
     parameters = inspect.signature(forward).parameters
@@ -278,7 +278,8 @@ def _mask(module: nn.Module) -> tuple[Kind, _Mask] | None:
     return None
 
 
-def _selected(module: Any) -> Any:
+def implementation_of(module: Any) -> Any:
+    """The attention implementation that is selected for a module; None if it has no config."""
     return getattr(getattr(module, "config", None), "_attn_implementation", None)
 
 
@@ -467,7 +468,7 @@ def _attention_class(module: nn.Module, kind: Kind, mask: Any) -> type[nn.Module
     forward = innermost(original.forward)
 
     def make_forward(label: str) -> Any:
-        new = attentions.replaced(_asked(_forward(module)), kind, mask)
+        new = attentions.replaced(asked_of(_forward(module)), kind, mask)
         return rebuild(original.forward, label, **new)
 
     key = (op_of(kind), kind, mask, original.forward, references(forward))
@@ -509,7 +510,7 @@ def _ready(tower: Any, below: tuple[str, ...], op: str) -> bool:
             module = getattr(module, name, None)
         if op not in getattr(type(module), OPS, ()) or "forward" in module.__dict__:
             return False
-        if _selected(module) not in attentions.SELECTED:
+        if implementation_of(module) not in attentions.SELECTED:
             return False
     return True
 
@@ -532,7 +533,7 @@ def _key(module: Any) -> Hashable:
         if rehearsal.is_linear(m)
     )
     forward = _forward(module)
-    return forward, references(forward), _selected(module), numbers, layers
+    return forward, references(forward), implementation_of(module), numbers, layers
 
 
 class _Spy:
@@ -557,7 +558,7 @@ def _study(module: Any) -> Heads | str:
     """Shapes of what a module gives its attention function, or why it cannot be told."""
     key = _key(module)
     if key not in _studied:
-        spies = {n: _Spy(f) for n, f in _asked(_forward(module)).items() if not callable(f)}
+        spies = {n: _Spy(f) for n, f in asked_of(_forward(module)).items() if not callable(f)}
         try:
             _rehearse(module, _forward(module), spies)
         except Exception as reason:  # foreign code, asked with what it was not written for
@@ -600,7 +601,7 @@ def _rehearse(module: Any, forward: Any, new: Mapping[str, Any], mask: Any = Non
     for packed in (True, False) if "cu_seqlens" in parameters else (False,):
         given: list[Tensor] = []
         made = rehearsal.twin(module, given)
-        made.config._attn_implementation = {"": _selected(module)}
+        made.config._attn_implementation = {"": implementation_of(module)}
         more: dict[str, Any] = {"attention_mask": mask, "cu_seqlens": _STARTS, **positions}
         more = {name: value for name, value in more.items() if name in parameters}
         try:
@@ -650,8 +651,8 @@ def _difference(module: Any, kind: Kind, mask: _Mask | None) -> str | None:
         return _difference_of_a_step(module)
     forward, name = _forward(module), type(module).__name__
     function = None if mask is None else mask.function
-    new = attentions.replaced(_asked(forward), kind, function)
-    for theirs, ours in _masks(kind, function, _selected(module)):
+    new = attentions.replaced(asked_of(forward), kind, function)
+    for theirs, ours in _masks(kind, function, implementation_of(module)):
         try:
             expected = _rehearse(module, forward, {}, theirs)
             got = _rehearse(module, forward, new, ours)
@@ -668,7 +669,7 @@ def _difference(module: Any, kind: Kind, mask: _Mask | None) -> str | None:
 def _difference_of_a_step(module: Any) -> str | None:
     """The same of a decode step, by the function alone: one query and more keys."""
     forward, name = _forward(module), type(module).__name__
-    spies = {n: _Spy(theirs) for n, theirs in _asked(forward).items() if not callable(theirs)}
+    spies = {n: _Spy(theirs) for n, theirs in asked_of(forward).items() if not callable(theirs)}
     _rehearse(module, forward, spies)
     spy = next(spy for spy in spies.values() if spy.calls)
     asked, made, rest, options = spy.last
