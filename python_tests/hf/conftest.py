@@ -2,8 +2,8 @@
 
 import pytest
 
+from vlmops.hf import eager_attention, shuffles
 from vlmops.hf import patch as patching
-from vlmops.hf import shuffles
 from vlmops.hf.sites import gated_residual, packed_attention
 
 
@@ -56,4 +56,13 @@ def only_gated_residual(monkeypatch):
 
 @pytest.fixture
 def only_qformer_attention(monkeypatch):
+    """And nothing is too small for it."""
     _only("qformer_attention", monkeypatch)
+    monkeypatch.setattr(eager_attention, "SMALL", 0)
+
+
+@pytest.fixture
+def only_perceiver_attention(monkeypatch):
+    """And nothing is too small for it."""
+    _only("perceiver_attention", monkeypatch)
+    monkeypatch.setattr(eager_attention, "SMALL", 0)

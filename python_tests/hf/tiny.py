@@ -488,6 +488,25 @@ FAMILIES: dict[str, Family] = {
         decoder="model",
         lacks={"compile": "its decoder wants pixels"},
     ),
+    "idefics2": Family(
+        "Idefics2ForConditionalGeneration",
+        _squares(16, 3, nested=True, pixel_attention_mask=(16, 16)),
+        {**_PLAIN, "model_type": "mistral", "sliding_window": None},
+        {**_IDEFICS3, "model_type": "idefics2_vision"},
+        {"model.text_model": 3},
+        {
+            "image_token_id": IMAGE,
+            "perceiver_config": {
+                "hidden_size": 64,
+                "resampler_n_latents": 3,
+                "resampler_depth": 2,
+                "resampler_n_heads": 4,
+                "resampler_head_dim": 24,
+                "num_key_value_heads": 2,
+            },
+        },
+        decoder="model.text_model",
+    ),
     "idefics3": Family(
         "Idefics3ForConditionalGeneration",
         _squares(16, 4, nested=True, pixel_attention_mask=(16, 16)),
@@ -666,6 +685,11 @@ def build(family, attention="sdpa", dtype=torch.float32, **text):
     config = config_of(family, **text)
     config._attn_implementation = attention
     model = getattr(transformers, row_of(family).architecture)(config)
+    return drawn(model, dtype)
+
+
+def drawn(model, dtype=torch.float32):
+    """A model with other weights, in eval mode."""
     # Default initialisation is so small that attention barely depends on positions, and norms and
     # gates do nothing.
     with torch.no_grad():
@@ -678,6 +702,33 @@ def build(family, attention="sdpa", dtype=torch.float32, **text):
             # Parameters only, as from_pretrained; model.to would spoil complex buffers.
             parameter.data = parameter.data.to(dtype)
     return model.eval()
+
+
+def blip(architecture="BlipForConditionalGeneration", dtype=torch.float32, **text):
+    """BLIP, which has no rotary embeddings and three architectures; text: settings of its text."""
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    torch.manual_seed(1)
+    tokens = {"bos_token_id": 1, "sep_token_id": 2, "eos_token_id": 2, "pad_token_id": 0}
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2}
+    text = sizes | {"encoder_hidden_size": 48, "intermediate_size": 48, "vocab_size": 99} | text
+    vision = {**sizes, "hidden_size": 48, "intermediate_size": 48, "image_size": 16}
+    config = transformers.BlipConfig(
+        text_config={"max_position_embeddings": 64, "projection_dim": 16, **tokens, **text},
+        vision_config={**vision, "patch_size": P},
+        image_text_hidden_size=16,
+    )
+    return drawn(getattr(transformers, architecture)(config), dtype)
+
+
+def perceiver(architecture="PerceiverForImageClassificationLearned", dtype=torch.float32, **config):
+    """Perceiver on images of 8 x 8 or on text."""
+    torch.manual_seed(1)
+    sizes = {"d_latents": 64, "d_model": 64, "num_latents": 6, "num_blocks": 1, "image_size": 8}
+    heads = {"num_self_attention_heads": 4, "num_cross_attention_heads": 2}
+    layers = {"num_self_attends_per_block": 2, "attention_probs_dropout_prob": 0.0}
+    text = {"vocab_size": 50, "max_position_embeddings": 16, "num_labels": 5}
+    made = transformers.PerceiverConfig(**sizes | heads | layers | text | config)
+    return drawn(getattr(transformers, architecture)(made), dtype)
 
 
 def inputs(family, rows: Sequence[Sequence[int | Size]], dtype=torch.float32, pad="left"):

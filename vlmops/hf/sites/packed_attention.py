@@ -60,7 +60,7 @@ _MASKS: Mapping[tuple[str, ...], Kind] = {
 }
 _DROPOUT = ("dropout", "attention_dropout", "dropout_p")
 """Attributes of attention modules: the share of weights that is dropped in training."""
-_OTHERS = {"cross_attention_states", "encoder_hidden_states", "key_value_states"}
+_OTHERS = {"context", "cross_attention_states", "encoder_hidden_states", "key_value_states"}
 """Parameters of a forward that attends to other tokens than its own."""
 _CARRIED: Mapping[Kind, Callable[[Any], Callable[..., Any]]] = {
     "images": attentions.mask_of_images,
