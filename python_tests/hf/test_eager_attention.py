@@ -496,6 +496,7 @@ ROWS = torch.zeros(2, 1, 5, 5)
 ROWS[0, :, :, 4] = ROWS[1, :, 2, :2] = -torch.inf
 NONE = torch.zeros(2, 1, 5, 5)
 SOME = torch.randn(2, 1, 5, 5, generator=DRAW)
+BIAS = SOME * torch.tensor([0.0, 1.0, 0.0, 1.0, 1.0])
 NOTHING = torch.zeros(2, 1, 5, 5)
 NOTHING[0, :, 2] = MIN
 HEADS = torch.zeros(2, 4, 5, 5)
@@ -559,13 +560,14 @@ STEPS = {
     "infinite": (lambda q, k, v: written(q, k, v, ROWS), 1),
     "all seen": (lambda q, k, v: written(q, k, v, NONE), 1),
     "a bias": (lambda q, k, v: written(q, k, v, SOME), 0),
+    "a bias for some keys": (lambda q, k, v: written(q, k, v, BIAS), 0),
     "nothing seen": (lambda q, k, v: written(q, k, v, NOTHING), 0),
     "heads see different keys": (lambda q, k, v: written(q, k, v, HEADS), 0),
     "a mask of doubles": (lambda q, k, v: written(q, k, v.double(), PADDED.double()), 0),
     "a mask of booleans": (lambda q, k, v: written(q, k, v, PADDED == 0), 0),
     "a mask of fewer dimensions": (lambda q, k, v: written(q, k, v, CAUSAL[0, 0]), 0),
     "two masks": (lambda q, k, v: (q @ k.mT + PADDED + CAUSAL).softmax(-1) @ v, 0),
-    "scaled once masked": (lambda q, k, v: ((q @ k.mT + SOME) * 0.3).softmax(-1) @ v, 0),
+    "scaled once masked": (lambda q, k, v: ((q @ k.mT + PADDED) * -0.3).softmax(-1) @ v, 0),
     "two softmaxes": (lambda q, k, v: (q @ k.mT).softmax(-1).softmax(-1) @ v, 0),
     "over queries": (lambda q, k, v: (q @ k.mT).softmax(-2) @ v, 0),
     "over heads": (lambda q, k, v: (q @ k.mT).softmax(1) @ v, 0),
@@ -643,7 +645,7 @@ def test_masks_are_looked_at_once(kind, monkeypatch):
         return look(*given)
 
     monkeypatch.setattr(eager_attention, "_look", counted)
-    added = PADDED.clone()
+    added = torch.zeros_like(PADDED)
     mask = added if kind == "floats" else added == 0
 
     def run(mask, added):
@@ -653,8 +655,8 @@ def test_masks_are_looked_at_once(kind, monkeypatch):
     run(mask, added)
     run(mask, added)
     assert len(looks) == 1
-    added.zero_()
-    mask.fill_(kind == "booleans")
+    added.copy_(PADDED)
+    mask.copy_(PADDED if kind == "floats" else PADDED == 0)
     run(mask, added)
     assert len(looks) == 2
     of = weakref.ref(mask)
@@ -664,16 +666,20 @@ def test_masks_are_looked_at_once(kind, monkeypatch):
     assert of() is None, "what is known of a mask goes with it"
 
 
-@pytest.mark.parametrize("autocast", [False, True])
-def test_other_dtypes_are_the_models_own(autocast):
-    """Under autocast a product in float32, or one of two dtypes, is cast by torch."""
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast), CountOps() as ran:
-        for k in (K, K.bfloat16()) if autocast else (K.double(),):
-            q = Q if autocast else Q.double()
-            got = (Query(q, eager_attention.served) @ k.mT).softmax(-1) @ V.to(k.dtype)
-            expected = (q @ k.mT).softmax(-1) @ V.to(k.dtype)
-            assert torch.equal(got, expected)
+def test_products_that_autocast_casts_are_the_models_own():
+    with torch.autocast("cpu", torch.bfloat16), CountOps() as ran:
+        for q, k, v in ((Q, K, V), (Q, K.bfloat16(), V), (Q.bfloat16(), K, V)):
+            got = (Query(q, eager_attention.served) @ k.mT).softmax(-1) @ v
+            assert torch.equal(got, (q @ k.mT).softmax(-1) @ v)
     assert ran.counts[OP] == 0
+
+
+def test_errors_are_torchs():
+    scores = Query(Q, eager_attention.served) @ K.mT
+    with pytest.raises(RuntimeError, match="Double"):
+        _ = scores.softmax(-1, dtype=torch.float64) @ V
+    with pytest.raises(RuntimeError, match="size"):
+        _ = scores.softmax(-1) @ V[:, :, :3]
 
 
 # What is refused.
