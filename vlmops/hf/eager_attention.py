@@ -481,9 +481,10 @@ def served(q: Tensor, k: Parts, v: Parts, mask: Tensor | None, scale: float) -> 
         seen = looked[0]
     q, *others = (t.transpose(1, 2) for t in tensors)  # [B, S, H, D]
     if len(k) == 1:
-        return qformer_attention(q, *others, seen, scale=scale).transpose(1, 2)
-    media, latents, values, of_latents = others
-    out = perceiver_attention(q, media, values, latents, of_latents, seen, scale=scale)
+        keys, values = others
+        return qformer_attention(q, keys, values, seen, scale=scale).transpose(1, 2)
+    media, latents, of_media, of_latents = others
+    out = perceiver_attention(q, media, of_media, latents, of_latents, seen, scale=scale)
     return out.transpose(1, 2)
 
 

@@ -3,8 +3,8 @@
 Q-Formers are found, and their attention replaced, as those of `vlmops.hf.sites.packed_attention`:
 modules whose forward may be given the tokens of an encoder and keeps no cache. Self-attention among
 queries and instruction is the same class. Masks that torch's own attention is given say which keys
-are seen, and are handed on; others run the model's own code. Modules that call no attention function
-(BLIP's text, Perceiver) are `vlmops.hf.eager_modules`'.
+are seen, and are handed on; others run the model's own code. Modules that call no attention
+function (BLIP's text, Perceiver) are those of `vlmops.hf.eager_modules`.
 """
 
 from __future__ import annotations
