@@ -302,6 +302,27 @@ def test_twin_copies_and_pickles(name):
         assert torch.equal(forward(model), expected)
 
 
+def test_models_that_nothing_names_are_found_by_what_they_do():
+    """GIT, whose decoder attends to an image and to the text before."""
+    torch.manual_seed(1)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    vision = {**sizes, "intermediate_size": 48, "image_size": 16, "patch_size": 4}
+    tokens = {"vocab_size": 99, "bos_token_id": 1, "eos_token_id": 2}
+    config = transformers.GitConfig(vision_config=vision, intermediate_size=48, **sizes, **tokens)
+    model = tiny.drawn(transformers.GitForCausalLM(config))
+
+    def forward(model):
+        return model(pixel_values=pixels(), **words()).logits
+
+    expected, grads = gradients(model, forward)
+    assert vlmops.patch(model).counts["qformer_attention"] == 2
+    with CountOps() as ran:
+        ours, our_grads = gradients(model, forward)
+    assert ran.counts[OP] == ran.counts[BACKWARD] == 2
+    assert_agree(ours, expected, "logits")
+    assert_gradients_agree(our_grads, grads)
+
+
 # Generation.
 
 
