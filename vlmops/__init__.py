@@ -5,6 +5,7 @@ from vlmops._library import cpu_isa
 from vlmops.dispatch import backend
 from vlmops.hf.patch import patch, patched, unpatch
 from vlmops.hf.report import PatchReport
+from vlmops.ops.add_norm import add_norm
 from vlmops.ops.gated_cross_attention import gated_cross_attention
 from vlmops.ops.gated_residual import gated_residual
 from vlmops.ops.hd_transform import hd_token_counts, hd_transform
@@ -24,6 +25,7 @@ __all__ = [
     "PatchReport",
     "Position",
     "Warmup",
+    "add_norm",
     "backend",
     "cpu_isa",
     "gated_cross_attention",

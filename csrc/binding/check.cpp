@@ -64,6 +64,15 @@ void Argument::device_like(const Argument& other) const {
        describe(mine));
 }
 
+void Argument::like(const Argument& other) const {
+  device_like(other);
+  shape(other.tensor.sizes(), other.name);
+  if (tensor.scalar_type() != other.tensor.scalar_type()) {
+    fail(op, name, "expected dtype ", describe(other.tensor.scalar_type()), ", that of ",
+         other.name, ", got ", describe(tensor.scalar_type()));
+  }
+}
+
 void Argument::shape(IntHeaderOnlyArrayRef expected, const char* meaning) const {
   const auto sizes = tensor.sizes();
   if (sizes.size() == expected.size() && std::equal(sizes.begin(), sizes.end(), expected.begin()))

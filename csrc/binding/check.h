@@ -44,6 +44,8 @@ struct Argument {
   const Tensor& tensor;
 
   void device_like(const Argument& other) const;
+  // Device, shape and dtype.
+  void like(const Argument& other) const;
   void shape(IntHeaderOnlyArrayRef expected, const char* meaning) const;
   // The op's element type, or an error that lists the three.
   DType floating() const;

@@ -1,6 +1,7 @@
 // Compiled once per instruction set with -DVLMOPS_ISA=portable|avx2|avx512 and the matching -march.
 #include "common/cpu_kernels.h"
 
+#include "ops/add_norm/add_norm_cpu.h"
 #include "ops/gated_residual/gated_residual_cpu.h"
 #include "ops/hd_transform/hd_transform_cpu.h"
 #include "ops/mlp_projector/mlp_projector_cpu.h"
@@ -48,6 +49,9 @@ const CpuKernels VLMOPS_CONCAT(kernels_, VLMOPS_ISA) = {
     &spatial_aggregate::forward,
     &spatial_aggregate::backward,
     &perceiver_attention::join,
-    &perceiver_attention::add};
+    &perceiver_attention::add,
+    &add_norm::table_of,
+    &add_norm::forward,
+    &add_norm::backward};
 
 }  // namespace vlmops

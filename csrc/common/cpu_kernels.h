@@ -1,6 +1,7 @@
 // The CPU kernels of every op, one table per instruction set; chosen at run time.
 #pragma once
 
+#include "ops/add_norm/add_norm.h"
 #include "ops/gated_residual/gated_residual.h"
 #include "ops/hd_transform/hd_transform.h"
 #include "ops/mlp_projector/mlp_projector.h"
@@ -43,6 +44,9 @@ struct CpuKernels {
   spatial_aggregate::CpuKernel spatial_aggregate_backward;
   perceiver_attention::CpuJoin perceiver_attention_join;
   perceiver_attention::CpuAdd perceiver_attention_add;
+  add_norm::CpuTable add_norm_table;
+  add_norm::CpuKernel add_norm;
+  add_norm::CpuBackward add_norm_backward;
 };
 
 // The table in force: the best that this machine runs, capped by VLMOPS_CPU_ISA. Throws

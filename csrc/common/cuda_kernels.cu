@@ -57,7 +57,9 @@ const CudaKernels kernels = {&describe_status,
                              &spatial_aggregate::forward_cuda,
                              &spatial_aggregate::backward_cuda,
                              &perceiver_attention::join_cuda,
-                             &perceiver_attention::add_cuda};
+                             &perceiver_attention::add_cuda,
+                             &add_norm::forward_cuda,
+                             &add_norm::backward_cuda};
 
 }  // namespace
 }  // namespace vlmops

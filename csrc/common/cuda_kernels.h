@@ -5,6 +5,7 @@
 
 #include <cstddef>
 
+#include "ops/add_norm/add_norm.h"
 #include "ops/gated_residual/gated_residual.h"
 #include "ops/hd_transform/hd_transform.h"
 #include "ops/mlp_projector/mlp_projector.h"
@@ -53,6 +54,8 @@ struct CudaKernels {
   spatial_aggregate::CudaKernel spatial_aggregate_backward;
   perceiver_attention::CudaJoin perceiver_attention_join;
   perceiver_attention::CudaAdd perceiver_attention_add;
+  add_norm::CudaKernel add_norm;
+  add_norm::CudaBackward add_norm_backward;
 };
 
 }  // namespace vlmops

@@ -90,5 +90,35 @@ struct Access<bfloat16, true> {
   static int64_t place(int64_t k) { return k / kStep * kStep + k % 2 * kFloats + k % kStep / 2; }
 };
 
+template <class T>
+using AccessOf = Access<T, __is_same(T, bfloat16)>;
+
+// Channels that come in whole steps, and where channel i lies among the floats of a row.
+template <class A>
+inline int64_t whole_steps(int64_t channels) {
+  return channels / A::kStep * A::kStep;
+}
+template <class A>
+inline int64_t place_of(int64_t i, int64_t channels) {
+  return i < whole_steps<A>(channels) ? A::place(i) : i;
+}
+
+// Sums in that order, in the channels' own.
+template <class A>
+inline void in_order(double* sums, int64_t channels) {
+  if constexpr (A::kVectors > 1) {
+    for (int64_t first = 0; first < whole_steps<A>(channels); first += A::kStep) {
+      double ordered[A::kStep];
+      for (int i = 0; i < A::kStep; ++i) ordered[i] = sums[first + A::place(i)];
+      __builtin_memcpy(sums + first, ordered, sizeof ordered);
+    }
+  }
+}
+
+template <class T>
+VLMOPS_INLINE float one(const T* p) {
+  return load<1>(p)[0];
+}
+
 }  // namespace
 }  // namespace vlmops

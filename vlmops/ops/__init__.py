@@ -7,6 +7,7 @@ import importlib
 from vlmops.ops.spec import Spec
 
 __all__ = [
+    "add_norm",
     "gated_cross_attention",
     "gated_residual",
     "hd_transform",

@@ -13,27 +13,16 @@
 #include "binding/launch.h"
 #include "binding/numbers.h"
 #include "binding/parallel.h"
+#include "binding/rows.h"
 #include "common/cpu_kernels.h"
 
 namespace vlmops::gated_residual {
 namespace {
 
 using OptionalTensor = std::optional<Tensor>;
-using Sizes = std::vector<int64_t>;
 
 // From this size on what is written bypasses the CPU's caches.
 constexpr int64_t kStreamBytes = 8 << 20;
-
-Sizes sizes_of(const Tensor& t) { return {t.sizes().begin(), t.sizes().end()}; }
-
-void check_like(const Argument& a, const Argument& x) {
-  a.device_like(x);
-  a.shape(x.tensor.sizes(), x.name);
-  if (a.tensor.scalar_type() != x.tensor.scalar_type()) {
-    fail(a.op, a.name, "expected dtype ", describe(x.tensor.scalar_type()), ", that of ", x.name,
-         ", got ", describe(a.tensor.scalar_type()));
-  }
-}
 
 Gate check_gate(const Argument& gate, const Argument& x) {
   Gate g{nullptr, gate.floating(), false, 0};
@@ -57,7 +46,7 @@ Params check(const Argument& x, const OptionalTensor& y, const Tensor& gate,
   p.dtype = x.floating();
   const Sizes sizes = sizes_of(x.tensor);
   if (sizes.empty()) fail(x.op, x.name, "expected [.., C], got shape []");
-  if (y.has_value()) check_like({x.op, "y", *y}, x);
+  if (y.has_value()) Argument{x.op, "y", *y}.like(x);
   p.gate = check_gate({x.op, "gate", gate}, x);
   if (row_mask.has_value()) {
     const Argument mask{x.op, "row_mask", *row_mask};
@@ -72,45 +61,6 @@ Params check(const Argument& x, const OptionalTensor& y, const Tensor& gate,
   return p;
 }
 
-// What a kernel reads of a tensor, but for its channels: strides of two leading dimensions.
-struct Rows {
-  const Tensor* tensor;  // null where there is none
-  Strides* to;
-};
-constexpr size_t kRead = 3;  // x, y and row_mask
-
-// Makes the leading dimensions of all tensors two, those of `sizes` but its last; false where their
-// strides need more.
-bool merge_dimensions(const Sizes& sizes, const Rows (&all)[kRead], Params& p) {
-  struct Dimension {
-    int64_t size;
-    int64_t strides[kRead];
-  };
-  std::vector<Dimension> merged;  // the last first
-  for (size_t i = sizes.size() - 1; i-- > 0;) {
-    if (sizes[i] == 1) continue;
-    Dimension d{sizes[i], {}};
-    for (size_t t = 0; t < kRead; ++t) {
-      if (all[t].tensor != nullptr) d.strides[t] = all[t].tensor->stride(static_cast<int64_t>(i));
-    }
-    bool follows = !merged.empty();
-    for (size_t t = 0; follows && t < kRead; ++t)
-      follows = d.strides[t] == merged.back().strides[t] * merged.back().size;
-    if (follows) {
-      merged.back().size *= d.size;
-    } else {
-      merged.push_back(d);
-    }
-  }
-  if (merged.size() > 2) return false;
-  p.inner = merged.size() == 2 ? merged[0].size : p.rows;
-  for (size_t t = 0; t < kRead; ++t) {
-    all[t].to->row = merged.empty() ? 0 : merged[0].strides[t];
-    all[t].to->outer = merged.size() == 2 ? merged[1].strides[t] : 0;
-  }
-  return true;
-}
-
 // Strides and pointers. Tensors that more than two strides lead through are copied.
 struct Operands {
   Tensor x;
@@ -121,9 +71,9 @@ struct Operands {
       : x(x_), y(y_), row_mask(row_mask_) {
     const auto merge = [&] {
       const auto given = [](const OptionalTensor& t) { return t.has_value() ? &*t : nullptr; };
-      const Rows all[] = {
+      const RowsOf all[] = {
           {&x, &p.x_stride}, {given(y), &p.y_stride}, {given(row_mask), &p.mask_stride}};
-      return merge_dimensions(sizes_of(x), all, p);
+      return merge_dimensions(sizes_of(x), all, p.inner);
     };
     if (!merge()) {
       x = torch::stable::contiguous(x);

@@ -14,7 +14,7 @@ constexpr int64_t kBlocksPerMultiprocessor = 4;
 template <class T>
 bool is_wide(const Params& p) {
   bool wide = p.channels % kPack<T> == 0;
-  const auto check = [&](const void* base, const Strides& s) {
+  const auto check = [&](const void* base, const RowStrides& s) {
     wide = wide && reinterpret_cast<uintptr_t>(base) % 16 == 0 && s.channel == 1 &&
            s.outer % kPack<T> == 0 && s.row % kPack<T> == 0;
   };

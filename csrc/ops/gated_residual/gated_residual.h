@@ -1,15 +1,9 @@
 // Parameters of the gated residual: all that host, device and emulator code share.
 #pragma once
 
-#include "common/types.h"
+#include "common/strides.h"
 
 namespace vlmops::gated_residual {
-
-// Of a tensor whose rows are counted in one number: row r begins at
-//   r / inner * outer + r % inner * row
-struct Strides {
-  int64_t outer, row, channel;
-};
 
 // One number, or one for each channel.
 struct Gate {
@@ -27,17 +21,10 @@ struct Params {
   void* out;             // the result; in backward y's gradient, or null; contiguous
   DType dtype;           // of x, y and out
   Gate gate;
-  Strides x_stride, y_stride, mask_stride;
+  RowStrides x_stride, y_stride, mask_stride;
   int64_t rows, inner, channels;
   bool streams;  // what is written is too large for the CPU's caches
 };
-
-// Where row `row` begins. static: see simd.h on linkage. Rows are counted in 32 bits on a GPU.
-VLMOPS_HOST_DEVICE static inline int64_t row_at(const Params& p, const Strides& s, int64_t row) {
-  if (p.inner == p.rows) return row * s.row;
-  const auto outer = static_cast<uint32_t>(row) / static_cast<uint32_t>(p.inner);
-  return outer * s.outer + (row - outer * p.inner) * s.row;
-}
 
 VLMOPS_HOST_DEVICE static inline bool is_added(const Params& p, int64_t row) {
   return p.row_mask == nullptr || p.row_mask[row_at(p, p.mask_stride, row)];

@@ -23,24 +23,6 @@ namespace {
 
 constexpr int kTogether = 4;
 
-template <class T>
-using AccessOf = Access<T, __is_same(T, bfloat16)>;
-
-// Channels that come in whole steps, and where channel i lies among the floats of a row.
-template <class A>
-inline int64_t whole_steps(int64_t channels) {
-  return channels / A::kStep * A::kStep;
-}
-template <class A>
-inline int64_t place_of(int64_t i, int64_t channels) {
-  return i < whole_steps<A>(channels) ? A::place(i) : i;
-}
-
-template <class T>
-VLMOPS_INLINE float one(const T* p) {
-  return load<1>(p)[0];
-}
-
 inline void tanh_of_gate(const Params& p, float* to) {
   with_type(p.gate.dtype, [&](auto* type) {
     using G = Pointee<decltype(type)>;
@@ -198,12 +180,8 @@ void backward_typed(const Params& p, const float* table, int64_t begin, int64_t 
   if (total == nullptr) return;
   if constexpr (!kChannels) {
     for (const double lane : lanes) *total += lane;
-  } else if constexpr (A::kVectors > 1) {
-    for (int64_t first = 0; first < whole_steps<A>(p.channels); first += A::kStep) {
-      double ordered[A::kStep];
-      for (int i = 0; i < A::kStep; ++i) ordered[i] = total[first + A::place(i)];
-      __builtin_memcpy(total + first, ordered, sizeof ordered);
-    }
+  } else {
+    in_order<A>(total, p.channels);
   }
 }
 

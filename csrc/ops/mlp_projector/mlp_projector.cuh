@@ -28,18 +28,13 @@
 #pragma once
 
 #include "common/norm.cuh"
+#include "common/row_sums.cuh"
 #include "ops/mlp_projector/mlp_projector.h"
 
 namespace vlmops::mlp_projector {
 
-constexpr int kThreads = 256;     // of elementwise kernels and of sums
-constexpr int kAnyThreads = 128;  // of a norm element by element
-constexpr int kSumWarps = kThreads / kWarpSize;
-
-template <int V>
-struct Floats {
-  float v[V];
-};
+constexpr int kThreads = kSumThreads;  // of elementwise kernels and of sums
+constexpr int kAnyThreads = 128;       // of a norm element by element
 
 // f(x) and f'(x).
 struct Value {
@@ -120,35 +115,6 @@ __device__ __forceinline__ void with_activation(Activation kind, const F& f) {
   }
 }
 
-template <class T, int V>
-__device__ __forceinline__ Floats<V> load(const void* p, int64_t offset) {
-  const T* const from = static_cast<const T*>(p) + offset;
-  Floats<V> x;
-  if constexpr (V == 1) {
-    x.v[0] = to_float(*from);
-  } else {
-    widen<T, V>(load_words<V>(from), x.v);
-  }
-  return x;
-}
-
-// Returns what was stored, rounded.
-template <class T, int V>
-__device__ __forceinline__ Floats<V> store(void* p, int64_t offset, const Floats<V>& x) {
-  T* const to = static_cast<T*>(p) + offset;
-  Floats<V> rounded;
-  if constexpr (V == 1) {
-    const T rounded_to = from_float<T>(x.v[0]);
-    *to = rounded_to;
-    rounded.v[0] = to_float(rounded_to);
-  } else {
-    const Words<T, V> words = narrow<T, V>(x.v);
-    store_words<T, V>(to, words);
-    widen<T, V>(words, rounded.v);
-  }
-  return rounded;
-}
-
 template <class T, int V, Activation kind>
 __device__ __forceinline__ void activate_at(const Activate& p, int64_t i) {
   constexpr bool kExact = sizeof(T) == 4;
@@ -177,40 +143,6 @@ __global__ void __launch_bounds__(kThreads)
       if (i < elements - packs * V) activate_at<T, 1, decltype(kind)::value>(p, packs * V + i);
     }
   });
-}
-
-// Where a thread of the kernels that sum is: V columns, rows of a part that are kSumWarps apart.
-template <int V>
-struct Tile {
-  int64_t column, part, row, last;
-  bool inside;
-  __device__ __forceinline__ Tile(int64_t rows, int64_t width) {
-    const int64_t columns = (width + kWarpSize * V - 1) / (kWarpSize * V);
-    column = (blockIdx.x % columns * kWarpSize + threadIdx.x % kWarpSize) * V;
-    part = blockIdx.x / columns;
-    const int64_t part_rows = gpu_part_rows(rows, width);
-    row = part * part_rows + threadIdx.x / kWarpSize;
-    last = (part + 1) * part_rows < rows ? (part + 1) * part_rows : rows;
-    inside = column < width;
-  }
-};
-
-// sums[part, columns] from those of the block's warps; all threads come here.
-template <int V>
-__device__ __forceinline__ void add_up(float* sums, const Floats<V>& own, const Tile<V>& tile,
-                                       int64_t width, float* shared) {
-  if (sums == nullptr) return;  // of all threads
-  float* const to = sums + tile.part * width + tile.column;
-  add_warps<kSumWarps>(own.v, shared, [&](int e, float sum) {
-    if (tile.inside) to[e] = sum;
-  });
-  __syncthreads();  // shared is used again
-}
-
-template <int V>
-__device__ __forceinline__ void add(Floats<V>& sum, const Floats<V>& x) {
-#pragma unroll
-  for (int e = 0; e < V; ++e) sum.v[e] += x.v[e];
 }
 
 template <class T, int V>

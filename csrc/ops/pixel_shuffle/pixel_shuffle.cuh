@@ -26,13 +26,13 @@
 #pragma once
 
 #include "common/norm.cuh"
+#include "common/row_sums.cuh"
 #include "ops/pixel_shuffle/pixel_shuffle.h"
 
 namespace vlmops::pixel_shuffle {
 
 constexpr int kAhead = 4;  // packs a lane moves at once
 constexpr int kMoveThreads = 256;
-constexpr int kSumThreads = 256;
 constexpr int kAnyThreads = 256;
 
 // What a row of packs is; see the head.
@@ -643,29 +643,16 @@ __global__ void __launch_bounds__(kAnyThreads)
   }
 }
 
-constexpr int kSlices = 8;  // of the rows of partial sums
-
 // weight_grad, bias_grad [normed], or null: the sums of partial [parts, 2, normed]. Grid (normed /
 // 32, 2), block (32, kSlices).
 __global__ void __launch_bounds__(kWarpSize* kSlices)
     pixel_shuffle_weight_grad_kernel(const float* partial, int64_t parts, int64_t normed,
                                      float* weight_grad, float* bias_grad) {
-  VLMOPS_SHARED(double, sums, kSlices* kWarpSize);
+  VLMOPS_SHARED(double, shared, kSlices* kWarpSize);
   float* const out = blockIdx.y == 0 ? weight_grad : bias_grad;
   if (out == nullptr) return;
-  const int64_t column = static_cast<int64_t>(blockIdx.x) * kWarpSize + threadIdx.x;
-  const bool mine = column < normed;
-  double sum = 0.0;
-  if (mine) {
-#pragma unroll 4
-    for (int64_t part = threadIdx.y; part < parts; part += kSlices)
-      sum += partial[(part * 2 + blockIdx.y) * normed + column];
-  }
-  sums[threadIdx.y * kWarpSize + threadIdx.x] = sum;
-  __syncthreads();
-  if (threadIdx.y != 0 || !mine) return;
-  for (int i = 1; i < kSlices; ++i) sum += sums[i * kWarpSize + threadIdx.x];
-  out[column] = static_cast<float>(sum);
+  add_parts(partial + blockIdx.y * normed, parts, 2 * normed, normed, shared,
+            [&](int64_t column, float sum) { out[column] = sum; });
 }
 
 }  // namespace vlmops::pixel_shuffle

@@ -26,9 +26,6 @@ constexpr int kTogether = 4;    // tokens
 constexpr int kRest = 8;        // channels; divides those of a head
 constexpr int kScratch = 8192;  // floats of a block of heads: of their channels, of their weights
 
-template <class T>
-using AccessOf = Access<T, __is_same(T, bfloat16)>;
-
 struct Cell {
   int64_t batch, y, x;
 };
