@@ -44,6 +44,7 @@ BENCHES = {
     "pixel_shuffle": (180, ("bfloat16", "float32"), ()),
     "mlp_projector": (100, ("bfloat16",), ("--no-compile",)),
     "gated_residual": (30, ("bfloat16",), ()),
+    "add_norm": (40, ("bfloat16",), ()),
     "hd_transform": (60, ("bfloat16",), ("--no-compile",)),
     "patch_embed": (120, ("bfloat16",), ()),
     "packed_attention": (150, ("bfloat16",), ("--no-compile",)),
@@ -55,6 +56,7 @@ BENCHES = {
 REHEARSED = {
     "pixel_shuffle": "smolvlm_f4",
     "gated_residual": "mllama_1",
+    "add_norm": "qformer",
     "hd_transform": "phi4_4x4",
     "patch_embed": "siglip_so400m_384",
     "packed_attention": "decode_b1",

@@ -26,6 +26,7 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
 from vlmops.ops import (
+    add_norm_triton,
     gated_residual_triton,
     hd_transform_triton,
     mlp_projector_triton,
@@ -298,6 +299,56 @@ def gated_residual_keys():
     }
 
 
+def summed(rows=512, channels=4096, dtype=torch.bfloat16, vector=None):
+    """Rows and a vector of their width; only dtypes, shapes and strides matter."""
+    x = torch.empty(1, rows, channels, dtype=dtype)
+    return x, torch.empty(channels, dtype=vector or dtype)
+
+
+def add_norm_forward(**inputs):
+    x, v = summed(**inputs)
+    add_norm_triton.forward(x, x, v, v, v, 1e-5, False, True)
+
+
+def add_norm_backward(**inputs):
+    x, v = summed(**inputs)
+    add_norm_triton.backward(x, x, v, v, v, x, 1e-5, False, True, True, True, True)
+
+
+def add_norm_calls():
+    def budget(kernel, function, registers, wide, **inputs):
+        return Budget(
+            add_norm_triton, kernel, functools.partial(function, **inputs), registers, wide
+        )
+
+    qformer = {"channels": 768, "dtype": torch.float32}
+    return {
+        "add norm bf16": budget("forward_kernel", add_norm_forward, 48, 4),
+        "add norm fp32": budget("forward_kernel", add_norm_forward, 48, 6, **qformer),
+        "add norm backward bf16": budget("backward_kernel", add_norm_backward, 80, 2),
+        "add norm backward fp32": budget("backward_kernel", add_norm_backward, 64, 3, **qformer),
+        "add norm sums bf16": budget("sums_kernel", add_norm_backward, 64, 0),
+    }
+
+
+def add_norm_keys():
+    """name -> number of compile keys over numbers of rows."""
+    sizes = (1, 16, 17, 512)
+
+    def number(kernel, function, **inputs):
+        calls = [functools.partial(function, rows=n, **inputs) for n in sizes]
+        return number_of_keys(add_norm_triton, kernel, calls)
+
+    return {
+        "forward": number("forward_kernel", add_norm_forward),
+        "forward, float32 vectors": number(
+            "forward_kernel", add_norm_forward, vector=torch.float32
+        ),
+        "backward": number("backward_kernel", add_norm_backward),
+        "sums": number("sums_kernel", add_norm_backward),
+    }
+
+
 def shuffled(tiles=13, channels=1024, dtype=torch.bfloat16, vectors=0, grid=None, **options):
     """The arguments of the op, for tiles of 32 x 32 or a packed grid."""
     shape = (tiles, 1024, channels) if grid is None else (grid[0] * grid[1], channels)
@@ -513,6 +564,7 @@ def spatial_aggregate_keys():
 def calls():
     """name -> `Budget`"""
     calls = (
+        add_norm_calls,
         gated_residual_calls,
         hd_transform_calls,
         mlp_projector_calls,

@@ -253,8 +253,14 @@ def backward(
             "vlmops.add_norm_backward: backend 'triton': sum: expected what was normed, since more "
             "than bias's gradient is wanted, got None"
         )
-    of_sum = grad.new_empty(grad.shape if writes else 0)
     given, needs = (weight, bias, x_bias), (needs_weight, needs_bias, needs_x_bias)
+    for name, vector, needed in zip(("weight", "bias", "x_bias"), given, needs, strict=True):
+        if needed and vector is None:
+            raise RuntimeError(
+                f"vlmops.add_norm_backward: backend 'triton': {name}: expected a tensor, since its "
+                "gradient is wanted, got None"
+            )
+    of_sum = grad.new_empty(grad.shape if writes else 0)
     rows, x, added = (_rows(t) for t in (grad, total, grad_sum))
     sums: list[Tensor | None] = [None, None, None]
     if grad.numel() and rows is not None:

@@ -27,9 +27,9 @@ __device__ __forceinline__ const T* rows_of(const Params& p, const void* data, c
   return static_cast<const T*>(data) + row_at(p, s, row);
 }
 
-// Grid: rows by threadIdx.y. TW: of weight and bias; x_bias is of T.
+// Grid: rows by threadIdx.y. TW: of weight and bias; x_bias is of T. Two blocks of float32 spill.
 template <class T, class TW>
-__global__ void __launch_bounds__(kNormThreads, 2)
+__global__ void __launch_bounds__(kNormThreads, sizeof(T) == 4 ? 1 : 2)
     add_norm_kernel(const VLMOPS_GRID_CONSTANT Params p) {
   constexpr int V = kPack<T>;
   using Held = HeldRow<T>;
