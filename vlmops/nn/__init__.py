@@ -6,6 +6,9 @@ from vlmops.nn.gated_cross_attention import (
     image_mask,
 )
 from vlmops.nn.hd_transform import HDTransform
+from vlmops.nn.perceiver_resampler import PerceiverResampler
+from vlmops.nn.qformer import QFormerLayer
+from vlmops.nn.qwen_vl_resampler import QwenVLResampler
 from vlmops.nn.spatial_vision_aggregator import (
     SpatialVisionAggregator,
     VisionTokenSampler,
@@ -15,6 +18,9 @@ from vlmops.nn.spatial_vision_aggregator import (
 __all__ = [
     "GatedCrossAttentionBlock",
     "HDTransform",
+    "PerceiverResampler",
+    "QFormerLayer",
+    "QwenVLResampler",
     "SpatialVisionAggregator",
     "VisionTokenSampler",
     "existing_tokens",

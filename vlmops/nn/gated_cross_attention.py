@@ -9,20 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from vlmops.nn.parts import ACTIVATIONS, require_activation
 from vlmops.ops.gated_cross_attention import gated_cross_attention
 from vlmops.ops.gated_residual import gated_residual
-
-
-def _squared_relu(x: Tensor) -> Tensor:
-    return functional.relu(x).square()
-
-
-_ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
-    "gelu": functional.gelu,
-    "relu": functional.relu,
-    "silu": functional.silu,
-    "squared_relu": _squared_relu,
-}
 
 
 def image_mask(media_locations: Tensor, images: int, only_latest: bool = True) -> Tensor:
@@ -107,7 +96,7 @@ def gated_cross_attention_block(
         {name: make(name) for name, make in parts.items()},
         (weights["attn_gate"], weights["mlp_gate"]),
         num_heads,
-        _ACTIVATIONS[activation],
+        ACTIVATIONS[activation],
         attend,
     )
 
@@ -192,11 +181,7 @@ class GatedCrossAttentionBlock(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if activation not in _ACTIVATIONS:
-            raise ValueError(
-                "vlmops.nn.GatedCrossAttentionBlock: activation: expected one of "
-                f"{', '.join(_ACTIVATIONS)}, got {activation!r}"
-            )
+        require_activation("GatedCrossAttentionBlock", activation)
         self.num_heads, self.num_kv_heads = num_heads, num_kv_heads or num_heads
         self.head_dim = head_dim or hidden_size // num_heads
         self.activation, self.eps = activation, eps
@@ -273,7 +258,7 @@ class GatedCrossAttentionBlock(nn.Module):
             "norm_eps": self.eps,
         }
         gates = self.attn_gate, self.mlp_gate
-        activation = _ACTIVATIONS[self.activation]
+        activation = ACTIVATIONS[self.activation]
         return _block(hidden_states, k, v, self._modules, gates, self.num_heads, activation, attend)  # type: ignore[arg-type]
 
     def extra_repr(self) -> str:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from vlmops.nn.parts import require_heads
 from vlmops.ops.spatial_aggregate import Masks, spatial_aggregate
 
 
@@ -168,11 +169,7 @@ class VisionTokenSampler(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if hidden_size % (8 * num_heads) or hidden_size > 256 * num_heads:
-            raise ValueError(
-                "vlmops.nn.VisionTokenSampler: hidden_size: expected num_heads times a multiple of "
-                f"8 up to 256, got {hidden_size} with num_heads {num_heads}"
-            )
+        require_heads("VisionTokenSampler", hidden_size, num_heads)
         self.num_heads, self.window_sizes = num_heads, tuple(window_sizes)
         made: dict[str, Any] = {"device": device, "dtype": dtype}
         sizes = query_size, context_size, hidden_size, self.window_sizes
