@@ -8,6 +8,7 @@ from dispatch import CountOps
 from torch.nn import functional
 
 import vlmops.nn
+from vlmops.demo import connectors
 
 
 def drawn(module):
@@ -628,3 +629,28 @@ QUERIES, VISUAL, TEXT, MEDIA, TOKENS = (
 def test_connectors_name_what_does_not_fit(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+# The example.
+
+
+@pytest.mark.parametrize("connector", connectors.CONNECTORS)
+def test_example_learns_by_each_connector(connector):
+    """Chance is the best without looking at the picture."""
+    parameters, before, after = connectors.train(connector)
+    assert parameters > 0
+    assert before > 1.9
+    assert after < 1.6 < math.log(connectors.KINDS)
+
+
+def test_example_says_what_it_found(capsys):
+    assert connectors.main(["--connector", "linear", "--steps", "5"]) == 0
+    out, err = capsys.readouterr()
+    head, row = out.splitlines()
+    assert head.endswith("before   after  loss (5 steps; chance: 2.08)")
+    name, parameters, before, after = row.split()
+    assert (name, int(parameters.replace(",", ""))) == ("linear", 48 * 64 + 64)
+    assert float(after) < float(before)
+    assert err == ""
+    assert connectors.main(["--connector", "mlp", "--steps", "0"]) == 1
+    assert capsys.readouterr().err == "the loss did not fall with mlp; try more --steps\n"

@@ -11,7 +11,7 @@ it says what it said without them; once trained, it has looked.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -58,12 +58,17 @@ def add_images(model: Any) -> list[WithImages]:
     return [layer for layer in layers if isinstance(layer, WithImages)]
 
 
-def batches(rows: int, draw: torch.Generator) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+Batch = tuple[Tensor, Tensor, Tensor]
+
+
+def batches(
+    rows: int, draw: torch.Generator, shape: tuple[int, ...] = (TOKENS, VISUAL)
+) -> Iterator[Batch]:
     """Texts ``[B, S]``, what each image shows ``[B, images]``, and the images."""
-    patterns = torch.randn(KINDS, TOKENS, VISUAL, generator=draw)
+    patterns = torch.randn(KINDS, *shape, generator=draw)
     while True:
         kinds = torch.randint(KINDS, (rows, IMAGES), generator=draw)
-        noise = torch.randn(rows, IMAGES, TOKENS, VISUAL, generator=draw)
+        noise = torch.randn(rows, IMAGES, *shape, generator=draw)
         text = torch.tensor([IMAGE, ASK] * IMAGES).expand(rows, -1)
         yield text, kinds, patterns[kinds] + 0.5 * noise
 
@@ -73,9 +78,37 @@ def answer(model: Any, layers: list[WithImages], text: Tensor, images: Tensor) -
     seen = {"visual_states": images, "block_mask": image_mask(text == IMAGE, IMAGES)}
     for layer in layers:
         layer.seen = seen
-    logits = model(input_ids=text, use_cache=False).logits
-    asked: Tensor = logits[text == ASK].unflatten(0, (len(text), IMAGES))
-    return asked[..., :KINDS]
+    return asked(model(input_ids=text, use_cache=False).logits, text)
+
+
+def asked(logits: Tensor, text: Tensor) -> Tensor:
+    """Those of kinds where a text asks for one, ``[B, images, kinds]``."""
+    at: Tensor = logits[text == ASK].unflatten(0, (len(text), IMAGES))
+    return at[..., :KINDS]
+
+
+def loss_of(answers: Callable[[Tensor, Tensor], Tensor], batch: Batch) -> Tensor:
+    """Cross-entropy of what ``answers(text, images)`` says that images show."""
+    text, kinds, images = batch
+    return functional.cross_entropy(answers(text, images).flatten(0, 1), kinds.flatten())
+
+
+def learn(
+    parameters: Iterable[nn.Parameter],
+    answers: Callable[[Tensor, Tensor], Tensor],
+    data: Iterable[Batch],
+    steps: int,
+) -> list[float]:
+    """Loss of each step."""
+    optimizer = torch.optim.AdamW(parameters, lr=5e-3)
+    losses = []
+    for _, batch in zip(range(steps), data, strict=False):
+        loss = loss_of(answers, batch)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
 
 
 def train(steps: int = 60, rows: int = 32) -> list[float]:
@@ -92,16 +125,7 @@ def train(steps: int = 60, rows: int = 32) -> list[float]:
     if not torch.equal(closed.flatten(0, 1), before):
         raise RuntimeError("closed gates changed the model; please report it")
     trained = [p for layer in layers for p in layer.block.parameters()]
-    optimizer = torch.optim.AdamW(trained, lr=5e-3)
-    losses = []
-    for _, (text, kinds, images) in zip(range(steps), data, strict=False):
-        logits = answer(model, layers, text, images)
-        loss = functional.cross_entropy(logits.flatten(0, 1), kinds.flatten())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    return losses
+    return learn(trained, lambda text, images: answer(model, layers, text, images), data, steps)
 
 
 def main() -> None:

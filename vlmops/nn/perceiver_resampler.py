@@ -219,12 +219,11 @@ class PerceiverResampler(nn.Module):
         }
         layers: Any = self.layers
         y = self.latents[None]  # one for all media, until they have looked
-        normed = layers[0][0]["norm_latents"](y)
-        for i, (attention, mlp) in enumerate(layers):
+        norms = [*(attention["norm_latents"] for attention, _ in layers), self.norm]
+        normed = norms[0](y)
+        for (attention, mlp), norm in zip(layers, norms[1:], strict=True):
             out = self._attend(attention, x, normed, seen)
             normed, y = normed_sum(attention["to_out"], out, y, mlp["0"], return_sum=True)
-            last = i + 1 == len(layers)
-            norm = self.norm if last else layers[i + 1][0]["norm_latents"]
             hidden = product(mlp["1"], normed, self.activation)
             normed, y = normed_sum(mlp["3"], hidden, y, norm, return_sum=True)
         result: Tensor = normed.unflatten(0, (samples, count))
