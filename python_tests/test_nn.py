@@ -470,7 +470,7 @@ MODULES = {
         qformer,
         lambda: (torch.randn(1, 4, C), torch.randn(2, 6, C_V), torch.randn(2, 5, C)),
     ),
-    "perceiver": (lambda: resampler("videos"), lambda: (torch.randn(2, 2, 3, 2, 12),)),
+    "perceiver": (lambda: resampler("norms"), lambda: (torch.randn(2, 2, 3, 2, 12),)),
     "qwen_vl": (qwen, lambda: (torch.randn(2, 16, 20),)),
 }
 every_module = pytest.mark.parametrize("name", MODULES)

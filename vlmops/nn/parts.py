@@ -102,6 +102,8 @@ def product(layer: Any, x: Tensor, activation: str | None = None) -> Tensor:
 def normed_sum(layer: Any, x: Tensor, residual: Tensor, norm: Any, return_sum: bool = False) -> Any:
     """``norm(layer(x) + residual)``, and the sum if wanted; a bias is added where the residual is.
 
+    Under autocast the sum has the residual's dtype, as torch's has.
+
     Args:
         layer: A ``torch.nn.Linear``, or what has become of it.
         x: ``[B, S, K]``.
@@ -111,9 +113,12 @@ def normed_sum(layer: Any, x: Tensor, residual: Tensor, norm: Any, return_sum: b
     """
     plain = bypassable(layer, nn.Linear)
     out = linear(x, layer.weight) if plain else layer(x)
+    if out.dtype != residual.dtype:
+        dtype = torch.promote_types(out.dtype, residual.dtype)
+        out, residual = out.to(dtype), residual.to(dtype)
     return add_norm(
         out,
-        residual.expand_as(out),
+        residual,
         norm.weight,
         norm.bias,
         x_bias=layer.bias if plain else None,

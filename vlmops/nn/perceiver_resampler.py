@@ -260,8 +260,9 @@ class PerceiverResampler(nn.Module):
             for part in segments
         )
         if "q_layer_norm" in attention:
-            q = attention["q_layer_norm"](q)
-            k, k_latents = (attention["k_layer_norm"](part) for part in (k, k_latents))
+            # Autocast has norms in float32, and attention wants one dtype.
+            q = attention["q_layer_norm"](q).to(v.dtype)
+            k, k_latents = (attention["k_layer_norm"](of).to(v.dtype) for of in (k, k_latents))
         of_all = [part.expand(len(x), -1, -1, -1) for part in (q, k_latents, v_latents)]
         return perceiver_attention(of_all[0], k, v, *of_all[1:], **seen).flatten(2)
 
