@@ -503,6 +503,19 @@ def test_connectors_compile_to_one_graph(name):
     torch.testing.assert_close(compiled(*given), module(*given))
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda **made: vlmops.nn.QFormerLayer(text=True, **made),
+        lambda **made: vlmops.nn.PerceiverResampler(64, max_num_frames=2, qk_norm=True, **made),
+        vlmops.nn.QwenVLResampler,
+    ],
+)
+def test_connectors_are_made_where_they_are_wanted(make):
+    module = make(device="meta", dtype=torch.bfloat16)
+    assert {(p.device.type, p.dtype) for p in module.parameters()} == {("meta", torch.bfloat16)}
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @every_module
 def test_connectors_in_16_bits(name, dtype):

@@ -46,12 +46,17 @@ Features = Sequence[Tensor]
 """Of the tower's first and last layer, ``[N, SIDE * SIDE, VISUAL]``."""
 
 
-class Linear(nn.Linear):
+class Linear(nn.Module):
     """One projection (LLaVA)."""
 
-    def forward(self, features: Features) -> Tensor:  # type: ignore[override]
+    def __init__(self, visual_size: int, hidden_size: int) -> None:
+        super().__init__()
+        self.project = nn.Linear(visual_size, hidden_size)
+
+    def forward(self, features: Features) -> Tensor:
         """``[N, S, hidden_size]``, as all have it, with S of their own."""
-        return super().forward(features[-1])
+        projected: Tensor = self.project(features[-1])
+        return projected
 
 
 class MLP(nn.Module):

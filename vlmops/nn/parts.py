@@ -113,11 +113,8 @@ def normed_sum(layer: Any, x: Tensor, residual: Tensor, norm: Any, return_sum: b
     """
     plain = bypassable(layer, nn.Linear)
     out = linear(x, layer.weight) if plain else layer(x)
-    if out.dtype != residual.dtype:
-        dtype = torch.promote_types(out.dtype, residual.dtype)
-        out, residual = out.to(dtype), residual.to(dtype)
     return add_norm(
-        out,
+        out.to(residual.dtype),
         residual,
         norm.weight,
         norm.bias,
