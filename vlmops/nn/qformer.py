@@ -178,10 +178,11 @@ class QFormerLayer(nn.Module):
         require("QFormerLayer", "text_states", text, (batch, "T", self.hidden_size), weight)
         require_mask("QFormerLayer", "text_mask", mask, tuple(text.shape[:2]))
         # Keys are two segments: those of the queries are seen by all, nothing is concatenated.
-        of_text = self._projected(module, text)
-        of_queries = [x.expand(len(text), -1, -1, -1) for x in of_queries]
-        seen = (*of_text[1:], *of_queries[1:], mask)
-        out, out_of_text = (perceiver_attention(x[0], *seen) for x in (of_queries, of_text))
+        q, k, v = (x.expand(len(text), -1, -1, -1) for x in of_queries)
+        q_text, k_text, v_text = self._projected(module, text)
+        out, out_of_text = (
+            perceiver_attention(of, k_text, v_text, k, v, mask) for of in (q, q_text)
+        )
         return self._added(module, out, queries), self._added(module, out_of_text, text)
 
     def _to_visual(
