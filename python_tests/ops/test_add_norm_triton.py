@@ -53,7 +53,7 @@ def test_strides_of_16_bytes_where_there_are_and_nowhere_else(monkeypatch):
 
 
 def test_refuses_rows_that_no_program_holds():
-    with pytest.raises(RuntimeError, match="x: expected at most 32768 channels, .* got 32769"):
+    with pytest.raises(RuntimeError, match=r"x: expected at most 32768 channels, .* got 32769"):
         vlmops.add_norm(torch.randn(1, 32769), backend="triton")
 
 

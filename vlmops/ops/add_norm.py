@@ -350,9 +350,7 @@ def _fake(
     rms: bool = False,
     needs_sum: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    same_device(
-        "add_norm", "x", x, residual=residual, weight=weight, bias=bias, x_bias=x_bias
-    )
+    same_device("add_norm", "x", x, residual=residual, weight=weight, bias=bias, x_bias=x_bias)
     kept = needs_sum and (residual is not None or x_bias is not None)
     return x.new_empty(x.shape), x.new_empty(x.shape if kept else 0)
 
@@ -377,7 +375,7 @@ def _fake_backward(
     )  # fmt: skip
 
     def of(vector: Tensor | None, needed: bool) -> Tensor:
-        return vector.new_empty(vector.shape) if needed and vector is not None else grad.new_empty(0)
+        return grad.new_empty(0) if vector is None or not needed else vector.new_empty(vector.shape)
 
     return (
         grad.new_empty(grad.shape if needs_sum else 0),

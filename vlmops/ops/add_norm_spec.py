@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from vlmops.ops.add_norm import add_norm, reference
-from vlmops.ops.spec import Arguments, BadCall, BenchCase, Case, Spec
+from vlmops.ops.spec import Arguments, BadCall, BenchCase, Case, Spec, alter, swap
 
 
 def _function(**args: Any) -> tuple[Tensor, ...]:
@@ -52,8 +52,17 @@ def _inputs(
     centre: float = 0.3,
     **options: Any,
 ) -> Callable[[torch.dtype, torch.device], Arguments]:
-    """``given``: the optional tensors; ``layouts``: of x and residual; ``rows``: residual's shape;
-    ``centre``: about the mean of rows."""
+    """Of rows like a model's.
+
+    Args:
+        shape: Of x.
+        given: The optional tensors that there are.
+        dtypes: Of vectors, by name, if they are others than x's.
+        layouts: Of x and residual.
+        rows: Residual's shape.
+        centre: About the mean of rows.
+        options: Further arguments.
+    """
 
     def make(dtype: torch.dtype, device: torch.device) -> Arguments:
         x = centre + torch.randn(shape)
@@ -125,8 +134,8 @@ def eager_for(args: Arguments) -> Callable[..., tuple[Tensor, ...]]:
         elif weight is None or weight.dtype == x.dtype == (weight if bias is None else bias).dtype:
             out = functional.layer_norm(s, x.shape[-1:], weight, bias, eps)
         else:  # as under mixed precision
-            vectors = (v if v is None else v.float() for v in (weight, bias))
-            out = functional.layer_norm(s.float(), x.shape[-1:], *vectors, eps).to(x.dtype)
+            w, b = (v if v is None else v.float() for v in (weight, bias))
+            out = functional.layer_norm(s.float(), x.shape[-1:], w, b, eps).to(x.dtype)
         return (out, s)[: 1 + return_sum]
 
     return eager
@@ -141,27 +150,19 @@ def _arguments(args: Arguments) -> tuple[Any, ...]:
     return tuple(given[name] for name in names)
 
 
-def _with(**changes: Any) -> Callable[[Arguments], Arguments]:
-    return lambda args: {**args, **changes}
-
-
-def _change(name: str, change: Callable[[Tensor], Any]) -> Callable[[Arguments], Arguments]:
-    return lambda args: {**args, name: change(args[name])}
-
-
 def _bad_vectors() -> list[BadCall]:
     """What is asked of weight, bias and x_bias alike."""
     return [
         bad
         for name in ("weight", "bias", "x_bias")
         for bad in (
-            BadCall(f"{name}_length", _with(**{name: torch.ones(47)}),
+            BadCall(f"{name}_length", swap(**{name: torch.ones(47)}),
                     rf"{name}: expected shape \[48\], that is \[C\], .*got \[47\]"),
-            BadCall(f"{name}_integer", _change(name, Tensor.int),
+            BadCall(f"{name}_integer", alter(name, Tensor.int),
                     rf"{name}: expected dtype float32, bfloat16 or float16, got int32"),
-            BadCall(f"{name}_device", _change(name, lambda t: t.to("meta")),
+            BadCall(f"{name}_device", alter(name, lambda t: t.to("meta")),
                     r"expected.* on .*got"),
-            BadCall(f"{name}_no_tensor", _with(**{name: 0.5}),
+            BadCall(f"{name}_no_tensor", swap(**{name: 0.5}),
                     rf"{name}: expected a torch.Tensor, got float", TypeError),
         )
     ]  # fmt: skip
@@ -169,24 +170,24 @@ def _bad_vectors() -> list[BadCall]:
 
 # The good call is CASES[0]: x and residual [2, 5, 48], and all vectors.
 ERRORS = [
-    BadCall("x_rank", _with(x=torch.ones(()), residual=None),
+    BadCall("x_rank", swap(x=torch.ones(()), residual=None),
             r"x: expected \[.., C\], got shape \[\]"),
-    BadCall("x_float64", _change("x", Tensor.double),
+    BadCall("x_float64", alter("x", Tensor.double),
             r"x: expected dtype float32, bfloat16 or float16, got float64"),
-    BadCall("x_no_tensor", _with(x=3), r"x: expected a torch.Tensor, got int", TypeError),
-    BadCall("residual_shape", _change("residual", lambda t: t[:, :3]),
+    BadCall("x_no_tensor", swap(x=3), r"x: expected a torch.Tensor, got int", TypeError),
+    BadCall("residual_shape", alter("residual", lambda t: t[:, :3]),
             r"residual: expected shape \[2, 5, 48\], that is x, got \[2, 3, 48\]"),
-    BadCall("residual_rank", _change("residual", lambda t: t[None]),
+    BadCall("residual_rank", alter("residual", lambda t: t[None]),
             r"residual: expected shape \[2, 5, 48\], that is x, got \[1, 2, 5, 48\]"),
-    BadCall("residual_dtype", _change("residual", Tensor.half),
+    BadCall("residual_dtype", alter("residual", Tensor.half),
             r"residual: expected dtype float32, that of x, got float16"),
-    BadCall("residual_device", _change("residual", lambda t: t.to("meta")), r"expected.* on .*got"),
-    BadCall("residual_no_tensor", _with(residual=[1.0]),
+    BadCall("residual_device", alter("residual", lambda t: t.to("meta")), r"expected.* on .*got"),
+    BadCall("residual_no_tensor", swap(residual=[1.0]),
             r"residual: expected a torch.Tensor, got list", TypeError),
     *_bad_vectors(),
-    BadCall("bias_rms", _with(rms=True), r"bias: expected None with rms=True"),
-    BadCall("eps_zero", _with(eps=0.0), r"eps: expected a positive, finite.*got 0"),
-    BadCall("eps_nan", _with(eps=float("nan")), r"eps: expected a positive, finite.*got nan"),
+    BadCall("bias_rms", swap(rms=True), r"bias: expected None with rms=True"),
+    BadCall("eps_zero", swap(eps=0.0), r"eps: expected a positive, finite.*got 0"),
+    BadCall("eps_nan", swap(eps=float("nan")), r"eps: expected a positive, finite.*got nan"),
 ]  # fmt: skip
 
 

@@ -5,16 +5,17 @@ gradient of the sum, and where vectors' gradients are wanted a second one that s
 rows, whose sums torch adds up: no atomics, one order.
 
 Bytes are those of the CUDA kernels (csrc/ops/add_norm/add_norm.cuh): 17 MB for Idefics2's 8 x 64
-latents of 4,096 channels in bfloat16, 4 us at the 4.3 TB/s that a copy reaches on an H200. PREDICTED,
-never measured: 75 % of a copy at 4,096 rows, a launch (5 us) below.
+latents of 4,096 channels in bfloat16, 4 us at the 4.3 TB/s that a copy reaches on an H200.
+PREDICTED, never measured: 75 % of a copy at 4,096 rows, a launch (5 us) below.
 
 C, dtypes, which tensors there are and whether 8 divides strides are in the compile key; numbers of
-rows and strides are not. Tensors whose rows no single stride leads through, or whose channels do not
-lie side by side, are copied first.
+rows and strides are not. Tensors whose rows no single stride leads through, or whose channels do
+not lie side by side, are copied first.
 """
 
 from __future__ import annotations
 
+import math
 import os
 from typing import Any
 
@@ -170,11 +171,9 @@ def _launch(kernel: Any, programs: int, device: torch.device, *args: Any, **cons
         kernel[(programs,)](*args, **constants)
 
 
-def _rows(t: Tensor | None) -> Tensor | None:
+def _rows(t: Tensor) -> Tensor:
     """``[rows, C]``, channels side by side."""
-    if t is None:
-        return None
-    t = t.reshape(-1, t.shape[-1])
+    t = t.reshape(math.prod(t.shape[:-1]), t.shape[-1])
     return t if t.stride(1) == 1 else t.contiguous()
 
 
@@ -218,8 +217,7 @@ def forward(
     )
     if out.numel() == 0:
         return out, total
-    rows, more = x.reshape(-1, x.shape[-1]), _rows(residual)
-    rows = rows if rows.stride(1) == 1 else rows.contiguous()
+    rows, more = _rows(x), None if residual is None else _rows(residual)
     strides, vector = _strides(rows, more)
     _launch(
         forward_kernel, len(rows), x.device,
@@ -261,31 +259,31 @@ def backward(
                 "gradient is wanted, got None"
             )
     of_sum = grad.new_empty(grad.shape if writes else 0)
-    rows, x, added = (_rows(t) for t in (grad, total, grad_sum))
-    sums: list[Tensor | None] = [None, None, None]
-    if grad.numel() and rows is not None:
-        parts = triton.cdiv(len(rows), _PART["BM"])
-        sums = [rows.new_empty(parts, rows.shape[1], dtype=torch.float32) if n else None
-                for n in needs]  # fmt: skip
-        scales = rows.new_empty(len(rows), 2, dtype=torch.float32) if needs_weight else None
-        strides, vector = _strides(rows, x, added)
-        constants = _constants(rows.shape[1], rms, vector)
+    rows = _rows(grad)
+    x, added = (None if t is None else _rows(t) for t in (total, grad_sum))
+    n_rows, channels = rows.shape
+    parts = triton.cdiv(n_rows, _PART["BM"])
+    sums = [rows.new_empty(parts, channels, dtype=torch.float32) if n else None for n in needs]
+    if grad.numel() == 0:
+        sums = [None if part is None else part.zero_() for part in sums]
+    else:
+        scales = rows.new_empty(n_rows, 2, dtype=torch.float32) if needs_weight else None
+        strides, wide = _strides(rows, x, added)
+        constants = _constants(channels, rms, wide)
         if writes or needs_weight:
             _launch(
-                backward_kernel, len(rows), grad.device,
+                backward_kernel, n_rows, grad.device,
                 rows, x, added, _row(weight), of_sum if writes else None, scales, *strides, eps,
                 **constants,
             )  # fmt: skip
         if any(needs):
             _launch(
-                sums_kernel, parts * triton.cdiv(rows.shape[1], _PART["BC"]), grad.device,
-                rows, x, of_sum if writes else None, scales, *sums, *strides[:2], len(rows),
-                C=rows.shape[1], VEC=vector, **_PART, num_warps=4, num_stages=1,
+                sums_kernel, parts * triton.cdiv(channels, _PART["BC"]), grad.device,
+                rows, x, of_sum if writes else None, scales, *sums, *strides[:2], n_rows,
+                C=channels, VEC=wide, **_PART, num_warps=4, num_stages=1,
             )  # fmt: skip
-    elif grad.numel() == 0:
-        sums = [grad.new_zeros(0, grad.shape[-1], dtype=torch.float32) if n else None for n in needs]
-    of_vectors = [
+    of_weight, of_bias, of_x_bias = (
         grad.new_empty(0) if vector is None or part is None else part.sum(0).to(vector.dtype)
         for vector, part in zip(given, sums, strict=True)
-    ]
-    return of_sum if needs_sum else grad.new_empty(0), *of_vectors
+    )
+    return of_sum if needs_sum else grad.new_empty(0), of_weight, of_bias, of_x_bias
