@@ -103,7 +103,7 @@ def test_demo_photographs(run, dtype):
     counts = {"mrope": 2, "patch_embed": 1, "pixel_shuffle": 0, "hd_transform": 0}
     counts |= {"mlp_projector": 1, "linear": 0, "packed_attention": 1}
     counts |= {"gated_cross_attention": 0, "gated_residual": 0}
-    counts |= {"perceiver_attention": 0, "qformer_attention": 0}
+    counts |= {"add_norm": 0, "perceiver_attention": 0, "qformer_attention": 0}
     assert results["report"]["counts"] == counts
     agreement = results["agreement"]
     assert agreement["agree"]

@@ -4,7 +4,7 @@ import pytest
 
 from vlmops.hf import eager_attention, shuffles
 from vlmops.hf import patch as patching
-from vlmops.hf.sites import gated_residual, packed_attention
+from vlmops.hf.sites import add_norm, gated_residual, packed_attention
 
 
 def _only(op, monkeypatch):
@@ -66,3 +66,10 @@ def only_perceiver_attention(monkeypatch):
     """And nothing is too small for it."""
     _only("perceiver_attention", monkeypatch)
     monkeypatch.setattr(eager_attention, "SMALL", 0)
+
+
+@pytest.fixture
+def only_add_norm(monkeypatch):
+    """And no tensor is too small for it."""
+    _only("add_norm", monkeypatch)
+    monkeypatch.setattr(add_norm, "SMALL", 0)

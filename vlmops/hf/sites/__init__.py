@@ -60,6 +60,7 @@ class Site:
 def all_sites() -> dict[str, Site]:
     """Op -> site."""
     from vlmops.hf.sites import (
+        add_norm,
         gated_cross_attention,
         gated_residual,
         hd_transform,
@@ -85,6 +86,7 @@ def all_sites() -> dict[str, Site]:
         qformer_attention.SITE,
         perceiver_attention.SITE,
         gated_residual.SITE,
+        add_norm.SITE,
         linear.SITE,
     )
     return {site.op: site for site in sites}
