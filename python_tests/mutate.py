@@ -322,10 +322,9 @@ MUTATIONS = {
         "ops/pixel_shuffle/pixel_shuffle_cpu.h", "const auto v = load<kFloats>(x + k) * share;",
         "const auto v = load<kFloats>(x + k);"),
     "shuffle: norm: what is left of a run has the first's weights": (
-        "ops/pixel_shuffle/pixel_shuffle_cpu.h", "f(r, i, r * length + i);", "f(r, i, i);"),
+        "common/norm_cpu.h", "f(r, i, r * length + i);", "f(r, i, i);"),
     "shuffle: norm: what a mean lacks is not shifted": (
-        "ops/pixel_shuffle/pixel_shuffle_cpu.h",
-        "const double rest = p.norm == Norm::kLayer ? sum / count : 0.0;",
+        "common/norm_cpu.h", "const double rest = norm.layer ? sum / count : 0.0;",
         "const double rest = 0.0 * sum;"),
     "shuffle: norm: ignore the offset": (
         "ops/pixel_shuffle/pixel_shuffle_cpu.h", "canonical(element(p.weight, k) + p.offset)",
@@ -338,8 +337,7 @@ MUTATIONS = {
         "xs.v[v] = (wg - of.mean_wg - xh * of.mean_along) * of.by.scale;",
         "xs.v[v] = (wg - of.mean_wg) * of.by.scale;"),
     "shuffle: norm backward: rms with a mean": (
-        "ops/pixel_shuffle/pixel_shuffle_cpu.h", "p.norm == Norm::kLayer ? all * share : 0.0f",
-        "all * share"),
+        "common/norm_cpu.h", "norm.layer ? all * share : 0.0f", "all * share"),
     "shuffle: norm backward: biases in the order of words": (
         "ops/pixel_shuffle/pixel_shuffle_cpu.h",
         "total[k / s.normed * s.normed + place_of(s, k % s.normed)]",
@@ -351,7 +349,7 @@ MUTATIONS = {
     "shuffle: norm backward: tokens share the place of their pieces": (
         "ops/pixel_shuffle/pixel_shuffle_cpu.h", "s.g[number / of_token % kTogether]", "s.g[0]"),
     "shuffle: norm: a bad guess of the mean is kept": (
-        "ops/pixel_shuffle/pixel_shuffle_cpu.h", "if (!again && rest * rest > variance) {",
+        "common/norm_cpu.h", "if (!again && rest * rest > variance) {",
         "if (!again && false) {"),
     "shuffle: chunks by the number of threads": (
         "ops/pixel_shuffle/pixel_shuffle.cpp",
@@ -469,13 +467,13 @@ MUTATIONS = {
     "residual: a mask side by side": (
         "ops/gated_residual/gated_residual.h", "row_at(p, p.mask_stride, row)", "row"),
     "residual: rows of the last dimension alone": (
-        "ops/gated_residual/gated_residual.h", "return outer * s.outer + ", "return "),
+        "common/strides.h", "return outer * s.outer + ", "return "),
     "residual: gates of bfloat16 in their own order": (
         "ops/gated_residual/gated_residual_cpu.h", "ordered[A::place(i)] = to[first + i];",
         "ordered[i] = to[first + i];"),
     "residual: sums of bfloat16 in vectors' order": (
-        "ops/gated_residual/gated_residual_cpu.h", "ordered[i] = total[first + A::place(i)];",
-        "ordered[i] = total[first + i];"),
+        "common/stream.h", "ordered[i] = sums[first + A::place(i)];",
+        "ordered[i] = sums[first + i];"),
     "residual: NaN of gates with a payload": (
         "ops/gated_residual/gated_residual_cpu.h",
         'y == y ? y : Vec<float, width>{} + __builtin_nanf("")', "y"),
@@ -498,14 +496,14 @@ MUTATIONS = {
         "ops/gated_residual/gated_residual.cpp", "for (double& all : total) all += *sum++;",
         "for (double& all : total) all = *sum++;"),
     "residual: let y of another shape through": (
-        "ops/gated_residual/gated_residual.cpp", "a.shape(x.tensor.sizes(), x.name);", ""),
+        "binding/check.cpp", "shape(other.tensor.sizes(), other.name);", ""),
     "residual: let gates of rows through": (
         "ops/gated_residual/gated_residual.cpp", "(n != channels || last != n)", "n != channels"),
     "residual: an expanded gate for one": (
         "ops/gated_residual/gated_residual.cpp", "g.per_channel = n != 1;",
         "g.per_channel = n != 1 && t.stride(t.dim() - 1) != 0;"),
     "residual: more strides than two": (
-        "ops/gated_residual/gated_residual.cpp", "if (merged.size() > 2) return false;", ""),
+        "binding/rows.h", "if (merged.size() > 2) return false;", ""),
     "aggregation: another row of the map": (
         "ops/spatial_aggregate/spatial_aggregate_cpu.h", "cell.y * of.height + i,", "cell.y + i,"),
     "aggregation: another column of the map": (
@@ -558,10 +556,111 @@ MUTATIONS = {
     "aggregation: gradients of q alone": (
         "ops/spatial_aggregate/spatial_aggregate.cpp", "p.needs_weights || i <= count",
         "p.needs_weights || i == 0"),
+    "joined: the same share of both": (
+        "ops/perceiver_attention/perceiver_attention_cpu.h",
+        "load<width>(other + i) * s.other", "load<width>(other + i) * s.first"),
+    "joined: statistics of the media": (
+        "ops/perceiver_attention/perceiver_attention_cpu.h",
+        "p.statistics[p.heads * p.rows + at] = s.part;", ""),
+    "joined: statistics of another row": (
+        "ops/perceiver_attention/perceiver_attention_cpu.h",
+        "at = head * p.rows + row,", "at = head * p.rows + (row ? row - 1 : 0),"),
+    "joined: without the steepness": (
+        "ops/perceiver_attention/perceiver_attention.h", "* p.steepness) / part", ") / part"),
+    "joined: no media, no number": (
+        "ops/perceiver_attention/perceiver_attention.h",
+        "  if (of_first == 0.0f) return {0.0f, 1.0f, other, of_other};\n", ""),
+    "joined: the gradient of q by the media alone": (
+        "ops/perceiver_attention/perceiver_attention_cpu.h",
+        "load<width>(x + i) + load<width>(y + i)", "load<width>(x + i)"),
+    "joined: the gradient of q in its own dtype": (
+        "ops/perceiver_attention/perceiver_attention.cpp",
+        "needs_k_latents, needs_v_latents, true);", "needs_k_latents, needs_v_latents, false);"),
+    "joined: heads of latents are not looked at": (
+        "ops/perceiver_attention/perceiver_attention.cpp",
+        "if (k.size(2) != k_latents.size(2))", "if (false)"),
+    "queries: the mask is not handed on": (
+        "ops/qformer_attention/qformer_attention.cpp",
+        '"qformer_attention", key_mask, key_lengths', '"qformer_attention", {}, key_lengths'),
+    "queries: the scale is not handed on in backward": (
+        "ops/qformer_attention/qformer_attention.cpp",
+        "attention::backward(options_of(key_mask, key_lengths, scale)",
+        "attention::backward(options_of(key_mask, key_lengths, {})"),
+    "norm of a sum: x's bias is forgotten": (
+        "ops/add_norm/add_norm_cpu.h",
+        "s.v[v] += load<kFloats>(x_bias + i + v * kFloats);", ";"),
+    "norm of a sum: x's bias is forgotten at the end": (
+        "ops/add_norm/add_norm_cpu.h", "row[i] = one(x + i) + x_bias[i];", "row[i] = one(x + i);"),
+    "norm of a sum: one residual for all": (
+        "ops/add_norm/add_norm_cpu.h",
+        "row_at(p, p.residual_stride, number);\n  T* sum", "0;\n  T* sum"),
+    "norm of a sum: sums of what is left": (
+        "ops/add_norm/add_norm_cpu.h", "    sums.left += row[i];\n", ""),
+    "norm of a sum: rows far from 0": (
+        "ops/add_norm/add_norm_cpu.h",
+        "const auto off = load<kFloats>(row + i) - about;",
+        "const auto off = load<kFloats>(row + i) - 0.0f * about;"),
+    "norm of a sum: vectors in the channels' order": (
+        "ops/add_norm/add_norm_cpu.h", "table[place_of<A>(i, n)] =", "table[i] ="),
+    "norm of a sum: NaN with all bits": (
+        "ops/add_norm/add_norm_cpu.h", "canonical(element(v, i))", "element(v, i)"),
+    "norm of a sum, backward: without the sum's own gradient": (
+        "ops/add_norm/add_norm_cpu.h", " * of.by.scale + added.v[v];", " * of.by.scale;"),
+    "norm of a sum, backward: without the mean": (
+        "ops/add_norm/add_norm_cpu.h", "(wg - of.mean_wg - y *", "(wg - y *"),
+    "norm of a sum, backward: rows that are left": (
+        "ops/add_norm/add_norm_cpu.h",
+        "for (int r = 0; r < together; ++r) backward_rows<T, 1>", "backward_rows<T, 1>"),
+    "norm of a sum, backward: one chunk": (
+        "ops/add_norm/add_norm.cpp", "total[i % n] += sums.get()[i]",
+        "total[i % n] = sums.get()[i]"),
+    "norm of a sum, backward: chunks by threads": (
+        "ops/add_norm/add_norm.cpp", "int64_t{32}, (p.rows + 31) / 32}",
+        "int64_t{32}, p.rows / torch::stable::get_num_threads()}"),
 }  # fmt: skip
 
 # op -> name -> (text in vlmops/ops/<op>_triton.py, replacement)
-TRITON_MUTATIONS = {"spatial_aggregate": {
+TRITON_MUTATIONS = {"add_norm": {
+    "unchanged": ("import math", "import math"),
+    "without x's bias": ("b_s += _vector(p_x_bias, o_c, m, 0.0)", "b_s += 0.0"),
+    "channels beyond the last": ("tl.where(m, b_s - b_mean, 0.0)", "b_s - b_mean"),
+    "eps outside the root": ("tl.sqrt_rn(tl.sum(b_s * b_s, 0) / C + eps)",
+                             "(tl.sqrt_rn(tl.sum(b_s * b_s, 0) / C) + eps)"),
+    "the rounded sum is normed": (
+        "b_y, _, _ = _normed(b_s, m,",
+        "b_y, _, _ = _normed(b_s.to(p_x.dtype.element_ty).to(tl.float32), m,"),
+    "the result in place of the sum": ("tl.store(p_sum + i_row * C + o_c, b_s.to(",
+                                       "tl.store(p_sum + i_row * C + o_c, (b_s * 2).to("),
+    "gradients without the mean": ("b_of_x -= tl.sum(b_g, 0) / C", "b_of_x -= 0.0"),
+    "gradients without the scale": ("b_of_x *= b_scale", "b_of_x *= 1.0"),
+    "gradients without what is added": (
+        "b_of_x += tl.load(p, mask=m, other=0.0).to(tl.float32)\n        tl.store(p_out",
+        "b_of_x += 0.0\n        tl.store(p_out"),
+    "weights' gradients of what was not normed": ("(b_x - b_mean[:, None]) * b_scale[:, None]",
+                                                   "b_x"),
+    "sums of the first part": ("part.sum(0).to(vector.dtype)", "part[0].to(vector.dtype)"),
+    "strides of 16 bytes where there are none": (
+        "vector = _VECTOR if all(", "vector = _VECTOR if True or all("),
+}, "perceiver_attention": {
+    "unchanged": ("import functools", "import functools"),
+    "the same share of both": ("* b_share_2[:, None]", "* b_share[:, None]"),
+    "no media, no number": ("m_second = b_part_2 == 0.0, (b_part == 0.0) & (b_part_2 != 0.0)",
+                            "m_second = b_part_2 == 0.0, b_part < 0.0"),
+    "statistics of rows by heads": ("o = o_row % n_heads * n_rows + o_row // n_heads",
+                                    "o = o_row"),
+    "the first maximum": ("(b_top > b_top_2) & ~m_second", "~m_second"),
+    "parts of the media": ("tl.store(p_joint + n_all + o, b_part,",
+                           "tl.store(p_joint + n_all + o, b_part * 2.0,"),
+    "the gradient of q in its own dtype": ("exact_q=True", "exact_q=False"),
+    "the gradient of q by the media alone": ("(dq + more).to(", "dq.to("),
+    "the mask is not handed on": ("block_mask=o.key_mask,", "block_mask=None,"),
+    "queries share no mask": ("tokens_per_block=o.tokens_per_block,", ""),
+}, "qformer_attention": {
+    "unchanged": ("from typing", "from typing"),
+    "the mask is not handed on": ("block_mask=o.key_mask, ", ""),
+    "lengths are not handed on": ("key_lengths=o.key_lengths, ", ""),
+    "the scale is not handed on": (", scale=o.scale)", ")"),
+}, "spatial_aggregate": {
     "unchanged": ("import os", "import os"),
     "another row of the map": ("(i_y * M + o_t // W)", "(i_y + o_t // W)"),
     "another column of the map": ("i_x * W + o_t % W)", "i_x + o_t % W)"),
@@ -1080,10 +1179,9 @@ CUDA_MUTATIONS = {
         "tile.row : tile.last; row < tile.last; row += kSumWarps",
         "tile.row : tile.last; row < tile.last; row += 2 * kSumWarps"),
     "projector: sums written over before they are read": (
-        "ops/mlp_projector/mlp_projector.cuh", "  __syncthreads();  // shared is used again\n", ""),
+        "common/row_sums.cuh", "  __syncthreads();  // shared is used again\n", ""),
     "projector: parts of any size have 32 rows": (
-        "ops/mlp_projector/mlp_projector.cuh", "part_rows = gpu_part_rows(rows, width)",
-        "part_rows = kPartRows"),
+        "common/row_sums.cuh", "part_rows = gpu_part_rows(rows, width)", "part_rows = kSmallPart"),
     "projector: as many small parts as there are large ones": (
         "ops/mlp_projector/mlp_projector.cpp",
         "launchers_for(x) != nullptr ? gpu_part_rows(rows, x.size(1)) : kPartRows", "kPartRows"),
@@ -1204,7 +1302,7 @@ CUDA_MUTATIONS = {
         "ops/pixel_shuffle/pixel_shuffle.cuh", "partial + part * 2 * p.normed()",
         "partial + part * p.normed()"),
     "shuffle: parts beyond whole turns": (
-        "ops/pixel_shuffle/pixel_shuffle.cuh", "part < parts; part += kSlices",
+        "common/row_sums.cuh", "part < parts; part += kSlices",
         "part < parts / kSlices * kSlices; part += kSlices"),
     "shuffle: any strides: normed cyx pixels one after the other": (
         "ops/pixel_shuffle/pixel_shuffle.cuh",
@@ -1304,6 +1402,52 @@ CUDA_MUTATIONS = {
         "if (bias != nullptr && weight != nullptr) load_floats"),
     "norms: vectors of two dtypes": (
         "common/norm.cuh", "good = good && v->dtype == dtype &&", "good = good &&"),
+    "joined: the same share of both": (
+        "ops/perceiver_attention/perceiver_attention.cuh",
+        "to_float(y[e]) * s.other", "to_float(y[e]) * s.first"),
+    "joined: statistics of rows by heads": (
+        "ops/perceiver_attention/perceiver_attention.cuh",
+        "at = head * p.rows + row;", "at = row_and_head;"),
+    "joined: threads beyond the last": (
+        "ops/perceiver_attention/perceiver_attention.cuh",
+        "if (thread >= p.rows * p.heads * packs) return;", ""),
+    "joined: no statistics": (
+        "ops/perceiver_attention/perceiver_attention.cuh", "p.statistics[at] = s.most;", ""),
+    "joined: the gradient of q by the media alone": (
+        "ops/perceiver_attention/perceiver_attention.cuh",
+        "from_float<T>(x[i] + y[i])", "from_float<T>(x[i])"),
+    "norm of a sum: without x's bias": (
+        "ops/add_norm/add_norm.cuh",
+        "if (p.vectors[kXBias].data != nullptr) add(", "if (false) add("),
+    "norm of a sum: without the residual": (
+        "ops/add_norm/add_norm.cuh",
+        "if (p.residual != nullptr) add(", "if (false) add("),
+    "norm of a sum: rows beyond the last": (
+        "ops/add_norm/add_norm.cuh",
+        "if (row >= p.rows) return;  // a warp", "if (false) return;  // a warp"),
+    "norm of a sum: any vectors": (
+        "ops/add_norm/add_norm.cu", "(x_bias.dtype == p.dtype && aligned(x_bias.data))", "true"),
+    "norm of a sum: any strides": (
+        "ops/add_norm/add_norm.cu",
+        "&& s.outer % kPack<T> == 0 && s.row % kPack<T> == 0", ""),
+    "norm of a sum: the residual in backward, element by element": (
+        "ops/add_norm/add_norm.cuh", "p.residual == nullptr || p.grad != nullptr",
+        "p.residual == nullptr"),
+    "norm of a sum, backward: without the sum's own gradient": (
+        "ops/add_norm/add_norm.cuh",
+        "for (int e = 0; e < V; ++e) held.x[j][e] += more[e];\n    });\n  }\n  T* const out",
+        "for (int e = 0; e < V; ++e) held.x[j][e] += 0;\n    });\n  }\n  T* const out"),
+    "norm of a sum, backward: of one element": (
+        "ops/add_norm/add_norm.cuh", "(wg - mean - by.normed(row(i)) * along)",
+        "(wg - by.normed(row(i)) * along)"),
+    "norm of a sum, backward: weights' of what was not normed": (
+        "ops/add_norm/add_norm.cuh", "by.normed(y.v[e]) * of.v[e]", "y.v[e] * of.v[e]"),
+    "norm of a sum, backward: x_bias's of what came": (
+        "ops/add_norm/add_norm.cuh",
+        "add(sums[kXBias], load<T, V>(p.out, row * p.channels + tile.column));",
+        "add(sums[kXBias], of);"),
+    "norm of a sum, backward: bias's dtype for all": (
+        "ops/add_norm/add_norm.cuh", "switch (g.dtype[blockIdx.y])", "switch (g.dtype[0])"),
 }  # fmt: skip
 
 # Under the name of a module in vlmops, the file at a path.
@@ -1519,7 +1663,7 @@ ATTENTION_MUTATIONS = {
     "unchanged": (ATTENTIONS, "MAX_DIM = 256", "MAX_DIM = 256"),
     "every implementation": (ATTENTIONS, "if implementation not in SELECTED:", "if False:"),
     "an sdpa of somebody else": (
-        ATTENTIONS, "known = theirs is default or theirs.__module__ == _SDPA", "known = True"),
+        ATTENTIONS, "known = theirs is default or theirs.__module__ == SDPA", "known = True"),
     "segments for another implementation": (
         ATTENTIONS, "if config is not None and config._attn_implementation in SELECTED:",
         "if config is not None:"),
@@ -1534,7 +1678,7 @@ ATTENTION_MUTATIONS = {
     "eager code that is causal": (ATTENTIONS, "causal = bool(sdpa and ", "causal = bool("),
     "dropout ignored": (ATTENTIONS, 'kwargs.get("dropout") or ', ""),
     "other maths ignored": (
-        ATTENTIONS, "any(kwargs.get(name) is not None for name in _OTHER_MATHS)", "False"),
+        ATTENTIONS, "any(kwargs.get(name) is not None for name in OTHER_MATHS)", "False"),
     "masks ignored": (ATTENTIONS, "        and (attention_mask is None or carried)\n", ""),
     "heads of any width": (ATTENTIONS, "dim % 8 or not 0 < dim <= MAX_DIM or ", ""),
     "values of any dtype": (ATTENTIONS, "== key.dtype == value.dtype", "== key.dtype"),
@@ -1647,7 +1791,7 @@ CROSS_MUTATIONS = {
 }  # fmt: skip
 GATES, GATE_SITE = "vlmops.hf.gates", "vlmops.hf.sites.gated_residual"
 GATE_MUTATIONS = {
-    "unchanged": (GATES, "class Lazy:", "class Lazy:"),
+    "unchanged": (GATES, "class Gate(", "class Gate("),
     "masks of rows the other way round": (
         GATES, "return ~mask if self.stopped else mask != 0", "return mask != 0"),
     "masks of any shape": (GATES, "if self.mask.shape != (*like.shape[:-1], 1):", "if False:"),
@@ -1657,7 +1801,7 @@ GATE_MUTATIONS = {
                      "isinstance(gate, Gate)"),
     "any dtype": (GATES, " or not x.dtype == y.dtype == gate.dtype:", ":"),
     "rows that are not stopped": (GATES, "    if gated.stopped is not None:\n", "    if False:\n"),
-    "filled with anything": (GATES, "rows.stopped and value == 0.0", "rows.stopped"),
+    "filled with anything": (GATES, "mask.stopped and value == 0.0", "mask.stopped"),
     "masks that are none": (
         GATE_SITE, "not bool(((value == 0) | (value == 1)).all())", "False"),
     "small tensors": (GATE_SITE, " or x.numel() < SMALL:", ":"),
@@ -1677,7 +1821,87 @@ HD_MUTATIONS = {
         HD_SITE, "weights = first.weight, first.bias, second.weight, second.bias",
         "weights = first.weight, second.bias, second.weight, first.bias"),
 }  # fmt: skip
+BLOCK_SITE = "vlmops.hf.sites.add_norm"
+BLOCK_MUTATIONS = {
+    "unchanged": (BLOCK_SITE, "_DROPS =", "_DROPS ="),
+    "not compared with its layers": (
+        BLOCK_SITE, "block if same else None", "block"),
+    "other names": (
+        BLOCK_SITE, "if not set(forward.__code__.co_names) <=", "if False and set() <="),
+    "more arguments": (BLOCK_SITE, " or len(inspect.signature(forward).parameters) != 3", ""),
+    "dropout in training": (BLOCK_SITE, " or (dropout.training and dropout.p > 0)", ""),
+    "hooks on dropout": (BLOCK_SITE, "plain.watched(dropout) or ", ""),
+    "hooks on all modules": (
+        BLOCK_SITE, "if torch.nn.modules.module._has_any_global_hook():", "if False:"),
+    "autocast": (BLOCK_SITE, " or torch.is_autocast_enabled(device)", ""),
+    "norms that somebody replaced": (
+        BLOCK_SITE, "return plain.bypassable(getattr(module, block.norm), nn.LayerNorm)",
+        "return True"),
+    "small tensors": (BLOCK_SITE, " or residual.numel() < SMALL:", ":"),
+    "compiled as it is": (BLOCK_SITE, "torch.compiler.is_compiling() or ", ""),
+    "any shape": (BLOCK_SITE, " or h.shape != residual.shape", ""),
+    "any device": (BLOCK_SITE, 'device not in ("cpu", "cuda") or ', ""),
+    "eps of torch's": (BLOCK_SITE, ", eps=norm.eps)", ")"),
+    "without a bias": (BLOCK_SITE, "norm.weight, norm.bias, eps", "norm.weight, None, eps"),
+    "the linear layer twice": (
+        BLOCK_SITE, "return norm(h + residual)\n\n        forward",
+        "return inner(self, *args, **kwargs)\n\n        forward"),
+    "hooked norms": (BLOCK_SITE, "or next(filter(None, reasons), None)", ""),
+    "not checked": (BLOCK_SITE, "difference(type(module).__name__, (ours,), (own,))", "None"),
+}  # fmt: skip
+FOLLOWER, FOLLOWED = "vlmops.hf.eager_attention", "vlmops.hf.eager_modules"
+FOLLOWER_MUTATIONS = {
+    "unchanged": (FOLLOWER, "SMALL = 1 << 20", "SMALL = 1 << 20"),
+    "scales are forgotten": (FOLLOWER, "return x.changed(compute, factor())",
+                             "return x.changed(compute)"),
+    "divided is multiplied": (FOLLOWER, "lambda: 1.0 / by", "lambda: float(by)"),
+    "masks are forgotten": (FOLLOWER, "mask = self.mask if mask is None else mask", "mask = None"),
+    "two masks": (FOLLOWER, "if scores.mask is not None or not mask.is_floating_point()",
+                  "if not mask.is_floating_point()"),
+    "masks that learn": (FOLLOWER, " or mask.requires_grad:", ":"),
+    "anything subtracted": (FOLLOWER, " and other.scores is scores", ""),
+    "softmax of another dtype": (FOLLOWER, " and dtype is None", ""),
+    "dropout in training": (FOLLOWER, "and (p == 0.0 or not training)", ""),
+    "steps that somebody saw": (
+        FOLLOWER, "return isinstance(value, kind) and value._value is None",
+        "return isinstance(value, kind)"),
+    "hooks on children": (
+        FOLLOWER, "return not any(plain.watched(child) for child in module.children())",
+        "return True"),
+    "masks that are looked at once for ever": (
+        FOLLOWER, "key = mask._version, rows, lengths", "key = rows, lengths"),
+    "rows that see nothing": (FOLLOWER, "elif not bool(seen.any(2).all()):", "elif False:"),
+    "masks of each head": (FOLLOWER, "    if mask.shape[1] != 1:\n", "    if False:\n"),
+    "masks that say more": (
+        FOLLOWER, "if not bool((seen | (mask <= torch.finfo(mask.dtype).min)).all()):",
+        "if False:"),
+    "hidden latents": (FOLLOWER, "        if not bool(others.all()):\n", "        if False:\n"),
+    "not compared": (FOLLOWED, "return None if off <= _TOLERANCE else", "return None if True else"),
+    "replaced forwards": (
+        FOLLOWED, "        if reason is not None:\n            return reason\n    tensors",
+        "        if False:\n            return reason\n    tensors"),
+    "doubles": (FOLLOWED, "if doubles else None", "if False else None"),
+}  # fmt: skip
+JOIN_SITE = "vlmops.hf.sites.perceiver_attention"
+JOIN_MUTATIONS = {
+    "unchanged": (JOIN_SITE, "OP =", "OP ="),
+    "layers that are adapted": (JOIN_SITE, "or _layers(modules)", ""),
+    "causal": (JOIN_SITE, "        and not causal\n", ""),
+    "booleans are added": (
+        JOIN_SITE, "        and (sdpa or not booleans)  # eager code adds them\n", ""),
+    "dropout in training": (JOIN_SITE, '        and not kwargs.get("dropout")\n', ""),
+    "other maths": (
+        JOIN_SITE, "any(kwargs.get(name) is not None for name in OTHER_MATHS)", "False"),
+    "scales of others": (JOIN_SITE, 'scale = kwargs.get("scaling")', "scale = None"),
+    "functions of others": (JOIN_SITE, "implementation in SELECTED and (", "("),
+    "not compared": (
+        JOIN_SITE, "        if reason is not None:\n            return reason\n        calls",
+        "        if False:\n            return reason\n        calls"),
+}  # fmt: skip
 SITES = {
+    "add_norm": BLOCK_MUTATIONS,
+    "eager_attention": FOLLOWER_MUTATIONS,
+    "perceiver_attention": JOIN_MUTATIONS,
     "gated_cross_attention": CROSS_MUTATIONS,
     "gated_residual": GATE_MUTATIONS,
     "hd_transform": HD_MUTATIONS,
