@@ -49,6 +49,8 @@ BENCHES = {
     "patch_embed": (120, ("bfloat16",), ()),
     "packed_attention": (150, ("bfloat16",), ("--no-compile",)),
     "gated_cross_attention": (90, ("bfloat16",), ("--no-compile",)),
+    "qformer_attention": (90, ("bfloat16",), ("--no-compile",)),
+    "perceiver_attention": (60, ("bfloat16",), ("--no-compile",)),
     "spatial_aggregate": (60, ("bfloat16",), ("--no-compile",)),
 }
 """Seconds, dtypes and options of what is measured beside mrope, whose numbers have targets."""
@@ -61,6 +63,8 @@ REHEARSED = {
     "patch_embed": "siglip_so400m_384",
     "packed_attention": "decode_b1",
     "gated_cross_attention": "idefics_1",
+    "qformer_attention": "blip2_b1",
+    "perceiver_attention": "idefics_b8",
     "spatial_aggregate": "cambrian",
 }
 """What a dry run measures; mlp_projector's products take a CPU minutes."""

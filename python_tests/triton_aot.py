@@ -33,6 +33,7 @@ from vlmops.ops import (
     mrope_triton,
     packed_attention_triton,
     patch_embed_triton,
+    perceiver_attention_triton,
     pixel_shuffle_triton,
     spatial_aggregate_triton,
 )
@@ -561,6 +562,20 @@ def spatial_aggregate_keys():
     }
 
 
+def perceiver_attention_calls():
+    run = perceiver_attention_triton
+
+    def budget(registers, wide, heads, dim, dtype):
+        out, statistics = torch.empty(8, 64, heads, dim, dtype=dtype), torch.empty(2, heads, 512)
+        call = functools.partial(run._join, out, out, statistics, statistics)
+        return Budget(run, "join_kernel", call, registers, wide)
+
+    return {
+        "attention joined d96 bf16": budget(255, 2, 16, 96, torch.bfloat16),
+        "attention joined d64 fp32": budget(255, 2, 16, 64, torch.float32),
+    }
+
+
 def calls():
     """name -> `Budget`"""
     calls = (
@@ -571,6 +586,7 @@ def calls():
         mrope_calls,
         packed_attention_calls,
         patch_embed_calls,
+        perceiver_attention_calls,
         pixel_shuffle_calls,
         spatial_aggregate_calls,
     )

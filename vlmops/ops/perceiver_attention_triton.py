@@ -18,6 +18,8 @@ from vlmops.ops import packed_attention, packed_attention_triton
 from vlmops.ops.packed_attention_triton import INTERPRETED as INTERPRETED
 from vlmops.ops.perceiver_attention import OP, Options
 
+_launch = packed_attention_triton._launch
+
 # Kernels. i_ index, o_ offset, m_ mask, p_ pointer, b_ block of values, n_ count.
 
 
@@ -54,6 +56,26 @@ def join_kernel(
     tl.store(p_out + o_x, (b_x + b_y).to(p_out.dtype.element_ty), mask=m)
 
 
+def _join(out: Tensor, other: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    """Makes ``out`` the result over both segments; returns the joint statistics."""
+    joint = torch.empty_like(first)
+    if out.numel():
+        dim = out.shape[3]
+        wide = int(triton.next_power_of_2(dim))
+        block = max(4096 // wide, 1)
+        _launch(
+            join_kernel,
+            (triton.cdiv(out.numel() // dim, block),),
+            out.device,
+            *(out, other, first, second, joint, first.shape[2], first.shape[1]),
+            D=dim,
+            BD=wide,
+            BM=block,
+            num_warps=4,
+        )
+    return joint
+
+
 def _media(o: Options) -> packed_attention.Options:
     return packed_attention.Options(
         block_mask=o.key_mask,
@@ -75,22 +97,7 @@ def forward(
     torch.ops.vlmops.perceiver_attention_check(q, k, v, k_latents, v_latents, *o)
     out, first = packed_attention_triton.forward(q, k, v, *_media(o))
     other, second = packed_attention_triton.forward(q, k_latents, v_latents, *_latents(o))
-    joint = torch.empty_like(first)
-    if out.numel():
-        dim = q.shape[3]
-        wide = int(triton.next_power_of_2(dim))
-        block = max(4096 // wide, 1)
-        packed_attention_triton._launch(
-            join_kernel,
-            (triton.cdiv(out.numel() // dim, block),),
-            q.device,
-            *(out, other, first, second, joint, first.shape[2], first.shape[1]),
-            D=dim,
-            BD=wide,
-            BM=block,
-            num_warps=4,
-        )
-    return out, joint
+    return out, _join(out, other, first, second)
 
 
 def backward(
