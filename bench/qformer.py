@@ -74,7 +74,12 @@ def products(call, model):
     call()
     for hook in hooks:
         hook.remove()
-    return lambda: [linear(x, layer.weight, layer.bias) for layer, x in seen]
+
+    def multiply():
+        for layer, x in seen:
+            linear(x, layer.weight, layer.bias)
+
+    return multiply
 
 
 @torch.no_grad()
@@ -87,8 +92,9 @@ def measured(dtype, batch, options):
     given = inputs_of(dtype, batch, options.text)
     calls = {"unpatched": stages(model, given), "all": stages(patched, given)}
     if not options.no_compile:
-        compiled = torch.compile(model, dynamic=False)
-        calls["compile"] = {"qformer": stages(compiled, given)["qformer"]}
+        for name, of in (("compile", model), ("all, compile", patched)):
+            compiled = torch.compile(of, dynamic=False)
+            calls[name] = {"qformer": stages(compiled, given)["qformer"]}
     for stage in ("cross", "layer", "qformer"):
         group = {name: of[stage] for name, of in calls.items() if stage in of}
         results = {name: call() for name, call in group.items()}
@@ -97,7 +103,11 @@ def measured(dtype, batch, options):
         for name, got in results.items():
             error = float((got - results["unpatched"]).abs().max() / largest)
             if not error < TOLERANCE[dtype]:
-                raise SystemExit(f"qformer: {dtype}, {stage}, {name}: off by {error:.2g}")
+                wrong = f"qformer: {dtype}, {stage}, {name}: off by {error:.2g}"
+                if name != "compile":  # torch's own
+                    raise SystemExit(wrong)
+                print(f"{wrong}: not timed", flush=True)
+                del group[name]
         group["products"] = products(calls["unpatched"][stage], model)
         timings = timings_of(group, options)
         ours = timings["all"].median
@@ -134,7 +144,7 @@ def main():
             shown = "busy" if row["median_ms"] is None else f"{row['median_ms']:.2f} ms"
             ratio = row["times_patched"]
             print(
-                f"{dtype:9} {batch:3} {row['stage']:8} {row['variant']:10}{shown:>12}"
+                f"{dtype:9} {batch:3} {row['stage']:8} {row['variant']:13}{shown:>12}"
                 f"{f'{ratio:.2f} of patched' if ratio else '':>17}  void {row['voided']}",
                 flush=True,
             )

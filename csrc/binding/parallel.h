@@ -11,4 +11,8 @@ inline int64_t grain(int64_t elements_per_row) {
   return std::max<int64_t>(1, 32768 / std::max<int64_t>(elements_per_row, 1));
 }
 
+// From this size on what is written bypasses the CPU's caches: memory is not read before it is
+// overwritten.
+constexpr int64_t kStreamBytes = 8 << 20;
+
 }  // namespace vlmops

@@ -369,4 +369,20 @@ __device__ __forceinline__ Words<T, N> narrow(const float (&x)[N]) {
   return words;
 }
 
+// For launchers: whether accesses of 16 bytes may start there.
+inline bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
+
+// f(a null pointer of the type).
+template <class F>
+inline auto by_dtype(DType dtype, const F& f) {
+  switch (dtype) {
+    case DType::kBFloat16:
+      return f(static_cast<bfloat16*>(nullptr));
+    case DType::kFloat16:
+      return f(static_cast<float16*>(nullptr));
+    default:
+      return f(static_cast<float*>(nullptr));
+  }
+}
+
 }  // namespace vlmops

@@ -22,8 +22,6 @@ namespace {
 using OptionalTensor = std::optional<Tensor>;
 
 constexpr const char* kNames[kVectors] = {"weight", "bias", "x_bias"};
-// From this size on what is written bypasses the CPU's caches.
-constexpr int64_t kStreamBytes = 8 << 20;
 
 const Tensor* given(const OptionalTensor& t) { return t.has_value() ? &*t : nullptr; }
 

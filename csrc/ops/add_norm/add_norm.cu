@@ -7,21 +7,6 @@
 namespace vlmops::add_norm {
 namespace {
 
-// f(a null pointer of the type).
-template <class F>
-int by_dtype(DType dtype, const F& f) {
-  switch (dtype) {
-    case DType::kBFloat16:
-      return f(static_cast<bfloat16*>(nullptr));
-    case DType::kFloat16:
-      return f(static_cast<float16*>(nullptr));
-    default:
-      return f(static_cast<float*>(nullptr));
-  }
-}
-
-bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
-
 // Whether a pack of what kernels read and write, vectors aside, lies on 16 bytes.
 template <class T>
 bool is_wide(const Params& p) {

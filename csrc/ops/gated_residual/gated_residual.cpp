@@ -21,9 +21,6 @@ namespace {
 
 using OptionalTensor = std::optional<Tensor>;
 
-// From this size on what is written bypasses the CPU's caches.
-constexpr int64_t kStreamBytes = 8 << 20;
-
 Gate check_gate(const Argument& gate, const Argument& x) {
   Gate g{nullptr, gate.floating(), false, 0};
   gate.device_like(x);

@@ -23,19 +23,6 @@ bool is_wide(const Params& p) {
   return wide && reinterpret_cast<uintptr_t>(p.out) % 16 == 0;
 }
 
-// f(a null pointer of the type).
-template <class F>
-auto by_dtype(DType dtype, const F& f) {
-  switch (dtype) {
-    case DType::kBFloat16:
-      return f(static_cast<bfloat16*>(nullptr));
-    case DType::kFloat16:
-      return f(static_cast<float16*>(nullptr));
-    default:
-      return f(static_cast<float*>(nullptr));
-  }
-}
-
 // Of blocks of channels times `blocks` of rows.
 template <class T, class... Given>
 int run(void (*wide)(Params, Given...), void (*any)(Params, Given...), const Params& p,

@@ -7,8 +7,6 @@
 namespace vlmops::mlp_projector {
 namespace {
 
-bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
-
 template <class... Pointers>
 bool all_aligned(Pointers... pointers) {
   return (aligned(pointers) && ...);  // null is

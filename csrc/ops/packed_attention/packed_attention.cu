@@ -18,8 +18,6 @@ int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
 
 size_t size_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
 
-bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
-
 // Whether all rows begin on 16 bytes.
 bool wide(const Heads& of, DType dtype) {
   const auto bytes = static_cast<int64_t>(size_of(dtype));

@@ -15,17 +15,14 @@
 #include "binding/numbers.h"
 #include "binding/parallel.h"
 #include "binding/rms_norm.h"
+#include "binding/rows.h"
 #include "common/cpu_kernels.h"
 
 namespace vlmops::pixel_shuffle {
 namespace {
 
 using OptionalTensor = std::optional<Tensor>;
-using Sizes = std::vector<int64_t>;
 
-// From this size on what is written bypasses the caches: memory is not read before it is
-// overwritten.
-constexpr int64_t kStreamBytes = 8 << 20;
 // From this size on malloc takes fresh pages, and those lie in the cache once the kernel has zeroed
 // them: bypassing it helps what only moves bits alone.
 constexpr int64_t kFreshBytes = 32 << 20;

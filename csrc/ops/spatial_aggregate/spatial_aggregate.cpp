@@ -12,6 +12,7 @@
 #include "binding/check.h"
 #include "binding/launch.h"
 #include "binding/parallel.h"
+#include "binding/rows.h"
 #include "common/cpu_kernels.h"
 
 #if defined(__GLIBCXX__)
@@ -27,12 +28,6 @@ namespace {
 
 using Tensors = std::vector<Tensor>;
 using Masks = std::vector<std::optional<Tensor>>;
-using Sizes = std::vector<int64_t>;
-
-// From this size on what backward writes bypasses the CPU's caches.
-constexpr int64_t kStreamBytes = 8 << 20;
-
-Sizes sizes_of(const Tensor& t) { return {t.sizes().begin(), t.sizes().end()}; }
 
 std::string item(const char* list, size_t i) {
   return std::string(list) + "[" + std::to_string(i) + "]";
