@@ -49,6 +49,7 @@ def test_scripts_cap_what_they_are_told_to_wherever_threads_are_bound(
         monkeypatch.setenv("OMP_PROC_BIND", "true")
     assert run(FOLDER / f"{script}.py", *options) == 7
     assert started["VLMOPS_CPU_ISA"] == started["ATEN_CPU_CAPABILITY"] == "avx2"
+    assert started["TORCHINDUCTOR_CACHE_DIR"].endswith("-avx2")
     assert (started["OMP_NUM_THREADS"], started["OMP_PROC_BIND"]) == ("1", "true")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import getpass
 import json
 import os
 import subprocess
@@ -143,6 +144,11 @@ def bound(isa: str | None, threads: int | None) -> dict[str, str]:
         "TORCHINDUCTOR_COMPILE_THREADS": "1",  # a pool of idle workers would share our cores
     }
     if isa is not None:
+        # torch's cache of compiled graphs does not tell instruction sets apart: code for 8 lanes,
+        # compiled for 16, writes past the ends of tensors (torch 2.13).
+        default = str(Path(tempfile.gettempdir()) / f"torchinductor_{getpass.getuser()}")
+        compiled = env.get("TORCHINDUCTOR_CACHE_DIR", default)
+        env |= {"TORCHINDUCTOR_CACHE_DIR": f"{compiled}-{isa}"}
         env |= {"VLMOPS_CPU_ISA": isa, **TORCH_CAPS[isa]}
     return env
 
