@@ -612,8 +612,8 @@ MUTATIONS = {
         "ops/add_norm/add_norm_cpu.h",
         "for (int r = 0; r < together; ++r) backward_rows<T, 1>", "backward_rows<T, 1>"),
     "norm of a sum, backward: one chunk": (
-        "ops/add_norm/add_norm.cpp", "total[i % n] += sums.get()[i]",
-        "total[i % n] = sums.get()[i]"),
+        "ops/add_norm/add_norm.cpp", "total[static_cast<size_t>(i)] += of[i];",
+        "total[static_cast<size_t>(i)] = of[i];"),
     "norm of a sum, backward: chunks by threads": (
         "ops/add_norm/add_norm.cpp", "int64_t{32}, (p.rows + 31) / 32}",
         "int64_t{32}, p.rows / torch::stable::get_num_threads()}"),

@@ -169,7 +169,9 @@ std::vector<double> backward_on_cpu(const Params& p, const bool (&needs)[kVector
       kernel(p, table.get(), i * chunk, std::min(p.rows, (i + 1) * chunk), of);
     }
   });
-  for (int64_t i = 0; i < chunks * n; ++i) total[i % n] += sums.get()[i];
+  for (const double* of = sums.get(); of != sums.get() + chunks * n; of += n) {
+    for (int64_t i = 0; i < n; ++i) total[static_cast<size_t>(i)] += of[i];
+  }
   return total;
 }
 
