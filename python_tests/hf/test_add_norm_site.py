@@ -210,14 +210,16 @@ def test_norms_that_others_replace_are_called():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast_keeps_its_dtypes(dtype):
-    made = block()
-    x, residual = rows(made)
-    with torch.no_grad(), torch.autocast("cpu", dtype):
-        expected = made(x, residual), made(x, residual.to(dtype))
-        vlmops.patch(made)
-        for got, theirs in zip(
-            (made(x, residual), made(x, residual.to(dtype))), expected, strict=True
-        ):
+    for made in (block(), block().to(dtype)):
+        x, residual = rows(made, made.dense.weight.dtype)
+        residuals = {residual.dtype: residual, dtype: residual.to(dtype)}.values()
+        with torch.no_grad(), torch.autocast("cpu", dtype):
+            expected = [made(x, residual) for residual in residuals]
+            vlmops.patch(made)
+            with CountOps() as ran:
+                results = [made(x, residual) for residual in residuals]
+        assert ran.counts[OP] == 0
+        for got, theirs in zip(results, expected, strict=True):
             assert got.dtype == theirs.dtype
             assert torch.equal(got, theirs)
 
@@ -228,12 +230,16 @@ def test_what_the_op_does_not_take_is_the_models_own():
     x, residual = rows(made)
     vlmops.patch(made)
     for other in (residual.double(), residual[:1], residual[0, 0]):
+        products = []
+        handle = made.dense.register_forward_hook(lambda _, x, y, seen=products: seen.append(y))
         with CountOps() as ran:
             got = made(x, other) if other.dtype == residual.dtype else None
             if got is None:
                 with pytest.raises(RuntimeError, match=r"dtype|type"):
                     made(x, other)
+        handle.remove()
         assert ran.counts[OP] == 0
+        assert len(products) == 1
         if got is not None:
             assert torch.equal(got, made.LayerNorm(made.dense(x) + other))
     with pytest.raises(RuntimeError, match="size of tensor"):
@@ -260,8 +266,13 @@ def test_a_block_compiles_to_one_graph():
         expected = made(x, residual)
         vlmops.patch(made)
         torch._dynamo.reset()
-        compiled = torch.compile(made, fullgraph=True, backend="eager")
+        graphs = []
+        compiled = torch.compile(
+            made, fullgraph=True, backend=lambda graph, _: graphs.append(graph.code) or graph
+        )
         assert_agree(compiled(x, residual), expected, "compiled")
+    assert len(graphs) == 1
+    assert "vlmops" not in graphs[0], "torch's compiler joins sum and norm itself"
 
 
 def test_meta_device():
@@ -301,6 +312,14 @@ class More(Like):
         return self.LayerNorm(self.dense(x) + residual)
 
 
+class Notes(Like):
+    """Does something beside."""
+
+    def forward(self, x, residual):
+        self.last = x
+        return self.LayerNorm(self.dense(x) + residual)
+
+
 class Other(Like):
     """The other way round, under other names."""
 
@@ -313,7 +332,7 @@ class Renamed(Like):
         return self.LayerNorm(shortcut + self.dropout(self.dense(features)))
 
 
-@pytest.mark.parametrize("kind", [PreNorm, Scaled, Twice, More, Other])
+@pytest.mark.parametrize("kind", [PreNorm, Scaled, Twice, More, Notes, Other])
 def test_what_computes_something_else_is_no_place(kind):
     assert [row.status for row in vlmops.patch(kind()).rows] == ["not present"]
 
