@@ -1859,7 +1859,6 @@ FOLLOWER_MUTATIONS = {
     "two masks": (FOLLOWER, "if scores.mask is not None or not mask.is_floating_point()",
                   "if not mask.is_floating_point()"),
     "masks that learn": (FOLLOWER, " or mask.requires_grad:", ":"),
-    "anything subtracted": (FOLLOWER, " and other.scores is scores", ""),
     "softmax of another dtype": (FOLLOWER, " and dtype is None", ""),
     "dropout in training": (FOLLOWER, "and (p == 0.0 or not training)", ""),
     "steps that somebody saw": (
@@ -1875,7 +1874,6 @@ FOLLOWER_MUTATIONS = {
     "masks that say more": (
         FOLLOWER, "if not bool((seen | (mask <= torch.finfo(mask.dtype).min)).all()):",
         "if False:"),
-    "hidden latents": (FOLLOWER, "        if not bool(others.all()):\n", "        if False:\n"),
     "not compared": (FOLLOWED, "return None if off <= _TOLERANCE else", "return None if True else"),
     "replaced forwards": (
         FOLLOWED, "        if reason is not None:\n            return reason\n    tensors",
@@ -1885,6 +1883,7 @@ FOLLOWER_MUTATIONS = {
 JOIN_SITE = "vlmops.hf.sites.perceiver_attention"
 JOIN_MUTATIONS = {
     "unchanged": (JOIN_SITE, "OP =", "OP ="),
+    "hidden latents": (FOLLOWER, "        if not bool(others.all()):\n", "        if False:\n"),
     "layers that are adapted": (JOIN_SITE, "or _layers(modules)", ""),
     "causal": (JOIN_SITE, "        and not causal\n", ""),
     "booleans are added": (

@@ -1,6 +1,7 @@
 """`vlmops.patch` with perceiver_attention: images and latents are never joined."""
 
 import copy
+import types
 
 import pytest
 import torch
@@ -407,6 +408,51 @@ UNSEEN = torch.zeros(2, 1, 1, 8)
 UNSEEN[1, ..., :5] = torch.finfo(torch.float32).min
 ROWS = torch.zeros(2, 1, 3, 8)
 ROWS[:, :, 1, :4] = torch.finfo(torch.float32).min
+
+
+def sdpa(module, query, key, value, mask, scaling=None, is_causal=False, **_):
+    """Of transformers', as far as it is looked at."""
+    return functional.scaled_dot_product_attention(
+        query, key, value, mask, scale=scaling, is_causal=is_causal
+    ).transpose(1, 2), None
+
+
+sdpa.__module__ = site.SDPA
+
+
+@pytest.mark.parametrize(
+    ("options", "calls"),
+    [
+        ({}, 1),
+        ({"scaling": 0.3}, 1),
+        ({"is_causal": True}, 0),
+        ({"dropout": 0.1}, 0),
+        ({"softcap": 1.0}, 0),
+        ({"position_bias": torch.zeros(())}, 0),
+        ({"known": False}, 0),
+    ],
+    ids=str,
+)
+def test_functions_are_called_for_what_the_op_does_not_do(options, calls):
+    torch.manual_seed(0)
+    q, of_media, of_latents = (torch.randn(2, 4, n, 8) for n in (7, 5, 2))
+    parts = of_media, of_latents
+    both = Segments(lambda: torch.cat(parts, 2), parts, 2, eager_attention.served)
+    module = types.SimpleNamespace(_module=None, is_causal=False)
+    options = dict(options)
+    known = options.pop("known", True)
+    with CountOps() as ran:
+        got, _ = site._attend(sdpa, known, module, q, both, both, None, **options)
+    assert ran.counts[OP] == calls
+    expected, _ = sdpa(None, q, torch.cat(parts, 2), torch.cat(parts, 2), None, **options)
+    torch.testing.assert_close(computed(got), expected)
+
+
+def test_an_implementation_that_nobody_knows_is_not_replaced():
+    theirs = types.SimpleNamespace(get_interface=lambda _, default: default)
+    functions = site._Functions(theirs)
+    for implementation, known in (("eager", True), ("sdpa", True), ("flash_attention_2", False)):
+        assert functions.get_interface(implementation, sdpa).args == (sdpa, known)
 
 
 def heads(x, of=2):

@@ -35,6 +35,19 @@ def test_sums_of_many_rows():
     torch.testing.assert_close(got, expected)
 
 
+def test_the_sum_is_normed_before_it_is_rounded():
+    x, residual = torch.randn(2, 5, 200)
+    x, residual = (40 * x).bfloat16(), residual.bfloat16()
+    out, total = vlmops.add_norm(x, residual, return_sum=True, backend="triton")
+    exact = x.float() + residual.float()
+    assert torch.equal(total, exact.bfloat16())
+    exact, rounded = (
+        torch.nn.functional.layer_norm(s.float(), (200,)).bfloat16() for s in (exact, total)
+    )
+    assert (out == exact).float().mean() > 0.98
+    assert (out == rounded).float().mean() < 0.95
+
+
 def test_strides_of_16_bytes_where_there_are_and_nowhere_else(monkeypatch):
     from vlmops.ops import add_norm_triton as module
 
