@@ -3,7 +3,7 @@
 import pytest
 import torch
 from dispatch import Shapes
-from testbed import TESTED_ISAS, extra_memory, reads_proc
+from testbed import HAS_TRITON, TESTED_ISAS, extra_memory, reads_proc
 
 import vlmops
 
@@ -55,6 +55,19 @@ def test_samples_without_media_have_their_latents_alone(use_cpu_isa, isa, media)
     assert torch.equal(out[1:2], alone)
     assert not dk[1].any()
     assert torch.isfinite(dq).all()
+
+
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+@pytest.mark.parametrize("media", [0.0, 40.0])
+def test_segments_whose_logits_are_far_apart(backend, media):
+    """By more than an exponent of 2 holds."""
+    if backend == "triton" and not HAS_TRITON:
+        pytest.skip("triton is not installed")
+    q, k, v, k_latents, v_latents = inputs()
+    q, k, k_latents = q.fill_(10.0), k.fill_(media), k_latents.fill_(40.0 - media)
+    out = vlmops.perceiver_attention(q, k, v, k_latents, v_latents, backend=backend)
+    expected = (v if media else v_latents).mean(1, keepdim=True).expand_as(out)
+    torch.testing.assert_close(out, expected)
 
 
 def test_media_behind_their_number_are_not_read():
