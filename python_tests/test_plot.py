@@ -14,7 +14,7 @@ from vlmops.bench import plot
 _FOLDER = Path(__file__).parent.parent / "bench" / "results"
 COMMITTED = sorted(_FOLDER.glob("*/*.json"))
 # Scripts write times of models and of matrix products, which are no series over sizes.
-OF_SCRIPTS = [path for path in COMMITTED if "-e2e-" in path.name or "-linear-" in path.name]
+OF_SCRIPTS = [p for p in COMMITTED if re.search("-(e2e|linear|qformer)-(?!attention)", p.name)]
 RESULTS = [path for path in COMMITTED if path not in OF_SCRIPTS]
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -137,7 +137,7 @@ def test_plot_refuses_what_scripts_measured(path, tmp_path, capsys):
     out, err = capsys.readouterr()
     assert (out, err.count("\n")) == ("", 1)
     assert re.search(
-        r"expected a report of vlmops bench OP --json, got .*(e2e|linear)(\.py)?$", err
+        r"expected a report of vlmops bench OP --json, got .*(e2e|linear|qformer)(\.py)?$", err
     )
     assert not (tmp_path / "new").exists()
 
