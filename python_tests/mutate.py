@@ -1837,7 +1837,9 @@ BLOCK_MUTATIONS = {
     "norms that somebody replaced": (
         BLOCK_SITE, "return plain.bypassable(getattr(module, block.norm), nn.LayerNorm)",
         "return True"),
-    "small tensors": (BLOCK_SITE, " or residual.numel() < SMALL:", ":"),
+    "small tensors": (BLOCK_SITE, "SMALL_RECORDED if torch.is_grad_enabled() else SMALL", "0"),
+    "small tensors that are recorded": (
+        BLOCK_SITE, "SMALL_RECORDED if torch.is_grad_enabled() else SMALL", "SMALL"),
     "compiled as it is": (BLOCK_SITE, "torch.compiler.is_compiling() or ", ""),
     "any shape": (BLOCK_SITE, " or h.shape != residual.shape", ""),
     "any device": (BLOCK_SITE, 'device not in ("cpu", "cuda") or ', ""),

@@ -73,3 +73,4 @@ def only_add_norm(monkeypatch):
     """And no tensor is too small for it."""
     _only("add_norm", monkeypatch)
     monkeypatch.setattr(add_norm, "SMALL", 0)
+    monkeypatch.setattr(add_norm, "SMALL_RECORDED", 0)

@@ -248,13 +248,14 @@ def test_what_the_op_does_not_take_is_the_models_own():
         made(x)
 
 
-def test_what_is_small_is_the_models_own(monkeypatch):
+@pytest.mark.parametrize("recorded", [False, True])
+def test_what_is_small_is_the_models_own(recorded, monkeypatch):
     made = block()
     x, residual = rows(made)
     vlmops.patch(made)
     for small, calls in ((residual.numel() + 1, 0), (residual.numel(), 1)):
-        monkeypatch.setattr(site, "SMALL", small)
-        with CountOps() as ran:
+        monkeypatch.setattr(site, "SMALL_RECORDED" if recorded else "SMALL", small)
+        with CountOps() as ran, torch.set_grad_enabled(recorded):
             made(x, residual)
         assert ran.counts[OP] == calls
 

@@ -26,6 +26,8 @@ from vlmops.ops.add_norm import add_norm
 OP = "add_norm"
 SMALL = 1 << 15
 """Elements below which the calls of a sum and a norm cost less than asking whether to join them."""
+SMALL_RECORDED = 1 << 20
+"""The same where autograd records: backward of 256 rows of 768 takes 60 us more than torch's."""
 _DROPS = "in training with dropout its own code"
 
 
@@ -153,7 +155,9 @@ def _class(module: nn.Module, block: _Block) -> type[nn.Module]:
 
 def _serves(module: Any, block: _Block, residual: Any) -> bool:
     """Whether nobody can tell in this call that sum and norm are one step."""
-    if torch.compiler.is_compiling() or type(residual) is not Tensor or residual.numel() < SMALL:
+    if torch.compiler.is_compiling() or type(residual) is not Tensor:
+        return False
+    if residual.numel() < (SMALL_RECORDED if torch.is_grad_enabled() else SMALL):
         return False
     if torch.nn.modules.module._has_any_global_hook():
         return False
