@@ -6,6 +6,7 @@ import io
 import pickle
 
 import torch
+from dispatch import CountOps
 from hf.tiny import build, inputs, run
 
 import vlmops
@@ -48,6 +49,18 @@ def assert_gradients_agree(got, expected, at_least=20):
         # that cancels: Hugging Face's own float32 is 2e-4 off there.
         floor = largest * (0.1 if grad.numel() == 1 else 0.01)
         assert_agree(got[parameter], grad, parameter, floor)
+
+
+def assert_bfloat16_is_right(model, batch, batch16, op, calls):
+    """A bfloat16 model, patched, is at most twice as far off as Hugging Face's."""
+    with torch.no_grad():
+        exact = run(copy.deepcopy(model).float(), batch).logits
+        theirs = run(model, batch16).logits
+        vlmops.patch(model)
+        with CountOps() as ran:
+            ours = run(model, batch16).logits
+    assert ran.counts[op] == calls
+    assert (ours - exact).abs().max() < 2 * (theirs - exact).abs().max()
 
 
 def assert_twin_copies_and_pickles(family, tmp_path):

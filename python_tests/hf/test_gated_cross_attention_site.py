@@ -11,6 +11,7 @@ from dispatch import CountOps, Shapes
 from hf import tiny
 from hf.checks import (
     assert_agree,
+    assert_bfloat16_is_right,
     assert_gradients_agree,
     assert_twin_copies_and_pickles,
     batch_of,
@@ -142,14 +143,7 @@ def test_bfloat16_is_at_least_as_right_as_hugging_face(family):
         batch_of(family, "several_images", d) for d in (torch.float32, torch.bfloat16)
     )
     model = build(family, dtype=torch.bfloat16)
-    with torch.no_grad():
-        exact = run(copy.deepcopy(model).float(), batch).logits
-        theirs = run(model, batch16).logits
-        vlmops.patch(model)
-        with CountOps() as ran:
-            ours = run(model, batch16).logits
-    assert ran.counts[OP] == sites(model)[1]
-    assert (ours - exact).abs().max() < 2 * (theirs - exact).abs().max()
+    assert_bfloat16_is_right(model, batch, batch16, OP, sites(model)[1])
 
 
 @both

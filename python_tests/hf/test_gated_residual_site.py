@@ -1,6 +1,5 @@
 """`vlmops.patch` with gated_residual: one pass for branch, gate, mask and residual."""
 
-import copy
 import inspect
 
 import pytest
@@ -8,6 +7,7 @@ import torch
 from dispatch import CountOps
 from hf.checks import (
     assert_agree,
+    assert_bfloat16_is_right,
     assert_gradients_agree,
     assert_twin_copies_and_pickles,
     batch_of,
@@ -121,14 +121,7 @@ def test_bfloat16_is_at_least_as_right_as_hugging_face(family):
     dtypes = (torch.float32, torch.bfloat16)
     batch, batch16 = (batch_of(family, "several_images", d) for d in dtypes)
     model = opened(family, dtype=torch.bfloat16)
-    with torch.no_grad():
-        exact = run(copy.deepcopy(model).float(), batch).logits
-        theirs = run(model, batch16).logits
-        vlmops.patch(model)
-        with CountOps() as ran:
-            ours = run(model, batch16).logits
-    assert ran.counts[OP] == sites(model)[1]
-    assert (ours - exact).abs().max() < 2 * (theirs - exact).abs().max()
+    assert_bfloat16_is_right(model, batch, batch16, OP, sites(model)[1])
 
 
 @both

@@ -9,6 +9,7 @@ from dispatch import CountOps, Shapes
 from hf import tiny
 from hf.checks import (
     assert_agree,
+    assert_bfloat16_is_right,
     assert_gradients_agree,
     assert_twin_copies_and_pickles,
     batch_of,
@@ -209,14 +210,7 @@ def test_gradient_checkpointing(name, use_reentrant):
 def test_bfloat16_is_at_least_as_right_as_hugging_face(name):
     _, batch = built(name)
     model, batch16 = built(name, dtype=torch.bfloat16)
-    with torch.no_grad():
-        exact = run(copy.deepcopy(model).float(), batch).logits
-        theirs = run(model, batch16).logits
-        vlmops.patch(model)
-        with CountOps() as ran:
-            ours = run(model, batch16).logits
-    assert ran.counts[OP] == expected_place(model)[1]
-    assert (ours - exact).abs().max() < 2 * (theirs - exact).abs().max()
+    assert_bfloat16_is_right(model, batch, batch16, OP, expected_place(model)[1])
 
 
 @everywhere
